@@ -1,0 +1,167 @@
+/* What only the init of a guest does: the first mounts, modules, the port, the clock, cgroups of its own. */
+#include "rf.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <linux/random.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static int fail(struct rf_error *e, const char *call, const char *detail) { return rf_fail(e, "guest", call, detail); }
+
+static void to_kernel_log(const struct rf_error *e) {
+    int fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    dprintf(fd, "<3>ringfence: %s: %s(%s): errno %d\n", e->step, e->call, e->detail, e->err);
+    close(fd);
+}
+
+static int first_mounts(struct rf_error *e) {
+    static const struct { const char *type, *at; } mounts[] = {
+        {"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}, {"cgroup2", "/cgroup"},
+    };
+    mkdir("/new", 0755);
+    for (size_t i = 0; i < RF_LEN(mounts); i++) {
+        mkdir(mounts[i].at, 0755);
+        /* EBUSY: the kernel mounted it already (CONFIG_DEVTMPFS_MOUNT). */
+        if (mount(mounts[i].type, mounts[i].at, mounts[i].type, MS_NOSUID, NULL) < 0 && errno != EBUSY) return fail(e, "mount", mounts[i].type);
+    }
+    return 0;
+}
+
+/* Whether `set` is in the comma-separated list that the kernel command line gives as rf.sets=… */
+static bool wanted(const char *cmdline, const char *set, size_t n) {
+    const char *at = strstr(cmdline, "rf.sets=");
+    for (at = at ? at + 8 : NULL; at && *at && *at != ' ' && *at != '\n';) {
+        size_t word = strcspn(at, ", \n");
+        if (word == n && strncmp(at, set, n) == 0) return true;
+        at += word + (at[word] == ',');
+    }
+    return false;
+}
+
+static ssize_t read_text(const char *path, char *buf, size_t n) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    size_t used = 0;
+    ssize_t r;
+    while (used < n - 1 && (r = read(fd, buf + used, n - 1 - used)) > 0) used += (size_t)r;
+    close(fd);
+    buf[used] = 0;
+    return (ssize_t)used;
+}
+
+/* /modules/list: "set file" a line, in the order of their dependencies. */
+static int load_modules(struct rf_error *e) {
+    char cmdline[4096], list[8192];
+    if (read_text("/proc/cmdline", cmdline, sizeof cmdline) < 0) return fail(e, "open", "/proc/cmdline");
+    if (read_text("/modules/list", list, sizeof list) < 0) return fail(e, "open", "/modules/list");
+    char *save = NULL;
+    for (char *line = strtok_r(list, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
+        char *file = strchr(line, ' ');
+        if (!file || !wanted(cmdline, line, (size_t)(file - line))) continue;
+        char path[300];
+        snprintf(path, sizeof path, "/modules/%s", file + 1);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0) return fail(e, "open", path);
+        long r = syscall(SYS_finit_module, fd, "", 0);
+        close(fd);
+        if (r < 0 && errno != EEXIST) return fail(e, "finit_module", path);
+    }
+    return 0;
+}
+
+static int find_port(void) {
+    DIR *d = opendir("/dev");
+    if (!d) return -1;
+    int fd = -1;
+    for (struct dirent *entry; fd < 0 && (entry = readdir(d));)
+        if (strncmp(entry->d_name, "vport", 5) == 0) fd = openat(dirfd(d), entry->d_name, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+    closedir(d);
+    return fd;
+}
+
+/* The port's node comes once the host has answered the driver. */
+static int wait_for_port(struct rf_error *e) {
+    for (int i = 0; i < 20000; i++) {
+        int fd = find_port();
+        if (fd >= 0) return fd;
+        struct timespec pause = {.tv_nsec = 500000};
+        nanosleep(&pause, NULL);
+    }
+    return rf_fail_errno(e, ENODEV, "guest", "port", "no virtio-serial port in 10 s");
+}
+
+int rf_guest_main(void) {
+    struct rf_error e = {0};
+    int port = -1;
+    if (first_mounts(&e) == 0 && load_modules(&e) == 0) port = wait_for_port(&e);
+    if (port >= 0) rf_init_main(port, RF_IN_GUEST, NULL);
+    else to_kernel_log(&e);
+    reboot(RB_AUTOBOOT); /* QEMU runs with -no-reboot: the host sees it exit, and the log says why */
+    return 1;
+}
+
+/* ---- clock and random pool ---- */
+
+void rf_guest_clock(const struct rf_plan *p) {
+    if (p->realtime_ns) {
+        struct timespec now = {.tv_sec = (time_t)(p->realtime_ns / 1000000000), .tv_nsec = (long)(p->realtime_ns % 1000000000)};
+        clock_settime(CLOCK_REALTIME, &now);
+    }
+    if (p->entropy_length == 0) return;
+    struct {
+        int bits, bytes;
+        uint8_t seed[512];
+    } pool = {.bits = (int)p->entropy_length * 8, .bytes = (int)p->entropy_length};
+    memcpy(pool.seed, p->entropy, p->entropy_length);
+    int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    ioctl(fd, RNDADDENTROPY, &pool);
+    ioctl(fd, RNDRESEEDCRNG); /* Linux 4.17: use it now, not at the next interval */
+    close(fd);
+}
+
+/* ---- limits: cgroup v2 of the guest's own ---- */
+
+static int put(int dir, const char *file, const char *text, struct rf_error *e) {
+    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : write(fd, text, strlen(text));
+    int r = n < 0 ? rf_fail(e, "cgroup", "write", file) : 0;
+    if (fd >= 0) close(fd);
+    return r;
+}
+
+static int put_number(int dir, const char *file, uint64_t v, struct rf_error *e) {
+    char text[21];
+    return v ? put(dir, file, rf_decimal(text, v), e) : 0;
+}
+
+int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e) {
+    if (!p->has_guest_limits) return 0;
+    int top = open("/cgroup", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (top < 0) return rf_fail(e, "cgroup", "open", "/cgroup");
+    if (put(top, "cgroup.subtree_control", "+memory +pids +cpu", e) < 0) return -1;
+    if (mkdirat(top, "sandbox", 0755) < 0 && errno != EEXIST) return rf_fail(e, "cgroup", "mkdir", "sandbox");
+    int dir = openat(top, "sandbox", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    close(top);
+    if (dir < 0) return rf_fail(e, "cgroup", "open", "sandbox");
+    if (put_number(dir, "memory.max", p->guest_memory, e) < 0 || put_number(dir, "pids.max", p->guest_pids, e) < 0) return -1;
+    if (p->guest_cpu_ns) {
+        char text[64];
+        snprintf(text, sizeof text, "%llu 100000", (unsigned long long)(p->guest_cpu_ns / 1000));
+        if (put(dir, "cpu.max", text, e) < 0) return -1;
+    }
+    int procs = openat(dir, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+    if (procs < 0 || p->ncgroups == RF_CGROUPS_MAX) return rf_fail(e, "cgroup", "open", "cgroup.procs");
+    p->cgroup_fds[p->ncgroups++] = procs;
+    p->cpu_fd = openat(dir, "cpu.stat", O_RDONLY | O_CLOEXEC);
+    *cgroup_dir = dir;
+    return 0;
+}

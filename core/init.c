@@ -1,0 +1,474 @@
+/* The init of a sandbox: PID 1 in a container and in a guest, the subreaper of a process sandbox. It takes one PLAN,
+ * then requests; starts commands, reaps everything, reports. */
+#include "rf.h"
+
+#include <fcntl.h>
+#include <linux/if.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/reboot.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define COMMANDS_MAX 16
+#define STDIN_CREDIT (256u << 10)
+
+enum { REASON_NONE = 0, REASON_CPU = 1, REASON_KILLED = 2 };
+
+struct command {
+    bool used, running, streams, once, eof_in;
+    uint32_t id, reason;
+    pid_t pid;
+    int status;            /* as wait(2) gives it */
+    int in, out[2];        /* our ends of the pipes, or -1; out: stdout, stderr */
+    struct rusage before;
+    size_t in_used;        /* bytes in `input` */
+    uint8_t input[STDIN_CREDIT];
+};
+
+struct init {
+    enum rf_where where;
+    int signals;
+    int cgroup_dir; /* the guest's cgroup of the commands, or -1 */
+    bool planned, leaving;
+    struct rf_channel channel;
+    struct rf_plan plan;
+    struct rf_exec exec;
+    struct rf_transfer transfer;
+    struct command commands[COMMANDS_MAX];
+    uint8_t plan_payload[RF_PAYLOAD_MAX];
+    uint8_t in[sizeof(struct rf_header) + RF_PAYLOAD_MAX];
+    uint8_t chunk[RF_CHUNK];
+};
+
+/* ---- killing and reaping ---- */
+
+static void note_exit(struct init *s, pid_t pid, int status) {
+    for (unsigned i = 0; i < COMMANDS_MAX; i++) {
+        struct command *c = &s->commands[i];
+        if (!c->used || c->pid != pid) continue;
+        c->running = false;
+        c->status = status;
+    }
+}
+
+static void reap_ready(struct init *s) {
+    int status;
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) note_exit(s, pid, status);
+}
+
+static void kill_everything(struct init *s) {
+    struct rf_error ignored;
+    if (s->where != RF_IN_PROCESS) kill(-1, SIGKILL); /* all of the PID namespace but ourselves */
+    else if (s->plan.has_kill_uid) rf_kill_uid(s->plan.kill_uid, &ignored);
+    else rf_kill_children();
+}
+
+/* Kills all that runs in the sandbox and waits until nothing is left of it. Every descendant is our child in the end,
+ * as its own parent dies, so "no child" means nobody. */
+static void end_everything(struct init *s) {
+    for (;;) {
+        int status;
+        pid_t pid;
+        while ((pid = waitpid(-1, &status, WNOHANG)) > 0) note_exit(s, pid, status);
+        if (pid < 0 && errno == ECHILD) return;
+        kill_everything(s);
+        struct timespec pause = {.tv_nsec = 100000}; /* they die on another processor; look again in 0.1 ms */
+        nanosleep(&pause, NULL);
+    }
+}
+
+static void end_for(struct init *s, uint32_t reason) {
+    for (unsigned i = 0; i < COMMANDS_MAX; i++)
+        if (s->commands[i].used && s->commands[i].running) s->commands[i].reason = reason;
+    end_everything(s);
+}
+
+/* ---- reports ---- */
+
+static uint64_t nanoseconds(struct timeval now, struct timeval before) {
+    int64_t us = (int64_t)(now.tv_sec - before.tv_sec) * 1000000 + (now.tv_usec - before.tv_usec);
+    return us < 0 ? 0 : (uint64_t)us * 1000;
+}
+
+static uint64_t guest_number(const struct init *s, const char *file, const char *key) {
+    uint64_t v = 0;
+    int fd = s->cgroup_dir < 0 ? -1 : openat(s->cgroup_dir, file, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 0;
+    if (rf_read_number(fd, key, &v) < 0) v = 0;
+    close(fd);
+    return v;
+}
+
+static void send_exited(struct init *s, struct command *c) {
+    struct rusage now;
+    getrusage(RUSAGE_CHILDREN, &now);
+    uint8_t buf[256];
+    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
+    bool signaled = WIFSIGNALED(c->status);
+    rf_put_u32(&w, 1, signaled ? 2 : 1);
+    rf_put_u32(&w, 2, (uint32_t)(signaled ? WTERMSIG(c->status) : WEXITSTATUS(c->status)));
+    rf_put_u64(&w, 3, nanoseconds(now.ru_utime, c->before.ru_utime));
+    rf_put_u64(&w, 4, nanoseconds(now.ru_stime, c->before.ru_stime));
+    rf_put_u64(&w, 5, (uint64_t)now.ru_maxrss * 1024);
+    rf_put_u32(&w, 6, c->reason);
+    if (s->cgroup_dir >= 0) {
+        rf_put_u64(&w, 7, guest_number(s, "memory.events", "oom_kill "));
+        rf_put_u64(&w, 8, guest_number(s, "memory.peak", NULL)); /* Linux 5.19 */
+    }
+    rf_channel_send(&s->channel, RF_EXITED, c->id, buf, w.length, -1);
+}
+
+static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf_readback *rb) {
+    uint8_t buf[2048];
+    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
+    rf_put_u32(&w, 1, (uint32_t)pid);
+    rf_put(&w, 2, rb->caps, sizeof rb->caps);
+    rf_put(&w, 3, rb->ids, sizeof rb->ids);
+    rf_put_u32(&w, 4, rb->no_new_privs);
+    rf_put_u32(&w, 5, rb->seccomp);
+    rf_put(&w, 6, rb->namespaces, rb->namespaces_length);
+    for (unsigned i = 0; i < rb->nrlimits; i++) {
+        uint8_t r[24] = {0};
+        memcpy(r, &rb->rlimits[i].resource, 4);
+        memcpy(r + 8, &rb->rlimits[i].soft, 8);
+        memcpy(r + 16, &rb->rlimits[i].hard, 8);
+        rf_put(&w, 7, r, sizeof r);
+    }
+    rf_put_u32(&w, 8, rb->landlock);
+    rf_put_string(&w, 9, rb->hostname);
+    rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length, -1);
+}
+
+/* ---- commands ---- */
+
+static void close_fd(int *fd) {
+    if (*fd >= 0) close(*fd);
+    *fd = -1;
+}
+
+static void close_fds(int *fds, unsigned n) {
+    for (unsigned i = 0; i < n; i++) close_fd(&fds[i]);
+}
+
+static void close_command(struct command *c) {
+    close_fd(&c->in);
+    close_fds(c->out, 2);
+    c->used = false;
+}
+
+/* Passes on what a stream holds; false once it is at its end, or empty. */
+static bool pump_output(struct init *s, struct command *c, int i) {
+    ssize_t n = read(c->out[i], s->chunk, sizeof s->chunk);
+    if (n < 0) return errno == EINTR;
+    rf_channel_send(&s->channel, (uint8_t)(RF_STDOUT + i), c->id, s->chunk, (size_t)n, -1);
+    if (n == 0) close_fd(&c->out[i]);
+    return n > 0;
+}
+
+/* A command is over when it was reaped and its streams were passed on. What a process that it left behind in a lasting
+ * sandbox writes later has no reader any more, as when a shell's pipe is closed. */
+static void finish_commands(struct init *s) {
+    for (unsigned i = 0; i < COMMANDS_MAX; i++) {
+        struct command *c = &s->commands[i];
+        if (!c->used || c->running) continue;
+        if (c->once) end_everything(s);
+        for (int o = 0; o < 2; o++)
+            while (c->out[o] >= 0 && pump_output(s, c, o)) continue;
+        send_exited(s, c);
+        if (c->once && s->where != RF_IN_GUEST) s->leaving = true;
+        close_command(c);
+    }
+}
+
+static void pump_input(struct init *s, struct command *c) {
+    uint32_t credit = 0;
+    while (c->in >= 0 && c->in_used > 0) {
+        ssize_t n = write(c->in, c->input, c->in_used);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno == EAGAIN) break;
+        if (n < 0) { /* nobody reads it any more: take the rest and drop it, as a pipe's writer gets EPIPE */
+            n = (ssize_t)c->in_used;
+            close_fd(&c->in);
+        }
+        memmove(c->input, c->input + n, c->in_used - (size_t)n);
+        c->in_used -= (size_t)n;
+        credit += (uint32_t)n;
+    }
+    if (c->in_used == 0 && c->eof_in) close_fd(&c->in);
+    if (credit) rf_channel_send(&s->channel, RF_CREDIT, c->id, &credit, sizeof credit, -1);
+}
+
+static int take_stdin(struct init *s, const struct rf_frame *f, struct rf_error *e) {
+    for (unsigned i = 0; i < COMMANDS_MAX; i++) {
+        struct command *c = &s->commands[i];
+        if (!c->used || c->id != f->id || !c->streams) continue;
+        if (f->length > sizeof c->input - c->in_used) return rf_fail_errno(e, EPROTO, "protocol", "stdin", "more than the credit");
+        memcpy(c->input + c->in_used, f->payload, f->length);
+        c->in_used += f->length;
+        if (f->length == 0) c->eof_in = true;
+        if (c->in < 0) { /* closed already: give the credit back, so that the sender can go on to its end */
+            uint32_t credit = (uint32_t)c->in_used;
+            c->in_used = 0;
+            if (credit) rf_channel_send(&s->channel, RF_CREDIT, c->id, &credit, sizeof credit, -1);
+        } else {
+            pump_input(s, c);
+        }
+        return 0;
+    }
+    return 0; /* of a command that is over: it was on its way */
+}
+
+/* Pipes for a command whose streams travel as frames: `child` gets its ends, the command keeps ours. */
+static int make_pipes(struct command *c, int *child, struct rf_error *e) {
+    for (int i = 0; i < 3; i++) {
+        int p[2];
+        if (pipe2(p, O_CLOEXEC) < 0) return rf_fail(e, "start", "pipe2", "");
+        int ours = i == 0 ? p[1] : p[0];
+        child[i] = i == 0 ? p[0] : p[1];
+        if (fcntl(ours, F_SETFL, O_NONBLOCK) < 0) return rf_fail(e, "start", "fcntl", "O_NONBLOCK");
+        fcntl(ours, F_SETPIPE_SZ, 1 << 18); /* only to be quicker */
+        if (i == 0) c->in = ours;
+        else c->out[i - 1] = ours;
+    }
+    return 0;
+}
+
+static int start_command(struct init *s, const struct rf_frame *f, struct rf_error *e) {
+    struct command *c = NULL;
+    for (unsigned i = 0; i < COMMANDS_MAX && !c; i++)
+        if (!s->commands[i].used) c = &s->commands[i];
+    if (!c) return rf_fail_errno(e, EAGAIN, "start", "commands", "too many at once");
+    if (rf_exec_parse(f->payload, f->length, &s->exec, e) < 0) return -1;
+    bool streams = s->exec.flags & RF_X_STREAMS;
+    if (streams ? f->nfds != 0 : f->nfds < 3) return rf_fail_errno(e, EPROTO, "protocol", "exec", "descriptors");
+    c->in = c->out[0] = c->out[1] = -1;
+    c->streams = streams;
+    c->once = s->exec.flags & RF_X_ONCE;
+    c->eof_in = false;
+    c->in_used = 0;
+    c->reason = REASON_NONE;
+    c->id = f->id;
+    int pipes[3] = {-1, -1, -1};
+    struct rf_readback rb;
+    int r = streams ? make_pipes(c, pipes, e) : 0;
+    getrusage(RUSAGE_CHILDREN, &c->before);
+    if (r == 0) r = rf_spawn(&s->plan, &s->exec, streams ? pipes : f->fds, streams ? 3 : f->nfds, &c->pid, &rb, e);
+    close_fds(pipes, 3);
+    if (r < 0) {
+        close_command(c);
+        return -1;
+    }
+    c->used = c->running = true;
+    send_started(s, c->id, c->pid, &rb);
+    return 0;
+}
+
+static void signal_command(struct init *s, const struct rf_frame *f) {
+    uint32_t number;
+    if (f->length != sizeof number) return;
+    memcpy(&number, f->payload, sizeof number);
+    for (unsigned i = 0; i < COMMANDS_MAX; i++)
+        if (s->commands[i].used && s->commands[i].running && s->commands[i].id == f->id && number < NSIG) kill(s->commands[i].pid, (int)number);
+}
+
+/* ---- PLAN ---- */
+
+static int loopback_up(struct rf_error *e) {
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return rf_fail(e, "network", "socket", "AF_INET");
+    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING | IFF_LOOPBACK};
+    int r = ioctl(fd, SIOCSIFFLAGS, &request) < 0 ? rf_fail(e, "network", "ioctl", "SIOCSIFFLAGS lo") : 0;
+    close(fd);
+    return r;
+}
+
+static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error *e) {
+    if (s->planned) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a second one");
+    memcpy(s->plan_payload, f->payload, f->length);
+    static_assert(sizeof s->plan_payload >= RF_PAYLOAD_MAX, "a payload fits");
+    if (rf_plan_parse(s->plan_payload, f->length, f->fds, f->nfds, &s->plan, e) < 0) return -1;
+    const struct rf_plan *p = &s->plan;
+    if (s->where == RF_IN_GUEST) {
+        rf_guest_clock(p);
+        if (rf_guest_limits(&s->plan, &s->cgroup_dir, e) < 0) return -1;
+    }
+    if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);
+    if (p->loopback && loopback_up(e) < 0) return -1;
+    if (p->flags & RF_P_ENTER) {
+        int root = rf_tree_build(p->mounts, p->nmounts, s->where == RF_IN_GUEST ? "/new" : "/proc", "mode=0755", e);
+        if (root < 0) return -1;
+        int r = s->where == RF_IN_GUEST ? rf_tree_switch(root, e) : rf_tree_enter(root, e);
+        close(root);
+        if (r < 0) return -1;
+    }
+    s->planned = true;
+    return 0;
+}
+
+/* ---- requests ---- */
+
+/* The plan's descriptors stay ours, in the plan; EXEC's were given on to the command. */
+static void take_fds(struct init *s, const struct rf_frame *f) {
+    bool keep = f->type == RF_PLAN;
+    for (unsigned i = 0; i < f->nfds && !keep; i++) close(s->channel.fds[i]);
+    memmove(s->channel.fds, s->channel.fds + f->nfds, (s->channel.nfds - f->nfds) * sizeof *s->channel.fds);
+    s->channel.nfds -= f->nfds;
+}
+
+static int file_request(struct init *s, const struct rf_frame *f, struct rf_error *e) {
+    const char *dir = s->plan.workdir;
+    if (!dir) return rf_fail_errno(e, EPROTO, "protocol", "files", "no work directory");
+    switch (f->type) {
+    case RF_PUT: return rf_file_put(dir, f, s->plan.uid, s->plan.gid, &s->transfer, e);
+    case RF_DATA: return rf_file_data(&s->transfer, f, e);
+    case RF_LIST: return rf_file_list(&s->channel, dir, f->id, e);
+    default: return rf_file_read(&s->channel, dir, f, e);
+    }
+}
+
+static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
+    if (!s->planned && f->type != RF_PLAN && f->type != RF_SHUTDOWN) return rf_fail_errno(e, EPROTO, "protocol", "request", "before the plan");
+    switch (f->type) {
+    case RF_PLAN:
+        if (apply_plan(s, f, e) < 0) return -1;
+        return rf_channel_send(&s->channel, RF_READY, 0, NULL, 0, -1);
+    case RF_EXEC: return start_command(s, f, e);
+    case RF_STDIN: return take_stdin(s, f, e);
+    case RF_SIGNAL: signal_command(s, f); return 0;
+    case RF_KILL: end_for(s, REASON_KILLED); return 0;
+    case RF_SHUTDOWN: s->leaving = true; return 0;
+    case RF_PUT:
+    case RF_DATA:
+    case RF_LIST:
+    case RF_READ: return file_request(s, f, e);
+    default: return rf_fail_errno(e, EPROTO, "protocol", "request", "of no known type");
+    }
+}
+
+static int serve_all(struct init *s) {
+    struct rf_error e = {0};
+    struct rf_frame f;
+    int got;
+    while (!s->leaving && (got = rf_channel_next(&s->channel, &f, &e)) > 0) {
+        int r = serve(s, &f, &e);
+        take_fds(s, &f);
+        if (r < 0) rf_channel_send_error(&s->channel, f.id, &e);
+    }
+    if (s->leaving || got == 0) return 0;
+    rf_channel_send_error(&s->channel, 0, &e);
+    return -1;
+}
+
+/* 0 where the channel is at its end or broken. */
+static int read_channel(struct init *s) {
+    struct rf_error e = {0};
+    int r = rf_channel_fill(&s->channel, &e);
+    if (r < 0 && (e.err == EAGAIN || e.err == EINTR)) return 1;
+    if (r == 0 && s->channel.port) { /* a port reads as at its end until its other side is open */
+        struct timespec pause = {.tv_nsec = 1000000};
+        nanosleep(&pause, NULL);
+        return 1;
+    }
+    return r > 0 && serve_all(s) == 0;
+}
+
+/* ---- the CPU time limit ---- */
+
+/* How long until it makes sense to look again, ms; -1 where no limit is set or nothing runs. */
+static int watch_cpu(struct init *s) {
+    if (!s->plan.cpu_limit_ns || s->plan.cpu_fd < 0) return -1;
+    bool running = false;
+    for (unsigned i = 0; i < COMMANDS_MAX; i++) running |= s->commands[i].used && s->commands[i].running;
+    if (!running) return -1;
+    uint64_t used = 0;
+    if (rf_read_number(s->plan.cpu_fd, "usage_usec", &used) == 0) used *= 1000;
+    else if (rf_read_number(s->plan.cpu_fd, NULL, &used) < 0) return 1000;
+    if (used >= s->plan.cpu_limit_ns) {
+        end_for(s, REASON_CPU);
+        return 0;
+    }
+    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+    uint64_t ms = (s->plan.cpu_limit_ns - used) / 1000000 / (uint64_t)(cpus > 0 ? cpus : 1);
+    return ms < 2 ? 2 : ms > 1000 ? 1000 : (int)ms;
+}
+
+/* ---- the loop ---- */
+
+static void leave(struct init *s) {
+    end_everything(s);
+    if (s->where == RF_IN_GUEST) {
+        sync();
+        reboot(RB_POWER_OFF);
+        reboot(RB_AUTOBOOT); /* where the machine can't power off, -no-reboot makes this the end */
+    }
+}
+
+/* 0: go on. */
+static int wait_and_serve(struct init *s) {
+    struct pollfd wait[2 + 3 * COMMANDS_MAX];
+    struct command *of[RF_LEN(wait)];
+    nfds_t n = 2;
+    wait[0] = (struct pollfd){.fd = s->channel.fd, .events = POLLIN};
+    wait[1] = (struct pollfd){.fd = s->signals, .events = POLLIN};
+    for (unsigned i = 0; i < COMMANDS_MAX; i++) {
+        struct command *c = &s->commands[i];
+        if (!c->used || !c->streams) continue;
+        for (int o = 0; o < 2; o++)
+            if (c->out[o] >= 0) of[n] = c, wait[n++] = (struct pollfd){.fd = c->out[o], .events = POLLIN};
+        if (c->in >= 0 && c->in_used > 0) of[n] = c, wait[n++] = (struct pollfd){.fd = c->in, .events = POLLOUT};
+    }
+    int timeout = watch_cpu(s);
+    if (poll(wait, n, timeout) < 0 && errno != EINTR) return -1;
+    for (nfds_t i = 2; i < n; i++) {
+        struct command *c = of[i];
+        if (!wait[i].revents) continue;
+        if (wait[i].fd == c->in) pump_input(s, c);
+        else pump_output(s, c, wait[i].fd == c->out[0] ? 0 : 1);
+    }
+    if (wait[1].revents) {
+        struct signalfd_siginfo info;
+        while (read(s->signals, &info, sizeof info) == (ssize_t)sizeof info)
+            if (info.ssi_signo == SIGTERM) return -1;
+        reap_ready(s);
+    }
+    if (wait[0].revents && !read_channel(s)) return -1;
+    finish_commands(s);
+    return s->leaving ? -1 : 0;
+}
+
+int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l) {
+    struct init *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (s == MAP_FAILED) return 1;
+    s->where = where;
+    s->cgroup_dir = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = -1;
+    if (l) s->plan.has_kill_uid = l->has_kill_uid, s->plan.kill_uid = l->kill_uid;
+    s->channel.fd = channel_fd;
+    s->channel.port = where == RF_IN_GUEST;
+    s->channel.in = s->in;
+    fcntl(channel_fd, F_SETFD, FD_CLOEXEC);
+    umask(0);
+    sigset_t all, wanted;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL); /* PID 1 ignores what it has no handler for, unless it is blocked */
+    sigemptyset(&wanted);
+    sigaddset(&wanted, SIGCHLD);
+    sigaddset(&wanted, SIGTERM);
+    s->signals = signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (s->signals < 0) return 1;
+    if (where == RF_IN_PROCESS && prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) return 1;
+    while (wait_and_serve(s) == 0) continue;
+    leave(s);
+    return 0;
+}

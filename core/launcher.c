@@ -1,0 +1,410 @@
+/* The launcher: one small process beside each Python process. It takes plans, starts sandboxes in a mount namespace
+ * of its own (so that a start doesn't depend on the host's mount table), and cleans up when Python is gone. */
+#include "rf.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <linux/close_range.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SANDBOXES_MAX 8192
+#define OWNED_MAX 64
+#define DEPTH_MAX 200 /* directories that a removal holds open at once */
+
+struct sandbox { pid_t pid; bool has_uid; uint32_t uid; };
+enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3 };
+struct owned { enum owned_kind kind; int parent; char name[256]; };
+
+struct launcher {
+    int socket, signals, proc, host_mounts, host_root;
+    bool own_mounts;
+    struct sandbox live[SANDBOXES_MAX];
+    unsigned nlive;
+    struct owned owned[OWNED_MAX];
+    unsigned nowned;
+    uint8_t packet[sizeof(struct rf_header) + RF_PACKET_MAX];
+};
+
+/* ---- the mount namespace ---- */
+
+/* As root: a namespace that holds nothing but /proc and the trees that TEMPLATE makes. Copying it for each sandbox
+ * costs the same on a host with ten mounts and on one with ten thousand. */
+static int own_mount_namespace(struct launcher *s, struct rf_error *e) {
+    static const struct rf_mount steps[] = {
+        {.kind = RF_DIR, .mode = 0555, .fd = -1, .source = "", .fstype = "", .target = "/proc", .data = ""},
+        {.kind = RF_DIR, .mode = 0755, .fd = -1, .source = "", .fstype = "", .target = "/t", .data = ""},
+        {.kind = RF_DIR, .mode = 0755, .fd = -1, .source = "", .fstype = "", .target = "/new", .data = ""},
+        {.kind = RF_FS, .flags = RF_M_NOSUID | RF_M_NODEV | RF_M_NOEXEC, .fd = -1, .source = "proc", .fstype = "proc", .target = "/proc", .data = ""},
+    };
+    s->host_mounts = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    s->host_root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (s->host_mounts < 0 || s->host_root < 0) return rf_fail(e, "launcher", "open", "the host's mount namespace");
+    if (unshare(CLONE_NEWNS) < 0) return rf_fail(e, "launcher", "unshare", "CLONE_NEWNS");
+    if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) return rf_fail(e, "launcher", "mount", "MS_PRIVATE");
+    int root = rf_tree_build(steps, RF_LEN(steps), "/proc", "mode=0755", e);
+    if (root < 0 || rf_tree_enter(root, e) < 0) return -1;
+    close(root);
+    s->own_mounts = true;
+    return 0;
+}
+
+static int enter_host_mounts(const struct launcher *s, struct rf_error *e) {
+    if (!s->own_mounts) return 0;
+    if (setns(s->host_mounts, CLONE_NEWNS) < 0) return rf_fail(e, "launch", "setns", "the host's mount namespace");
+    if (fchdir(s->host_root) < 0 || chroot(".") < 0) return rf_fail(e, "launch", "chroot", "the caller's root");
+    return 0;
+}
+
+/* ---- LAUNCH ---- */
+
+static int write_proc(const struct launcher *s, pid_t pid, const char *file, const char *text, struct rf_error *e) {
+    char path[64];
+    snprintf(path, sizeof path, "%d/%s", pid, file);
+    int fd = openat(s->proc, path, O_WRONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : write(fd, text, strlen(text));
+    if (n < 0) rf_fail(e, "user namespace", "write", file);
+    if (fd >= 0) close(fd);
+    return n < 0 ? -1 : 0;
+}
+
+static int write_maps(const struct launcher *s, pid_t pid, const struct rf_launch *l, struct rf_error *e) {
+    if (!l->uid_map || !l->gid_map) return 0;
+    /* Without CAP_SETGID a gid map may only be written once setgroups is denied (user_namespaces(7)). */
+    if (!s->own_mounts && write_proc(s, pid, "setgroups", "deny", e) < 0) return -1;
+    if (write_proc(s, pid, "uid_map", l->uid_map, e) < 0) return -1;
+    return write_proc(s, pid, "gid_map", l->gid_map, e);
+}
+
+/* Everything from clone3 to init's loop, in the child. `go` tells that the id maps are written. */
+static int become_init(const struct launcher *s, const struct rf_launch *l, int control, int go, struct rf_error *e) {
+    char ready;
+    if (read(go, &ready, 1) != 1) return rf_fail_errno(e, ECANCELED, "user namespace", "read", "the launcher gave up");
+    close(go);
+    if (l->clone_flags & CLONE_NEWUSER) {
+        if (syscall(SYS_setresgid, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "setresgid", "0");
+        if (syscall(SYS_setresuid, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "setresuid", "0");
+    }
+    if (l->host_mounts && enter_host_mounts(s, e) < 0) return -1;
+    /* After the change of ids, which clears both. In a PID namespace the kernel kills all with init; elsewhere init
+     * has to do it, so it must be told. */
+    if (prctl(PR_SET_PDEATHSIG, (l->clone_flags & CLONE_NEWPID) ? SIGKILL : SIGTERM, 0, 0, 0) < 0) return rf_fail(e, "launch", "prctl", "PR_SET_PDEATHSIG");
+    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "launch", "prctl", "PR_SET_DUMPABLE");
+    if (dup2(control, 3) < 0) return rf_fail(e, "launch", "dup2", "");
+    if (syscall(SYS_close_range, 4, ~0U, 0) < 0) return rf_fail(e, "launch", "close_range", "");
+    return 0;
+}
+
+static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error *e) {
+    struct rf_launch l;
+    if (rf_launch_parse(f->payload, f->length, &l, e) < 0) return -1;
+    if (s->nlive == SANDBOXES_MAX) return rf_fail_errno(e, EAGAIN, "launch", "sandboxes", "too many at once");
+    int go[2], pidfd = -1;
+    if (pipe2(go, O_CLOEXEC) < 0) return rf_fail(e, "launch", "pipe2", "");
+    int control = f->fds[0];
+    pid_t pid = rf_clone(l.clone_flags, &pidfd);
+    if (pid == 0) {
+        close(go[1]);
+        if (become_init(s, &l, control, go[0], e) == 0)
+            _exit(rf_init_main(3, (l.clone_flags & CLONE_NEWPID) ? RF_IN_CONTAINER : RF_IN_PROCESS, &l));
+        uint8_t buf[1024];
+        struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
+        rf_put_u32(&w, 1, (uint32_t)e->err);
+        rf_put_string(&w, 2, e->step);
+        rf_put_string(&w, 3, e->call);
+        rf_put_string(&w, 4, e->detail);
+        rf_send(control, false, RF_ERROR, 0, buf, w.length, -1);
+        _exit(1);
+    }
+    close(go[0]);
+    if (pid < 0) {
+        close(go[1]);
+        return rf_fail(e, "launch", "clone3", "");
+    }
+    s->live[s->nlive++] = (struct sandbox){.pid = pid, .has_uid = l.has_kill_uid, .uid = l.kill_uid};
+    int r = write_maps(s, pid, &l, e);
+    if (r == 0) {
+        uint8_t buf[16];
+        struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
+        rf_put_u32(&w, 1, (uint32_t)pid);
+        /* Before the go, so that this is the first frame on the socket. That Python is gone already is not our error:
+         * the end of its own socket tells. */
+        rf_send(control, false, RF_LAUNCHED, 0, buf, w.length, pidfd);
+        if (write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
+    }
+    close(go[1]); /* without the go, the child ends by itself */
+    close(pidfd);
+    return r;
+}
+
+/* ---- TEMPLATE, USERNS, OWN ---- */
+
+static int template(struct launcher *s, const struct rf_frame *f, struct rf_error *e) {
+    struct rf_mount steps[RF_MOUNTS_MAX];
+    unsigned n = 0;
+    const char *name = NULL;
+    struct rf_reader r = {f->payload, f->payload + f->length};
+    struct rf_attr a;
+    int got;
+    while ((got = rf_attr_next(&r, &a)) > 0) {
+        int ok = a.tag == 9 ? rf_attr_string(&a, &name) : a.tag == 3 && n < RF_LEN(steps) ? rf_mount_parse(&a, f->fds, f->nfds, &steps[n++]) : -1;
+        if (ok < 0) return rf_fail_errno(e, EPROTO, "protocol", "template", "malformed");
+    }
+    if (got < 0 || !name || !name[0] || strchr(name, '/') || name[0] == '.') return rf_fail_errno(e, EPROTO, "protocol", "template", "no name");
+    if (!s->own_mounts) return rf_fail_errno(e, EPERM, "template", "mount namespace", "the launcher has none of its own");
+    char at[300];
+    snprintf(at, sizeof at, "/t/%s", name);
+    if (mkdir(at, 0755) < 0 && errno != EEXIST) return rf_fail(e, "template", "mkdir", at);
+    int root = rf_tree_build(steps, n, at, "mode=0755", e);
+    if (root < 0) return -1;
+    close(root);
+    return 0;
+}
+
+/* A user namespace lives as long as somebody holds it: a child makes it, we open it, the child goes. */
+static int user_namespace(struct launcher *s, const struct rf_frame *f, int *result, struct rf_error *e) {
+    struct rf_launch l;
+    if (rf_launch_parse(f->payload, f->length, &l, e) < 0) return -1;
+    int pidfd = -1;
+    pid_t pid = rf_clone(CLONE_NEWUSER, &pidfd);
+    if (pid < 0) return rf_fail(e, "user namespace", "clone3", "");
+    if (pid == 0)
+        for (;;) pause();
+    int r = write_maps(s, pid, &l, e);
+    if (r == 0) {
+        char path[64];
+        snprintf(path, sizeof path, "%d/ns/user", pid);
+        *result = openat(s->proc, path, O_RDONLY | O_CLOEXEC);
+        if (*result < 0) r = rf_fail(e, "user namespace", "open", path);
+    }
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    close(pidfd);
+    return r;
+}
+
+static int own(struct launcher *s, struct rf_frame *f, struct rf_error *e) {
+    struct rf_reader r = {f->payload, f->payload + f->length};
+    struct rf_attr a;
+    uint32_t kind = 0;
+    const char *name = NULL;
+    int got;
+    while ((got = rf_attr_next(&r, &a)) > 0)
+        if ((a.tag == 1 ? rf_attr_u32(&a, &kind) : a.tag == 2 ? rf_attr_string(&a, &name) : -1) < 0) break;
+    if (got != 0 || f->nfds != 2 || kind < OWNED_TREE || kind > OWNED_HELD || !name || !name[0] || strchr(name, '/') || strcmp(name, ".") == 0 ||
+        strcmp(name, "..") == 0 || strlen(name) >= sizeof s->owned[0].name)
+        return rf_fail_errno(e, EPROTO, "protocol", "own", "malformed");
+    if (s->nowned == OWNED_MAX) return rf_fail_errno(e, EAGAIN, "own", "owned", "too many");
+    struct owned *o = &s->owned[s->nowned];
+    o->parent = fcntl(f->fds[1], F_DUPFD_CLOEXEC, 0);
+    if (o->parent < 0) return rf_fail(e, "own", "fcntl", "");
+    o->kind = (enum owned_kind)kind;
+    strcpy(o->name, name);
+    s->nowned++;
+    return 0;
+}
+
+/* ---- cleaning up ---- */
+
+/* Removes all below `dir`, and what lies deeper than DEPTH_MAX only after moving it up to `top`: a workload may have
+ * made a tree deeper than the descriptors that we may hold. */
+static int empty_tree(int dir, int top, unsigned depth) {
+    int copy = fcntl(dir, F_DUPFD_CLOEXEC, 0);
+    DIR *d = copy < 0 ? NULL : fdopendir(copy);
+    if (!d) {
+        if (copy >= 0) close(copy);
+        return -1;
+    }
+    int moved = 0;
+    for (struct dirent *entry; (entry = readdir(d));) {
+        const char *name = entry->d_name;
+        if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0) continue;
+        if (unlinkat(dir, name, 0) == 0) continue;
+        int child = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (child < 0 && errno == EACCES && fchmodat(dir, name, 0700, 0) == 0) /* not ours to enter, when unprivileged */
+            child = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (child < 0) continue;
+        if (depth < DEPTH_MAX) {
+            int r = empty_tree(child, top, depth + 1);
+            if (r > 0) moved = 1;
+        } else {
+            char up[64];
+            struct stat st;
+            if (fstat(child, &st) == 0) {
+                snprintf(up, sizeof up, ".rf-%llx", (unsigned long long)st.st_ino);
+                if (renameat(dir, name, top, up) == 0) moved = 1;
+            }
+        }
+        close(child);
+        unlinkat(dir, name, AT_REMOVEDIR);
+    }
+    closedir(d);
+    return moved;
+}
+
+static void remove_tree(int parent, const char *name) {
+    int top = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (top >= 0) {
+        for (int round = 0; round < 1000 && empty_tree(top, top, 0) > 0; round++) continue;
+        close(top);
+    }
+    unlinkat(parent, name, AT_REMOVEDIR);
+}
+
+/* A cgroup holds its last process for a moment after that process was reaped. */
+static void remove_cgroup_dir(int parent, const char *name) {
+    for (int i = 0; i < 500 && unlinkat(parent, name, AT_REMOVEDIR) < 0 && errno == EBUSY; i++) {
+        struct timespec pause = {.tv_nsec = 2000000};
+        nanosleep(&pause, NULL);
+    }
+}
+
+static void remove_cgroup(int parent, const char *name, unsigned depth) {
+    int dir = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (dir < 0) return;
+    DIR *d = fdopendir(dir);
+    if (!d) {
+        close(dir);
+        return;
+    }
+    for (struct dirent *entry; (entry = readdir(d));)
+        if (entry->d_type == DT_DIR && entry->d_name[0] != '.' && depth < 8) remove_cgroup(dirfd(d), entry->d_name, depth + 1);
+    closedir(d);
+    remove_cgroup_dir(parent, name);
+}
+
+static void reap(struct launcher *s) {
+    int status;
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
+        for (unsigned i = 0; i < s->nlive; i++) {
+            if (s->live[i].pid != pid) continue;
+            struct rf_error ignored;
+            /* An init that ended by itself left nothing; one that was killed from outside may have. */
+            bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+            if (s->live[i].has_uid && !clean) rf_kill_uid(s->live[i].uid, &ignored);
+            s->live[i] = s->live[--s->nlive];
+            break;
+        }
+    }
+}
+
+static void end_all(struct launcher *s) {
+    struct rf_error ignored;
+    for (unsigned i = 0; i < s->nlive; i++) {
+        kill(s->live[i].pid, SIGKILL);
+        if (s->live[i].has_uid) rf_kill_uid(s->live[i].uid, &ignored);
+    }
+    /* A process sandbox's descendants come to us once their init is dead: we are the next subreaper. */
+    for (;;) {
+        pid_t pid = waitpid(-1, NULL, WNOHANG);
+        if (pid < 0 && errno == ECHILD) break;
+        if (pid > 0) continue;
+        rf_kill_children();
+        struct timespec pause = {.tv_nsec = 200000};
+        nanosleep(&pause, NULL);
+    }
+    for (unsigned i = 0; i < s->nowned; i++) {
+        struct owned *o = &s->owned[i];
+        if (o->kind == OWNED_TREE) remove_tree(o->parent, o->name);
+        else if (o->kind == OWNED_CGROUP) remove_cgroup(o->parent, o->name, 0);
+    }
+}
+
+/* ---- the loop ---- */
+
+static void serve(struct launcher *s, struct rf_frame *f) {
+    struct rf_error e = {0};
+    int r, result = -1;
+    switch (f->type) {
+    case RF_LAUNCH: r = launch(s, f, &e); break;
+    case RF_TEMPLATE: r = template(s, f, &e); break;
+    case RF_USERNS: r = user_namespace(s, f, &result, &e); break;
+    case RF_OWN: r = own(s, f, &e); break;
+    default: r = rf_fail_errno(&e, EPROTO, "protocol", "request", "of no known type");
+    }
+    struct rf_channel answer = {.fd = f->fds[0]};
+    if (r < 0) rf_channel_send_error(&answer, 0, &e);
+    else if (f->type != RF_LAUNCH) rf_channel_send(&answer, RF_DONE, 0, NULL, 0, result);
+    if (result >= 0) close(result);
+}
+
+/* One packet. 0 at the end of the socket. */
+static int receive(struct launcher *s) {
+    union {
+        char bytes[CMSG_SPACE(RF_FDS_MAX * sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec iov = {.iov_base = s->packet, .iov_len = sizeof s->packet};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
+    ssize_t n = recvmsg(s->socket, &msg, MSG_CMSG_CLOEXEC);
+    if (n < 0) return errno == EINTR || errno == EAGAIN ? 1 : 0;
+    int fds[RF_FDS_MAX];
+    unsigned nfds = 0;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+        size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < count && nfds < RF_FDS_MAX; i++) memcpy(&fds[nfds++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+    }
+    struct rf_header h;
+    struct rf_error e;
+    if (n >= (ssize_t)sizeof h && !(msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && nfds > 0) {
+        memcpy(&h, s->packet, sizeof h);
+        if (rf_header_check(&h, RF_PACKET_MAX, &e) == 0 && h.length == (size_t)n - sizeof h && h.nfds == nfds) {
+            struct rf_frame f = {.type = h.type, .id = h.id, .payload = s->packet + sizeof h, .length = h.length, .fds = fds, .nfds = nfds};
+            serve(s, &f);
+        }
+    }
+    for (unsigned i = 0; i < nfds; i++) close(fds[i]); /* a malformed request is answered by the end of its socket */
+    return n > 0;
+}
+
+int rf_launcher_main(int socket_fd) {
+    struct launcher *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (s == MAP_FAILED) return 1;
+    struct rf_error e = {0};
+    s->socket = socket_fd;
+    fcntl(socket_fd, F_SETFD, FD_CLOEXEC);
+    syscall(SYS_close_range, (unsigned)socket_fd + 1, ~0U, 0); /* whatever Python's extensions left inheritable */
+    sigset_t all;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);
+    sigset_t child;
+    sigemptyset(&child);
+    sigaddset(&child, SIGCHLD);
+    umask(0);
+    s->signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (s->signals < 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) return 1;
+    /* Not when unprivileged: the child inherits it, and then its id maps belong to root. It does so itself later. */
+    if (geteuid() == 0 && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return 1;
+    if (geteuid() == 0 && own_mount_namespace(s, &e) < 0) {
+        /* Told to the first request: Python sees the end of its answer socket and reads this from ours. */
+        struct rf_channel ch = {.fd = socket_fd};
+        rf_channel_send_error(&ch, 0, &e);
+        return 1;
+    }
+    s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (s->proc < 0) return 1;
+    for (;;) {
+        struct pollfd wait[2] = {{.fd = s->socket, .events = POLLIN}, {.fd = s->signals, .events = POLLIN}};
+        if (poll(wait, 2, -1) < 0 && errno != EINTR) break;
+        if (wait[1].revents) {
+            struct signalfd_siginfo info[8];
+            while (read(s->signals, info, sizeof info) > 0) continue;
+            reap(s);
+        }
+        if (wait[0].revents && receive(s) == 0) break;
+    }
+    end_all(s);
+    return 0;
+}

@@ -1,0 +1,166 @@
+/* Reads the payloads that tell what to do. They come from Python, which is trusted, and are checked as if they didn't. */
+#include "rf.h"
+
+#include <unistd.h>
+
+static int malformed(struct rf_error *e, const char *what, const char *detail) {
+    return rf_fail_errno(e, EPROTO, "protocol", what, detail);
+}
+
+/* An index into the frame's descriptors. */
+static int attr_fd(const struct rf_attr *a, const int *fds, unsigned nfds, int *fd) {
+    uint32_t i;
+    if (rf_attr_u32(a, &i) < 0 || i >= nfds) return -1;
+    *fd = fds[i];
+    return 0;
+}
+
+int rf_mount_parse(const struct rf_attr *a, const int *fds, unsigned nfds, struct rf_mount *m) {
+    if (a->length < 12) return -1;
+    uint32_t fd;
+    m->kind = a->data[0];
+    memcpy(&m->flags, a->data + 2, 2);
+    memcpy(&m->mode, a->data + 4, 4);
+    memcpy(&fd, a->data + 8, 4);
+    if (a->data[1] != 0 || m->kind < RF_DIR || m->kind > RF_READONLY) return -1;
+    if (m->flags & ~(RF_M_ATTRS | RF_M_RECURSIVE | RF_M_OPTIONAL)) return -1;
+    if (m->mode > 07777) return -1;
+    if (fd == RF_NO_FD) m->fd = -1;
+    else if (fd < nfds) m->fd = fds[fd];
+    else return -1;
+    const uint8_t *at = a->data + 12, *end = a->data + a->length;
+    if (rf_take_string(&at, end, &m->source) < 0 || rf_take_string(&at, end, &m->fstype) < 0 ||
+        rf_take_string(&at, end, &m->target) < 0 || rf_take_string(&at, end, &m->data) < 0 || at != end)
+        return -1;
+    return m->target[0] == '/' ? 0 : -1;
+}
+
+static int parse_rlimit(const struct rf_attr *a, struct rf_plan *p) {
+    if (a->length != 24 || p->nrlimits == RF_RLIMITS_MAX) return -1;
+    struct rf_rlimit *r = &p->rlimits[p->nrlimits++];
+    memcpy(&r->resource, a->data, 4);
+    memcpy(&r->soft, a->data + 8, 8);
+    memcpy(&r->hard, a->data + 16, 8);
+    return 0;
+}
+
+static int parse_filter(const struct rf_attr *a, struct rf_plan *p) {
+    size_t n = a->length / sizeof(struct sock_filter);
+    if (n == 0 || n > RF_BPF_MAX || a->length % sizeof(struct sock_filter)) return -1;
+    p->filter.len = (unsigned short)n;
+    p->filter.filter = (struct sock_filter *)(uintptr_t)a->data; /* the kernel copies it from any alignment */
+    return 0;
+}
+
+static int parse_guest_limits(const struct rf_attr *a, struct rf_plan *p) {
+    if (a->length != 24) return -1;
+    p->has_guest_limits = true;
+    memcpy(&p->guest_memory, a->data, 8);
+    memcpy(&p->guest_pids, a->data + 8, 8);
+    memcpy(&p->guest_cpu_ns, a->data + 16, 8);
+    return 0;
+}
+
+static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, struct rf_plan *p) {
+    switch (a->tag) {
+    case 1: return rf_attr_string(a, &p->hostname);
+    case 2: p->loopback = true; return a->length ? -1 : 0;
+    case 3: return p->nmounts == RF_MOUNTS_MAX ? -1 : rf_mount_parse(a, fds, nfds, &p->mounts[p->nmounts++]);
+    case 4: p->has_ids = true; return rf_attr_u32(a, &p->uid);
+    case 5: p->has_ids = true; return rf_attr_u32(a, &p->gid);
+    case 6: return parse_filter(a, p);
+    case 7: return parse_rlimit(a, p);
+    case 8: return attr_fd(a, fds, nfds, &p->landlock_fd);
+    case 9: return p->ncgroups == RF_CGROUPS_MAX ? -1 : attr_fd(a, fds, nfds, &p->cgroup_fds[p->ncgroups++]);
+    case 10: return rf_attr_u64(a, &p->cpu_limit_ns);
+    case 11: return attr_fd(a, fds, nfds, &p->cpu_fd);
+    case 12: return rf_attr_u32(a, &p->flags) < 0 || (p->flags & ~(uint32_t)RF_P_ALL) ? -1 : 0;
+    case 13: p->has_kill_uid = true; return rf_attr_u32(a, &p->kill_uid);
+    case 14: return rf_attr_string(a, &p->workdir);
+    case 15: return rf_attr_u64(a, &p->capabilities);
+    case 16: return rf_attr_u64(a, &p->realtime_ns);
+    case 17: p->entropy = a->data; p->entropy_length = a->length; return a->length > 512 ? -1 : 0;
+    case 18: return parse_guest_limits(a, p);
+    default: return -1;
+    }
+}
+
+/* Tags that may come more than once: mount, rlimit, cgroup. */
+static bool repeats(uint16_t tag) { return tag == 3 || tag == 7 || tag == 9; }
+
+int rf_plan_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfds, struct rf_plan *p, struct rf_error *e) {
+    memset(p, 0, sizeof *p);
+    p->landlock_fd = p->cpu_fd = -1;
+    struct rf_reader r = {payload, payload + n};
+    struct rf_attr a;
+    uint64_t seen = 0;
+    int got;
+    while ((got = rf_attr_next(&r, &a)) > 0) {
+        char tag[21];
+        if (a.tag > 63 || (!repeats(a.tag) && (seen & (1ull << a.tag))) || plan_attr(&a, fds, nfds, p) < 0)
+            return malformed(e, "plan attribute", rf_decimal(tag, a.tag));
+        seen |= 1ull << a.tag;
+    }
+    if (got < 0) return malformed(e, "plan", "an attribute passes the end");
+    if (p->has_kill_uid && p->kill_uid == 0) return malformed(e, "plan", "root can't be killed by uid");
+    return 0;
+}
+
+/* A run of NUL-terminated strings into a NULL-terminated vector. */
+static int split(const struct rf_attr *a, char **v) {
+    const uint8_t *at = a->data, *end = a->data + a->length;
+    unsigned n = 0;
+    while (at < end) {
+        const char *s;
+        if (n == RF_ARGS_MAX || rf_take_string(&at, end, &s) < 0) return -1;
+        v[n++] = (char *)(uintptr_t)s; /* execve doesn't write to them */
+    }
+    v[n] = NULL;
+    return (int)n;
+}
+
+int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e) {
+    x->argv[0] = x->envp[0] = NULL;
+    x->cwd = "/";
+    x->flags = 0;
+    struct rf_reader r = {payload, payload + n};
+    struct rf_attr a;
+    int got;
+    while ((got = rf_attr_next(&r, &a)) > 0) {
+        int ok;
+        switch (a.tag) {
+        case 1: ok = split(&a, x->argv) > 0 ? 0 : -1; break;
+        case 2: ok = split(&a, x->envp) >= 0 ? 0 : -1; break;
+        case 3: ok = rf_attr_string(&a, &x->cwd); break;
+        case 4: ok = rf_attr_u32(&a, &x->flags) < 0 || (x->flags & ~(uint32_t)RF_X_ALL) ? -1 : 0; break;
+        default: ok = -1;
+        }
+        char tag[21];
+        if (ok < 0) return malformed(e, "exec attribute", rf_decimal(tag, a.tag));
+    }
+    if (got < 0 || !x->argv[0]) return malformed(e, "exec", "no argv, or an attribute passes the end");
+    return 0;
+}
+
+int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struct rf_error *e) {
+    memset(l, 0, sizeof *l);
+    struct rf_reader r = {payload, payload + n};
+    struct rf_attr a;
+    int got;
+    while ((got = rf_attr_next(&r, &a)) > 0) {
+        int ok;
+        switch (a.tag) {
+        case 1: ok = rf_attr_u64(&a, &l->clone_flags); break;
+        case 2: ok = rf_attr_string(&a, &l->uid_map); break;
+        case 3: ok = rf_attr_string(&a, &l->gid_map); break;
+        case 5: ok = rf_attr_u32(&a, &l->kill_uid); l->has_kill_uid = true; break;
+        case 6: ok = a.length ? -1 : 0; l->host_mounts = true; break;
+        default: ok = -1;
+        }
+        char tag[21];
+        if (ok < 0) return malformed(e, "launch attribute", rf_decimal(tag, a.tag));
+    }
+    if (got < 0) return malformed(e, "launch", "an attribute passes the end");
+    if (l->has_kill_uid && l->kill_uid == 0) return malformed(e, "launch", "root can't be killed by uid");
+    return 0;
+}

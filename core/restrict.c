@@ -1,0 +1,230 @@
+/* What a command gives up between clone and exec, in one fixed order, and what the kernel then says of it. */
+#include "rf.h"
+
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/close_range.h>
+#include <linux/securebits.h>
+#include <linux/seccomp.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+static int fail(struct rf_error *e, const char *step, const char *call, const char *detail) { return rf_fail(e, step, call, detail); }
+
+/* v1 `tasks` and v2 `cgroup.procs` take "0" for the writer itself, whatever its PID namespace. On v1 cgroup.procs
+ * would do too, but its write can take milliseconds after an idle gap. */
+static int join_cgroups(const struct rf_plan *p, struct rf_error *e) {
+    for (unsigned i = 0; i < p->ncgroups; i++)
+        if (write(p->cgroup_fds[i], "0", 1) != 1) return fail(e, "cgroup", "write", "join");
+    /* Only after the joins: the namespace's root is the cgroup that its creator is in. */
+    if ((p->flags & RF_P_CGROUP_NS) && unshare(CLONE_NEWCGROUP) < 0) return fail(e, "cgroup", "unshare", "CLONE_NEWCGROUP");
+    return 0;
+}
+
+static int set_rlimits(const struct rf_plan *p, struct rf_error *e) {
+    for (unsigned i = 0; i < p->nrlimits; i++) {
+        const struct rf_rlimit *r = &p->rlimits[i];
+        char n[21];
+        struct rlimit limit = {.rlim_cur = r->soft, .rlim_max = r->hard};
+        if (setrlimit((__rlimit_resource_t)r->resource, &limit) < 0) return fail(e, "rlimits", "setrlimit", rf_decimal(n, r->resource));
+    }
+    return 0;
+}
+
+/* Puts `fds` at 0, 1, 2, … and closes all the rest. A descriptor may stand where another one must go, so all are
+ * first moved above the targets. */
+static int place_fds(const int *fds, unsigned nfds, struct rf_error *e) {
+    int high[RF_FDS_MAX];
+    for (unsigned i = 0; i < nfds; i++) {
+        high[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, RF_FDS_MAX);
+        if (high[i] < 0) return fail(e, "descriptors", "fcntl", "F_DUPFD_CLOEXEC");
+    }
+    for (unsigned i = 0; i < nfds; i++)
+        if (dup2(high[i], (int)i) < 0) return fail(e, "descriptors", "dup2", "");
+    return 0;
+}
+
+/* Marked, not closed: the Landlock ruleset is needed later, and the parent shares our table not at all. */
+static int seal_fds(unsigned from, struct rf_error *e) {
+    if (syscall(SYS_close_range, from, ~0U, CLOSE_RANGE_CLOEXEC) < 0) return fail(e, "descriptors", "close_range", "");
+    return 0;
+}
+
+static int last_capability(void) {
+    for (int c = 0; c < 64; c++)
+        if (prctl(PR_CAPBSET_READ, c, 0, 0, 0) < 0) return c - 1;
+    return 63;
+}
+
+static int drop_bounding(const struct rf_plan *p, struct rf_error *e) {
+    for (int c = 0; c < 64; c++) {
+        if (p->capabilities & (1ull << c)) continue;
+        if (prctl(PR_CAPBSET_DROP, c, 0, 0, 0) == 0) continue;
+        if (errno == EINVAL) break; /* past the kernel's last capability */
+        /* An unprivileged caller may not drop from its bounding set. no_new_privs keeps the set from mattering, and
+         * what stays in it is read back and told. */
+        if (errno == EPERM) break;
+        return fail(e, "capabilities", "prctl", "PR_CAPBSET_DROP");
+    }
+    return 0;
+}
+
+/* Raw calls: libc's wrappers would signal "all threads", and this process shares its memory with init. */
+static int become(const struct rf_plan *p, struct rf_error *e) {
+    if (!p->has_ids) return 0;
+    /* EPERM: an unprivileged caller's user namespace, where setgroups(2) is denied for good (user_namespaces(7)). */
+    if (syscall(SYS_setgroups, 0, NULL) < 0 && errno != EPERM) return fail(e, "ids", "setgroups", "none");
+    if (p->capabilities && prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0) return fail(e, "ids", "prctl", "PR_SET_KEEPCAPS");
+    if (syscall(SYS_setresgid, p->gid, p->gid, p->gid) < 0) return fail(e, "ids", "setresgid", "");
+    if (syscall(SYS_setresuid, p->uid, p->uid, p->uid) < 0) return fail(e, "ids", "setresuid", "");
+    return 0;
+}
+
+static int set_capabilities(const struct rf_plan *p, struct rf_error *e) {
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0) return fail(e, "capabilities", "prctl", "PR_CAP_AMBIENT_CLEAR_ALL");
+    struct __user_cap_header_struct h = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct d[2];
+    for (int i = 0; i < 2; i++) {
+        uint32_t keep = (uint32_t)(p->capabilities >> (32 * i));
+        d[i].effective = d[i].permitted = d[i].inheritable = keep;
+    }
+    if (syscall(SYS_capset, &h, d) < 0) return fail(e, "capabilities", "capset", "");
+    return 0;
+}
+
+/* The dispositions that were ignored stay ignored over exec, and Python ignores SIGPIPE and SIGXFSZ. */
+static int reset_signals(struct rf_error *e) {
+    for (int s = 1; s < NSIG; s++) signal(s, SIG_DFL);
+    sigset_t none;
+    sigemptyset(&none);
+    return sigprocmask(SIG_SETMASK, &none, NULL) < 0 ? fail(e, "signals", "sigprocmask", "") : 0;
+}
+
+static void read_namespaces(struct rf_readback *rb) {
+    static const char *const names[] = {"user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"};
+    rb->namespaces_length = 0;
+    for (size_t i = 0; i < RF_LEN(names); i++) {
+        char path[32];
+        snprintf(path, sizeof path, "/proc/self/ns/%s", names[i]);
+        char *at = rb->namespaces + rb->namespaces_length;
+        size_t room = sizeof rb->namespaces - rb->namespaces_length;
+        ssize_t n = readlink(path, at, room - 1);
+        if (n <= 0 || (size_t)n >= room - 1) continue; /* an absent one is told by its absence */
+        at[n] = 0;
+        rb->namespaces_length += (size_t)n + 1;
+    }
+}
+
+/* What the kernel says of this task, after the last restriction but seccomp. Nothing here is copied from the plan. */
+static void read_back(const struct rf_plan *p, struct rf_readback *rb) {
+    struct __user_cap_header_struct h = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct d[2] = {{0, 0, 0}, {0, 0, 0}};
+    memset(rb->caps, 0xff, sizeof rb->caps); /* a failed read must never look like an empty set */
+    if (syscall(SYS_capget, &h, d) == 0) {
+        rb->caps[0] = d[0].effective | (uint64_t)d[1].effective << 32;
+        rb->caps[1] = d[0].permitted | (uint64_t)d[1].permitted << 32;
+        rb->caps[2] = d[0].inheritable | (uint64_t)d[1].inheritable << 32;
+    }
+    rb->caps[3] = rb->caps[4] = 0;
+    for (int c = 0, last = last_capability(); c <= last; c++) {
+        if (prctl(PR_CAPBSET_READ, c, 0, 0, 0) == 1) rb->caps[3] |= 1ull << c;
+        if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, c, 0, 0) == 1) rb->caps[4] |= 1ull << c;
+    }
+    syscall(SYS_getresuid, &rb->ids[0], &rb->ids[1], &rb->ids[2]);
+    syscall(SYS_getresgid, &rb->ids[3], &rb->ids[4], &rb->ids[5]);
+    rb->pid = (uint32_t)syscall(SYS_getpid);
+    rb->no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1;
+    rb->nrlimits = 0;
+    for (unsigned i = 0; i < p->nrlimits; i++) {
+        struct rlimit limit;
+        if (getrlimit((__rlimit_resource_t)p->rlimits[i].resource, &limit) < 0) continue;
+        rb->rlimits[rb->nrlimits++] = (struct rf_rlimit){p->rlimits[i].resource, limit.rlim_cur, limit.rlim_max};
+    }
+    struct utsname u;
+    rb->hostname[0] = 0;
+    if (uname(&u) == 0) snprintf(rb->hostname, sizeof rb->hostname, "%s", u.nodename);
+    read_namespaces(rb);
+}
+
+static int enter_landlock(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
+    rb->landlock = 0;
+    if (p->landlock_fd < 0) return 0;
+    if (syscall(SYS_landlock_restrict_self, p->landlock_fd, 0) < 0) return fail(e, "landlock", "landlock_restrict_self", "");
+    rb->landlock = 1;
+    return 0;
+}
+
+static int enter_seccomp(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
+    rb->seccomp = 0;
+    if (p->filter.len == 0) return 0;
+    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &p->filter) < 0) return fail(e, "seccomp", "seccomp", "SECCOMP_SET_MODE_FILTER");
+    int mode = prctl(PR_GET_SECCOMP, 0, 0, 0, 0);
+    rb->seccomp = mode < 0 ? 0 : (uint32_t)mode;
+    return 0;
+}
+
+int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_readback *rb,
+                struct rf_error *e) {
+    if (join_cgroups(p, e) < 0) return -1;
+    if (setsid() < 0) return fail(e, "session", "setsid", "");
+    if (place_fds(fds, nfds, e) < 0) return -1;
+    if (seal_fds(nfds, e) < 0) return -1;
+    umask(022);
+    if (drop_bounding(p, e) < 0) return -1; /* needs CAP_SETPCAP, so before the ids */
+    if (set_rlimits(p, e) < 0) return -1;
+    if (become(p, e) < 0) return -1;
+    if (set_capabilities(p, e) < 0) return -1;
+    /* As the command's own user, so that a directory it may not enter is told now. */
+    if (chdir(x->cwd) < 0) return fail(e, "chdir", "chdir", x->cwd);
+    /* After the last change of ids, which clears it: the command doesn't outlive its init. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) return fail(e, "signals", "prctl", "PR_SET_PDEATHSIG");
+    if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
+    if (reset_signals(e) < 0) return -1;
+    read_back(p, rb);
+    if (enter_landlock(p, rb, e) < 0) return -1;
+    return enter_seccomp(p, rb, e); /* last: what comes before may need calls that the filter denies */
+}
+
+static const char *variable(char *const *envp, const char *name) {
+    size_t n = strlen(name);
+    for (; *envp; envp++)
+        if (strncmp(*envp, name, n) == 0 && (*envp)[n] == '=') return *envp + n + 1;
+    return NULL;
+}
+
+int rf_exec_path(const struct rf_exec *x, struct rf_error *e) {
+    const char *file = x->argv[0];
+    const char *path = variable(x->envp, "PATH");
+    if (strchr(file, '/') || !path) {
+        execve(file, x->argv, x->envp);
+        return rf_fail(e, "exec", "execve", file);
+    }
+    int err = ENOENT;
+    for (const char *dir = path; dir;) {
+        const char *end = strchr(dir, ':');
+        int n = (int)(end ? end - dir : (ptrdiff_t)strlen(dir));
+        char candidate[4096];
+        int length = snprintf(candidate, sizeof candidate, "%.*s%s%s", n, dir, n ? "/" : "", file);
+        if (length > 0 && (size_t)length < sizeof candidate) {
+            execve(candidate, x->argv, x->envp);
+            /* As execvp(3): a directory that lacks it, or may not be searched, doesn't end the search. */
+            if (errno == EACCES) err = EACCES;
+            else if (errno != ENOENT && errno != ENOTDIR) {
+                err = errno;
+                break;
+            } else if (access(candidate, F_OK) == 0) {
+                err = errno = ENOENT; /* it is there: its interpreter is what's missing */
+                break;
+            }
+        }
+        dir = end ? end + 1 : NULL;
+    }
+    return rf_fail_errno(e, err, "exec", "execve", file);
+}

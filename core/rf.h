@@ -1,0 +1,242 @@
+/* ringfence core: what runs between clone and exec, as PID 1, and as the helper that starts both.
+ *
+ * Conventions: a function returns 0 (or a useful value >= 0), or -1 with the error record filled in. Only main exits.
+ * No allocation: every buffer is in a context that the role's main function maps once. */
+#pragma once
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+#include <assert.h>
+#include <errno.h>
+#include <linux/filter.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/types.h>
+
+#define RF_LEN(a) (sizeof(a) / sizeof((a)[0]))
+
+/* ---- error.c: the one error record --------------------------------------------------------------------------- */
+
+struct rf_error {
+    int err;          /* errno */
+    char step[32];    /* which part of the launch: "mounts", "seccomp", "exec" … */
+    char call[32];    /* the system call, or the check that failed */
+    char detail[512]; /* its argument that matters */
+};
+
+/* Fills `e` from errno and returns -1. */
+int rf_fail(struct rf_error *e, const char *step, const char *call, const char *detail);
+int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *call, const char *detail);
+
+/* ---- frame.c: the wire format (docs/design/protocol.md) ------------------------------------------------------ */
+
+#define RF_MAGIC 0x4652
+#define RF_VERSION 1
+#define RF_PAYLOAD_MAX (1u << 20)
+#define RF_PACKET_MAX (64u << 10)
+#define RF_FDS_MAX 64
+#define RF_NO_FD 0xffffffffu
+#define RF_CHUNK (64u << 10)
+
+enum rf_type {
+    RF_LAUNCH = 1, RF_TEMPLATE = 2, RF_OWN = 3, RF_USERNS = 4,
+    RF_PLAN = 16, RF_EXEC = 17, RF_STDIN = 18, RF_SIGNAL = 19, RF_KILL = 20, RF_PUT = 21, RF_DATA = 22, RF_LIST = 23,
+    RF_READ = 24, RF_SHUTDOWN = 25,
+    RF_LAUNCHED = 32, RF_READY = 33, RF_STARTED = 34, RF_ERROR = 35, RF_STDOUT = 36, RF_STDERR = 37, RF_EXITED = 38,
+    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41,
+};
+
+struct rf_header {
+    uint16_t magic;
+    uint8_t version;
+    uint8_t type;
+    uint32_t length;
+    uint32_t id;
+    uint16_t nfds;
+    uint16_t zero;
+} __attribute__((packed));
+
+struct rf_frame {
+    uint8_t type;
+    uint32_t id;
+    const uint8_t *payload;
+    size_t length;
+    const int *fds; /* owned by the channel until taken with rf_frame_take_fds */
+    unsigned nfds;
+};
+
+/* Checks a header against the constants; 0, or -1 with EPROTO. */
+int rf_header_check(const struct rf_header *h, size_t payload_max, struct rf_error *e);
+
+/* A cursor over the attributes of a payload. */
+struct rf_reader { const uint8_t *at, *end; };
+struct rf_attr { uint16_t tag; uint32_t length; const uint8_t *data; };
+/* 1 with an attribute, 0 at the end, -1 where the payload is malformed. */
+int rf_attr_next(struct rf_reader *r, struct rf_attr *a);
+/* Each checks the length and returns 0, or -1. */
+int rf_attr_u32(const struct rf_attr *a, uint32_t *v);
+int rf_attr_u64(const struct rf_attr *a, uint64_t *v);
+int rf_attr_string(const struct rf_attr *a, const char **s);
+/* Takes the next NUL-terminated string of a packed run of them; -1 where none ends before `end`. */
+int rf_take_string(const uint8_t **at, const uint8_t *end, const char **s);
+
+/* Writes attributes into a bounded buffer; `full` says that something didn't fit. */
+struct rf_writer { uint8_t *buf; size_t length, capacity; bool full; };
+void rf_put(struct rf_writer *w, uint16_t tag, const void *data, size_t n);
+void rf_put_u32(struct rf_writer *w, uint16_t tag, uint32_t v);
+void rf_put_u64(struct rf_writer *w, uint16_t tag, uint64_t v);
+void rf_put_string(struct rf_writer *w, uint16_t tag, const char *s);
+
+/* A stream of frames, over a socket with descriptors or over a virtio port without. */
+struct rf_channel {
+    int fd;
+    bool port;           /* a virtio-serial port: read and write, not recvmsg */
+    uint8_t *in;         /* RF_PAYLOAD_MAX + header */
+    size_t filled, used; /* bytes in `in`; bytes of them that the last frame took */
+    int fds[RF_FDS_MAX]; /* arrived and not yet taken, in order */
+    unsigned nfds;
+};
+/* Reads once. 1 where bytes came, 0 at the end of the stream, -1 on error (EAGAIN included). */
+int rf_channel_fill(struct rf_channel *ch, struct rf_error *e);
+/* 1 with the next whole frame, 0 where more must be read first, -1 where the peer broke the protocol. */
+int rf_channel_next(struct rf_channel *ch, struct rf_frame *f, struct rf_error *e);
+/* Sends one frame, waiting as long as it takes. `fd` travels along unless it is -1. */
+int rf_channel_send(struct rf_channel *ch, uint8_t type, uint32_t id, const void *payload, size_t n, int fd);
+int rf_channel_send_error(struct rf_channel *ch, uint32_t id, const struct rf_error *e);
+/* The same for one frame on any socket, as the launcher answers. */
+int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, size_t n, int passed);
+
+/* ---- plan.c: what PLAN says ---------------------------------------------------------------------------------- */
+
+#define RF_MOUNTS_MAX 256
+#define RF_RLIMITS_MAX 16
+#define RF_CGROUPS_MAX 8
+#define RF_BPF_MAX 4096 /* the kernel's BPF_MAXINSNS */
+
+enum rf_mount_kind { RF_DIR = 1, RF_SYMLINK, RF_FILE, RF_BIND, RF_FS, RF_MASK, RF_READONLY };
+enum {
+    RF_M_RDONLY = 1, RF_M_NOSUID = 2, RF_M_NODEV = 4, RF_M_NOEXEC = 8, RF_M_ATTRS = 15,
+    RF_M_RECURSIVE = 0x100, RF_M_OPTIONAL = 0x200,
+};
+enum { RF_P_CGROUP_NS = 1, RF_P_ENTER = 2, RF_P_NO_NEW_PRIVS = 4, RF_P_ALL = 7 };
+
+struct rf_mount {
+    uint8_t kind;
+    uint16_t flags;
+    uint32_t mode;
+    int fd; /* or -1 */
+    const char *source, *fstype, *target, *data;
+};
+
+struct rf_rlimit { uint32_t resource; uint64_t soft, hard; };
+
+struct rf_plan {
+    const char *hostname, *workdir;
+    bool loopback, has_ids, has_kill_uid;
+    uint32_t uid, gid, flags, kill_uid;
+    uint64_t capabilities, cpu_limit_ns, realtime_ns;
+    struct sock_fprog filter;
+    int landlock_fd, cpu_fd;
+    int cgroup_fds[RF_CGROUPS_MAX];
+    unsigned ncgroups, nmounts, nrlimits;
+    struct rf_rlimit rlimits[RF_RLIMITS_MAX];
+    struct rf_mount mounts[RF_MOUNTS_MAX];
+    const uint8_t *entropy;
+    size_t entropy_length;
+    bool has_guest_limits;
+    uint64_t guest_memory, guest_pids, guest_cpu_ns;
+};
+
+/* Reads a PLAN payload. The plan points into `payload` and refers to `fds`, which must both outlive it. */
+int rf_plan_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfds, struct rf_plan *p, struct rf_error *e);
+int rf_mount_parse(const struct rf_attr *a, const int *fds, unsigned nfds, struct rf_mount *m);
+
+#define RF_ARGS_MAX 8192
+
+struct rf_exec {
+    char *argv[RF_ARGS_MAX + 1];
+    char *envp[RF_ARGS_MAX + 1];
+    const char *cwd;
+    uint32_t flags;
+};
+enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_ALL = 3 };
+int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e);
+
+struct rf_launch {
+    uint64_t clone_flags;
+    const char *uid_map, *gid_map;
+    bool has_kill_uid, host_mounts;
+    uint32_t kill_uid;
+};
+int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struct rf_error *e);
+
+/* ---- rootfs.c: the file tree --------------------------------------------------------------------------------- */
+
+/* Makes a tmpfs, runs the steps in it, and returns a descriptor of its root; -1 on error. Must be called in a mount
+ * namespace of our own. `at` is an existing directory to hang it on. */
+int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const char *options, struct rf_error *e);
+/* Makes the tree at `root` this process's root and lets go of everything else. */
+int rf_tree_enter(int root, struct rf_error *e);
+/* The same where pivot_root can't work: PID 1 on the initramfs. */
+int rf_tree_switch(int root, struct rf_error *e);
+
+/* ---- restrict.c: what a command gives up, in one fixed order ------------------------------------------------- */
+
+struct rf_readback {
+    uint32_t pid, no_new_privs, seccomp, landlock;
+    uint64_t caps[5]; /* effective, permitted, inheritable, bounding, ambient */
+    uint32_t ids[6];
+    struct rf_rlimit rlimits[RF_RLIMITS_MAX];
+    unsigned nrlimits;
+    char namespaces[512];
+    size_t namespaces_length;
+    char hostname[65];
+};
+
+/* Runs in the command's process, between clone and exec. `fds` become 0, 1, 2, …; nothing else stays open. */
+int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_readback *rb,
+                struct rf_error *e);
+/* execve, with PATH searched as execvp does; returns only on failure. */
+int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
+
+/* ---- spawn.c ------------------------------------------------------------------------------------------------- */
+
+/* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */
+int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
+             struct rf_error *e);
+/* SIGKILL to every process of `uid`, at once. */
+int rf_kill_uid(uint32_t uid, struct rf_error *e);
+/* SIGKILL to every child of this process; how many there were. For a subreaper that has no better means. */
+int rf_kill_children(void);
+/* clone3 without CLONE_VM: returns 0 in the child, the pid in the parent. */
+pid_t rf_clone(uint64_t flags, int *pidfd);
+
+/* ---- init.c, launcher.c, guest.c, files.c -------------------------------------------------------------------- */
+
+enum rf_where { RF_IN_PROCESS, RF_IN_CONTAINER, RF_IN_GUEST };
+int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l);
+int rf_launcher_main(int socket_fd);
+int rf_guest_main(void);
+/* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */
+int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e);
+void rf_guest_clock(const struct rf_plan *p);
+
+/* Transfers of files of the work directory, over the channel. */
+struct rf_transfer { int fd; uint32_t id; uint64_t left; };
+int rf_file_put(const char *workdir, const struct rf_frame *f, uint32_t uid, uint32_t gid, struct rf_transfer *t, struct rf_error *e);
+int rf_file_data(struct rf_transfer *t, const struct rf_frame *f, struct rf_error *e);
+int rf_file_list(struct rf_channel *ch, const char *workdir, uint32_t id, struct rf_error *e);
+int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_frame *f, struct rf_error *e);
+
+/* ---- small helpers (error.c) --------------------------------------------------------------------------------- */
+
+int rf_write_all(int fd, const void *data, size_t n);
+/* Decimal text of `v` into `buf` (at least 21 bytes); returns buf. */
+char *rf_decimal(char *buf, uint64_t v);
+/* The first run of digits at or after the text `key` (or the very first where key is NULL) in a small file. */
+int rf_read_number(int fd, const char *key, uint64_t *v);

@@ -1,0 +1,53 @@
+"""ringfence: run a command as a process, a container or a virtual machine, through one API.
+
+    import ringfence as rf
+
+    result = rf.run(["python3", "job.py"], isolation="container", files={"job.py": b"print(6*7)"})
+    result.exit_code, result.stdout, result.applied
+
+`run` does the work; `Limits`, `Mount`, `Network` and `File` say under which rules; a `Result` tells how it ended, what
+it used, and what was in force. Everything that is raised derives from `RingfenceError`.
+"""
+
+from __future__ import annotations
+
+from ringfence.api import run
+from ringfence.errors import (
+    CannotEnforce,
+    KernelError,
+    ProtocolError,
+    RingfenceError,
+    SpecError,
+    StartError,
+    Unavailable,
+    Unmet,
+    WorkloadFailed,
+)
+from ringfence.levels.host import Host, host
+from ringfence.result import Applied, Result, TerminationReason, Usage
+from ringfence.spec import File, Limits, Mount, Network
+
+__all__ = [
+    "Applied",
+    "CannotEnforce",
+    "File",
+    "Host",
+    "KernelError",
+    "Limits",
+    "Mount",
+    "Network",
+    "ProtocolError",
+    "Result",
+    "RingfenceError",
+    "SpecError",
+    "StartError",
+    "TerminationReason",
+    "Unavailable",
+    "Unmet",
+    "Usage",
+    "WorkloadFailed",
+    "host",
+    "run",
+]
+
+__version__ = "0.1.0"

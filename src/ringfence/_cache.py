@@ -1,0 +1,207 @@
+"""The cache folder: what is made once from other things, and kept by what it was made of.
+
+An entry is a folder `<cache>/<kind>/<key>`. It is filled in a scratch folder beside it and then renamed,
+under a lock, so that nobody sees half of one and two processes don't make the same one at once. A file `seal`
+in it holds the SHA-256 of each of its files together with their stat(2) data: an entry whose stat data still
+agree is taken as it is, any other is read and compared, and one that was damaged is made anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+
+from ringfence.errors import SpecError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Progress = Callable[[str], None]
+
+_SEAL = "seal"
+_LOCK = ".lock"
+_SCRATCH = ".new-"
+
+
+def root(cache_dir: str | None = None) -> str:
+    """The cache folder, made if it is missing: cache_dir, else $RINGFENCE_CACHE, else
+    $XDG_CACHE_HOME/ringfence, else ~/.cache/ringfence (XDG Base Directory Specification).
+
+    Raises SpecError where it's not an absolute path, or where another account could write there: what is kept
+    in it is run later.
+    """
+    path = cache_dir or os.environ.get("RINGFENCE_CACHE") or os.path.join(_user_cache(), "ringfence")
+    if not os.path.isabs(path):
+        raise SpecError(f"the cache folder must be an absolute path, not {path!r}")
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    about = os.stat(path)
+    if about.st_uid not in (0, os.geteuid()):
+        raise SpecError(
+            f"the cache folder {path} belongs to uid {about.st_uid}: name your own in RINGFENCE_CACHE"
+        )
+    if stat.S_IMODE(about.st_mode) & 0o022:
+        raise SpecError(f"the cache folder {path} is writable by other accounts: run 'chmod go-w {path}'")
+    return path
+
+
+def _user_cache() -> str:
+    # A relative $XDG_CACHE_HOME is to be ignored, says the specification.
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
+
+
+def find(kind: str, key: str, cache_dir: str | None = None) -> str | None:
+    """The entry's folder, or None where it is missing or damaged."""
+    path = os.path.join(root(cache_dir), kind, key)
+    return path if intact(path) else None
+
+
+def obtain(
+    kind: str,
+    key: str,
+    fill: Callable[[str], None],
+    *,
+    cache_dir: str | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """The entry's folder; where it is missing or damaged, `fill(scratch folder)` makes its files first.
+
+    Raises what `fill` raises, and then leaves nothing behind.
+    """
+    if found := find(kind, key, cache_dir):
+        return found
+    parent = os.path.join(root(cache_dir), kind)
+    # Others may read what is in here: a VMM in a jail of its own runs under another uid. The root folder
+    # keeps other accounts out.
+    os.makedirs(parent, mode=0o755, exist_ok=True)
+    path = os.path.join(parent, key)
+    lock = _lock(parent, progress)
+    try:
+        if not intact(path):
+            _sweep(parent)
+            _replace(path, fill)
+    finally:
+        os.close(lock)
+    return path
+
+
+def _replace(path: str, fill: Callable[[str], None]) -> None:
+    parent = os.path.dirname(path)
+    scratch = os.path.join(parent, f"{_SCRATCH}{os.getpid()}-{os.urandom(4).hex()}")
+    os.mkdir(scratch, 0o755)
+    try:
+        fill(scratch)
+        _seal(scratch)
+        if os.path.lexists(path):
+            # Out of the way, by a name that the next sweep removes should we be killed here.
+            os.rename(path, f"{scratch}-damaged")
+        os.rename(scratch, path)
+    finally:
+        _sweep(parent)
+
+
+def intact(folder: str) -> bool:
+    """True where the entry's files are the ones that were sealed."""
+    seal = os.path.join(folder, _SEAL)
+    try:
+        with open(seal, encoding="utf-8") as file:
+            sealed = [line.split(" ", 2) for line in file.read().splitlines()]
+        if not sealed or any(len(one) != 3 for one in sealed):
+            return False
+        now = [(digest, _fingerprint(os.path.join(folder, name)), name) for digest, _, name in sealed]
+        if all(
+            fingerprint == before for (_, fingerprint, _), (_, before, _) in zip(now, sealed, strict=True)
+        ):
+            return True
+        if any(sha256_of(os.path.join(folder, name)) != digest for digest, _, name in now):
+            return False
+    except (OSError, UnicodeDecodeError):
+        return False
+    # The same bytes under new stat data (copied, restored from a backup): seal it again, so that the next
+    # look is quick. Not being allowed to is no damage.
+    try:
+        write(seal, _sealed(now))
+    except OSError:
+        pass
+    return True
+
+
+def forget_old(kind: str, keep: int, cache_dir: str | None = None) -> None:
+    """Remove all but the `keep` newest entries of a kind. Who has a file of one open can go on using it."""
+    import shutil
+
+    parent = os.path.join(root(cache_dir), kind)
+    lock = _lock(parent, None)
+    try:
+        found = (entry for entry in os.scandir(parent) if not entry.name.startswith("."))
+        entries = sorted((entry.stat(follow_symlinks=False).st_mtime_ns, entry.path) for entry in found)
+        for _, path in entries[: max(0, len(entries) - keep)]:
+            shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def sha256_of(path: str) -> str:
+    """A file's SHA-256, as 64 hex digits."""
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: str, data: bytes) -> None:
+    """Write a whole file, through another name: a reader sees the old one or the new one."""
+    scratch = f"{path}.{os.getpid()}-{os.urandom(4).hex()}"
+    with open(scratch, "xb") as file:
+        file.write(data)
+    os.replace(scratch, path)
+
+
+def _fingerprint(path: str) -> str:
+    about = os.lstat(path)
+    return f"{about.st_size}:{about.st_mtime_ns}:{about.st_ctime_ns}:{about.st_ino}:{about.st_mode:o}"
+
+
+def _seal(folder: str) -> None:
+    """Write the seal of a folder's files, and let everybody read them, whatever the umask is."""
+    sealed = []
+    os.chmod(folder, 0o755)
+    for here, folders, names in os.walk(folder):
+        for name in folders:
+            os.chmod(os.path.join(here, name), 0o755)
+        for name in sorted(names):
+            path = os.path.join(here, name)
+            os.chmod(path, 0o644)
+            # On the disk before the seal is: after a power cut a sealed file must not be a hole of its size.
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            sealed.append((sha256_of(path), _fingerprint(path), os.path.relpath(path, folder)))
+    write(os.path.join(folder, _SEAL), _sealed(sealed))
+
+
+def _sealed(files: list[tuple[str, str, str]]) -> bytes:
+    """The seal's text: digest, fingerprint and name of each file."""
+    return "".join(f"{digest} {fingerprint} {name}\n" for digest, fingerprint, name in files).encode()
+
+
+def _lock(folder: str, progress: Progress | None) -> int:
+    """Take the folder's lock: a file descriptor that holds it, until it is closed or this process ends."""
+    fd = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if progress:
+            progress(f"waiting for another ringfence that is writing to {folder}")
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def _sweep(parent: str) -> None:
+    """Remove every scratch folder: whoever holds the lock knows that no other process is using one."""
+    import shutil
+
+    for name in os.listdir(parent):
+        if name.startswith(_SCRATCH):
+            shutil.rmtree(os.path.join(parent, name), ignore_errors=True)

@@ -1,0 +1,85 @@
+"""The base of ringfence's frozen values.
+
+Not dataclasses: importing that module costs some 20 ms, half of what `import ringfence` may take.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, ClassVar, Self
+
+# A repr is for people: a Result with 50 MB of output has to fit on a screen.
+_REPR_LIMIT = 120
+
+
+class Value:
+    """A frozen value with slots: equal, hashable and printable by its fields.
+
+    A subclass lists its fields in `__slots__`, annotates them, and has an explicit keyword `__init__` that
+    checks its arguments and then calls `self._set(...)` once. A field can't be changed afterwards
+    (AttributeError); `replace` makes a changed copy, which is checked like any other.
+    """
+
+    __slots__ = ()
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        slots = cls.__dict__.get("__slots__")
+        if slots is None:
+            raise TypeError(f"{cls.__name__} needs __slots__: without them its instances could be changed")
+        # In the order of the annotations: that is the one to read.
+        order = list(cls.__annotations__)
+        cls._fields = (*cls._fields, *sorted(slots, key=order.index))
+
+    def _set(self, **fields: object) -> None:
+        """Set fields, past the guard of __setattr__. For `__init__` only."""
+        put = object.__setattr__
+        for name, value in fields.items():
+            put(self, name, value)
+
+    def _init_arguments(self) -> dict[str, Any]:
+        """The keyword arguments that make an equal value; overridden where `__init__` doesn't take the
+        fields.
+        """
+        return {name: getattr(self, name) for name in self._fields}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with the given arguments of `__init__` changed. Raises what `__init__` raises."""
+        return type(self)(**{**self._init_arguments(), **changes})
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: use .replace({name}=...) for a changed copy")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: its field {name} can't be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self._fields)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(getattr(self, name) for name in self._fields)))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={_short(getattr(self, name))}" for name in self._fields)
+        return f"{type(self).__name__}({fields})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), tuple(getattr(self, name) for name in self._fields))
+
+
+def _restore(cls: type[Value], values: tuple[object, ...]) -> Value:
+    """Unpickle and copy: the fields were checked when the original was made."""
+    value = cls.__new__(cls)
+    value._set(**dict(zip(cls._fields, values, strict=True)))
+    return value
+
+
+def _short(value: object) -> str:
+    if isinstance(value, (bytes, str)) and len(value) > _REPR_LIMIT:
+        return f"{value[:_REPR_LIMIT]!r}... ({len(value)} in all)"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_short(item)}" for key, item in value.items()) + "}"
+    return repr(value)

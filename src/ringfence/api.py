@@ -1,0 +1,178 @@
+"""`run`: one call, any boundary."""
+
+from __future__ import annotations
+
+import time
+
+from ringfence.errors import Unavailable
+from ringfence.levels.base import Command
+from ringfence.levels.host import Host, host
+from ringfence.result import Result, TerminationReason, Usage
+from ringfence.spec import Spec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+    from ringfence.levels.base import Level, Outcome, Sandbox
+    from ringfence.spec import Limits, Mount, Network
+
+    Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+__all__ = ["level", "run", "run_spec"]
+
+# All that `collect` may bring back of one run, bytes.
+_COLLECT_BYTES = 1 << 30
+_REASON_CPU, _REASON_KILLED = 1, 2
+
+
+def level(isolation: str) -> Level:
+    """The level of that name. Each is imported on first use."""
+    if isolation == "process":
+        from ringfence.levels.process import ProcessLevel
+
+        return ProcessLevel()
+    if isolation == "container":
+        from ringfence.levels.container import ContainerLevel
+
+        return ContainerLevel()
+    from ringfence.levels.vm import VmLevel
+
+    return VmLevel()
+
+
+def run(
+    argv: Sequence[Path],
+    *,
+    isolation: str = "container",
+    input: bytes | bytearray | memoryview | str | None = None,
+    env: Mapping[Any, Any] | None = None,
+    files: Mapping[Any, Any] | None = None,
+    collect: Iterable[Path] = (),
+    mounts: Iterable[Mount] = (),
+    image: Path | None = None,
+    user: int | str | None = None,
+    hostname: str | None = None,
+    network: str | Network | None = None,
+    limits: Limits | None = None,
+    check: bool = False,
+    text: bool = False,
+) -> Result:
+    """Runs a command behind a boundary, and waits for its end.
+
+    argv: a list of str or bytes; no shell is involved. isolation: "process", "container" or "vm".
+    input: all of stdin; without it stdin is empty, never the caller's. env: over a clean one (PATH, HOME, LANG, TERM).
+    files: {name: content} put into the work directory, which is the cwd. collect: patterns (`*` within a name, `**`
+    across folders) of files brought back from there in `Result.files`. mounts: host paths to show.
+    image: "host" (the default: the host's /usr, /etc and so on, read-only) or a rootfs folder.
+    user: a uid, "uid:gid" or a name inside; the default is one without privileges. hostname: inside.
+    network: "none" (the default) or "host". limits: see `Limits`. check: raise WorkloadFailed unless it exits with 0.
+    text: stdout and stderr as str (UTF-8, undecodable bytes kept by surrogateescape).
+
+    A limit that was reached is a Result with its termination_reason. Raises SpecError (the request makes no sense),
+    CannotEnforce (a rule that was asked for can't be enforced here), Unavailable (the level can't run here), all before
+    anything starts; StartError where the command was never run.
+    """
+    spec = Spec.make(
+        argv,
+        isolation=isolation,
+        input=input,
+        env=env,
+        files=files,
+        collect=collect,
+        mounts=mounts,
+        image=image,
+        user=user,
+        hostname=hostname,
+        network=network,
+        limits=limits,
+        check=check,
+        text=text,
+    )
+    return run_spec(spec)
+
+
+def run_spec(spec: Spec, on: Host | None = None) -> Result:
+    """Runs a spec that was made before. `on`: another view of this host than the probed one, for tests."""
+    called_ns = time.monotonic_ns()
+    machine = on if on is not None else host()
+    boundary = level(spec.isolation)
+    missing = boundary.unavailable(machine)
+    if missing is not None:
+        raise Unavailable(spec.isolation, *missing)
+    boundary.check(spec, machine)
+    with boundary.open(spec, machine) as sandbox:
+        command = Command(
+            argv=spec.argv,
+            env=spec.environment(sandbox.home),
+            cwd=sandbox.home,
+            input=spec.input,
+            wall_time_ns=spec.limits.wall_time_ns,
+            output_bytes=spec.limits.output_bytes,
+            once=True,
+        )
+        outcome = sandbox.run(command)
+        files = sandbox.collect(spec.collect, _COLLECT_BYTES) if spec.collect else None
+        measured = sandbox.usage(outcome)
+        applied = sandbox.applied(outcome)
+    result = _result(spec, sandbox, outcome, files, measured, applied, called_ns)
+    return result.check() if spec.check else result
+
+
+def _result(
+    spec: Spec,
+    sandbox: Sandbox,
+    outcome: Outcome,
+    files: dict[str, bytes] | None,
+    measured: tuple[int | None, int | None, bool, str],
+    applied: Any,
+    called_ns: int,
+) -> Result:
+    cpu_ns, memory_peak, out_of_memory, source = measured
+    exited = outcome.exited
+    reason = _reason(outcome, out_of_memory)
+    stdout: bytes | str = outcome.stdout
+    stderr: bytes | str = outcome.stderr
+    if spec.text:
+        stdout = outcome.stdout.decode("utf-8", "surrogateescape")
+        stderr = outcome.stderr.decode("utf-8", "surrogateescape")
+    return Result(
+        isolation=spec.isolation,
+        accelerator=sandbox.accelerator,
+        termination_reason=reason,
+        exit_code=exited.exit_code if exited is not None and outcome.stopped is None else None,
+        signal=exited.signal if exited is not None else None,
+        stdout=stdout,
+        stderr=stderr,
+        truncated=outcome.truncated,
+        files=files,
+        applied=applied,
+        usage=Usage(
+            wall_ns=outcome.ended_ns - outcome.started_ns,
+            cpu_ns=cpu_ns,
+            memory_peak_bytes=memory_peak,
+            startup_ns=outcome.started_ns - called_ns,
+            teardown_ns=time.monotonic_ns() - outcome.ended_ns,
+            source=source,
+        ),
+    )
+
+
+def _reason(outcome: Outcome, out_of_memory: bool) -> TerminationReason:
+    exited = outcome.exited
+    if outcome.stopped is not None:
+        return TerminationReason(outcome.stopped)
+    if exited is None:
+        # Init itself went: with the sandbox at its memory limit the kernel may have taken it.
+        return TerminationReason.MEMORY if out_of_memory else TerminationReason.KILLED
+    if exited.reason == _REASON_CPU:
+        return TerminationReason.CPU_TIME
+    if exited.reason == _REASON_KILLED:
+        return TerminationReason.KILLED
+    # The kernel kills single processes at the memory limit. Where the command went on and succeeded all the same, the
+    # limit did not end it.
+    if out_of_memory and exited.exit_code != 0:
+        return TerminationReason.MEMORY
+    return TerminationReason.SIGNALED if exited.signal is not None else TerminationReason.EXITED

@@ -1,0 +1,191 @@
+"""The seam: what every level is to those above it.
+
+A level says what it can enforce on a host (`abilities`), checks a spec against that (`check`), and opens sandboxes.
+A sandbox takes commands, one after the other, until it is closed; a one-shot run is a sandbox that takes one.
+"""
+
+from __future__ import annotations
+
+import abc
+
+from ringfence._value import Value
+from ringfence.errors import CannotEnforce, Unmet
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
+
+    from ringfence.levels.host import Host
+    from ringfence.result import Applied
+    from ringfence.spec import Spec
+    from ringfence.wire.messages import Exited, Started
+
+__all__ = ["Ability", "Command", "Level", "Outcome", "Sandbox", "requested"]
+
+
+class Ability(Value):
+    """Whether a level can enforce one rule on a host. mechanism: by what; reason: why not; help: what would help."""
+
+    __slots__ = ("available", "help", "mechanism", "reason", "rule")
+    rule: str
+    available: bool
+    mechanism: str
+    reason: str
+    help: str
+
+    def __init__(self, *, rule: str, mechanism: str = "", reason: str = "", help: str = "") -> None:
+        self._set(rule=rule, available=not reason, mechanism=mechanism, reason=reason, help=help)
+
+
+class Command(Value):
+    """What a sandbox is to run, and the bounds of it that are not the sandbox's own.
+
+    argv, env, cwd: bytes, as the workload sees them. input: all of stdin. wall_time_ns: or None.
+    output_bytes: how much of stdout and of stderr is kept, each; more ends the command. once: the sandbox takes no
+    other command, and ends with it.
+    """
+
+    __slots__ = ("argv", "cwd", "env", "input", "once", "output_bytes", "wall_time_ns")
+    argv: tuple[bytes, ...]
+    env: tuple[tuple[bytes, bytes], ...]
+    cwd: bytes
+    input: bytes | None
+    wall_time_ns: int | None
+    output_bytes: int
+    once: bool
+
+    def __init__(
+        self,
+        *,
+        argv: tuple[bytes, ...],
+        env: tuple[tuple[bytes, bytes], ...],
+        cwd: bytes,
+        input: bytes | None,
+        wall_time_ns: int | None,
+        output_bytes: int,
+        once: bool,
+    ) -> None:
+        self._set(
+            argv=argv,
+            env=env,
+            cwd=cwd,
+            input=input,
+            wall_time_ns=wall_time_ns,
+            output_bytes=output_bytes,
+            once=once,
+        )
+
+
+# Not a Value: it holds the output, and is made once a run.
+class Outcome:
+    """How a command ended.
+
+    started: what it read back of itself. exited: what init reported, or None where the sandbox ended without a word.
+    stopped: "wall_time", "output" or "killed" where we ended it, else None. started_ns, ended_ns: CLOCK_MONOTONIC.
+    """
+
+    __slots__ = ("ended_ns", "exited", "started", "started_ns", "stderr", "stdout", "stopped", "truncated")
+
+    def __init__(self) -> None:
+        self.started: Started | None = None
+        self.exited: Exited | None = None
+        self.stdout = b""
+        self.stderr = b""
+        self.truncated = False
+        self.stopped: str | None = None
+        self.started_ns = 0
+        self.ended_ns = 0
+
+
+class Sandbox(abc.ABC):
+    """An open sandbox. Its `close` leaves nothing of it, and may be called twice."""
+
+    home: bytes
+    accelerator: str | None = None
+
+    @abc.abstractmethod
+    def run(self, command: Command) -> Outcome:
+        """Runs a command to its end. Raises StartError where it was never run; the sandbox is over then."""
+
+    @abc.abstractmethod
+    def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
+        """The regular files of the work directory that match. No symlink is followed.
+
+        Raises SpecError where they are more than `limit_bytes` together.
+        """
+
+    @abc.abstractmethod
+    def usage(self, outcome: Outcome) -> tuple[int | None, int | None, bool, str]:
+        """(CPU time in ns, peak memory in bytes, whether the memory limit killed, who measured it)."""
+
+    @abc.abstractmethod
+    def applied(self, outcome: Outcome) -> list[Applied]:
+        """Rule by rule, what is in force."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends what runs and removes everything."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Level(abc.ABC):
+    """A kind of boundary."""
+
+    name: str
+
+    @abc.abstractmethod
+    def unavailable(self, host: Host) -> tuple[str, str] | None:
+        """Why the level can't run on that host at all, and what would help; None where it can."""
+
+    @abc.abstractmethod
+    def abilities(self, host: Host) -> Mapping[str, Ability]:
+        """Rule by rule, whether it can be enforced on that host. Network modes are rules "network=none" and so on."""
+
+    @abc.abstractmethod
+    def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
+        """What of this very spec can't be enforced, beyond what `abilities` tells of its rules."""
+
+    @abc.abstractmethod
+    def open(self, spec: Spec, host: Host) -> Sandbox:
+        """Starts a sandbox for a spec that was checked."""
+
+    def check(self, spec: Spec, host: Host) -> None:
+        """Raises CannotEnforce with every rule that was asked for and can't be enforced. Starts nothing."""
+        abilities = self.abilities(host)
+        unmet = []
+        for rule in sorted(spec.asked):
+            ability = abilities.get(f"network={spec.network.mode}" if rule == "network" else rule)
+            if ability is not None and not ability.available:
+                unmet.append(Unmet(rule, requested(spec, rule), ability.reason, ability.help))
+        unmet += self.unmet(spec, host)
+        if unmet:
+            raise CannotEnforce(self.name, unmet)
+
+
+def requested(spec: Spec, rule: str) -> object:
+    """What a spec asks for under a rule, in the units of its field."""
+    limits = spec.limits
+    values: dict[str, object] = {
+        "memory": limits.memory_bytes,
+        "cpus": limits.cpus,
+        "pids": limits.pids,
+        "wall_time": limits.wall_time_ns,
+        "cpu_time": limits.cpu_time_ns,
+        "output": limits.output_bytes,
+        "disk": limits.disk_bytes,
+        "hostname": spec.hostname,
+        "user": spec.user,
+        "network": spec.network.mode,
+        "image": spec.image,
+        "mounts": tuple((mount.source, mount.target, mount.writable) for mount in spec.mounts),
+    }
+    return values[rule]

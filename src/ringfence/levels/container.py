@@ -1,0 +1,374 @@
+"""The container level: namespaces decide what the workload sees, cgroups what it may use, capabilities and seccomp what
+it may ask of the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.errors import SpecError, Unmet
+from ringfence.images import tree
+from ringfence.levels.base import Ability, Level, Outcome
+from ringfence.levels.limits import limit_abilities
+from ringfence.levels.local import LocalSandbox
+from ringfence.levels.state import State, state
+from ringfence.levels.users import resolve
+from ringfence.levels.workdir import WorkDirectory
+from ringfence.linux import ids, mounts, seccomp
+from ringfence.result import Applied
+from ringfence.wire import messages
+from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, OPTIONAL, RDONLY, RECURSIVE, MountStep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ringfence.levels.host import Host
+    from ringfence.spec import Spec
+
+__all__ = ["ContainerLevel", "ContainerSandbox"]
+
+_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+_NEWUSER, _NEWPID, _NEWNET, _NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x00000080
+# The cgroup namespace comes later: its root is the cgroup that the command has joined by then.
+_NAMESPACES = _NEWNS | _NEWUTS | _NEWIPC | _NEWUSER | _NEWPID | _NEWTIME
+
+_HOME = b"/work"
+_HOSTNAME = "ringfence"
+_USER = (1000, 1000)
+_DEVICES = (b"null", b"zero", b"full", b"random", b"urandom", b"tty")
+_TEMPLATE = b"host"
+
+# The OCI runtimes' masked and read-only paths (runtime-spec, config-linux.md; the lists are Docker's and Podman's).
+_MASKED = (
+    b"/proc/acpi",
+    b"/proc/asound",
+    b"/proc/interrupts",
+    b"/proc/kcore",
+    b"/proc/keys",
+    b"/proc/latency_stats",
+    b"/proc/sched_debug",
+    b"/proc/scsi",
+    b"/proc/timer_list",
+    b"/proc/timer_stats",
+)
+_READONLY = (b"/proc/bus", b"/proc/fs", b"/proc/irq", b"/proc/sys", b"/proc/sysrq-trigger")
+
+
+class ContainerLevel(Level):
+    name = "container"
+
+    def unavailable(self, host: Host) -> tuple[str, str] | None:
+        if host.user_namespaces:
+            return host.user_namespaces, "run as root, or switch them on: see 'ringfence doctor'"
+        return None
+
+    def abilities(self, host: Host) -> Mapping[str, Ability]:
+        found = limit_abilities(host)
+        found["hostname"] = Ability(rule="hostname", mechanism="UTS namespace")
+        found["image"] = Ability(rule="image", mechanism="mount namespace, pivot_root")
+        found["user"] = Ability(rule="user", mechanism="user namespace")
+        found["mounts"] = Ability(rule="mounts", mechanism="mount namespace, mount_setattr")
+        found["network=none"] = Ability(rule="network=none", mechanism="network namespace with only lo")
+        found["network=host"] = Ability(rule="network=host", mechanism="the host's network namespace")
+        found["network=nat"] = Ability(
+            rule="network=nat", reason="not built yet for this level", help="use network='none' or 'host'"
+        )
+        return found
+
+    def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
+        unmet = []
+        if spec.user is not None:
+            try:
+                uid, gid = resolve(spec.user, spec.image)
+            except SpecError as error:
+                unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
+            else:
+                if not host.privileged and (uid, gid) not in ((0, 0), _USER):
+                    unmet.append(
+                        Unmet("user", spec.user, "an unprivileged caller maps a single id", "leave user out, or run as root")
+                    )
+                elif max(uid, gid) >= ids.CONTAINER_IDS:
+                    unmet.append(
+                        Unmet("user", spec.user, f"a container has the ids 0 to {ids.CONTAINER_IDS - 1}", "choose one of them")
+                    )
+        return unmet
+
+    def open(self, spec: Spec, host: Host) -> ContainerSandbox:
+        return ContainerSandbox(spec, host, state())
+
+
+class ContainerSandbox(LocalSandbox):
+    """extra_mounts, devices: more of the host's, for a VMM; each (path outside, path inside)."""
+
+    level = "container"
+
+    def __init__(
+        self,
+        spec: Spec,
+        host: Host,
+        state: State,
+        *,
+        extra_steps: Sequence[MountStep] = (),
+        extra_gid: int | None = None,
+        keep_memory_free: bool = True,
+    ) -> None:
+        super().__init__(spec, state)
+        self._host = host
+        self._extra_steps = extra_steps
+        self._extra_gid = extra_gid
+        self._hostname = spec.hostname or _HOSTNAME
+        self._mounted: list[tuple[str, str, str]] = []
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        spec, host = self.spec, self._host
+        if host.privileged:
+            self.slot = ids.slots().take()
+            base = ids.container_base(self.slot)
+            uid, gid = resolve(spec.user, spec.image) if spec.user is not None else _USER
+            uid_map = gid_map = b"0 %d %d" % (base, ids.CONTAINER_IDS)
+            if self._extra_gid is not None:
+                # A group of the host's, which nothing but the command itself is in: for /dev/kvm.
+                gid = ids.CONTAINER_IDS
+                gid_map += b"\n%d %d 1" % (gid, self._extra_gid)
+            self._maps = (uid_map, gid_map)
+            owner = (base + uid, base + min(gid, ids.CONTAINER_IDS - 1))
+        else:
+            # One id, which is the caller's own outside. The workload isn't root inside unless that was asked for.
+            uid, gid = resolve(spec.user, spec.image) if spec.user is not None else _USER
+            self._maps = (b"%d %d 1" % (uid, os.geteuid()), b"%d %d 1" % (gid, os.getegid()))
+            owner = None
+        self.user = (uid, gid)
+        name = self.state.next_name()
+        self.workdir = WorkDirectory(self.state.run_fd, name, owner)
+        self.workdir.put(spec.files)
+        self.home = _HOME
+        self.make_cgroup()
+        plan = messages.Plan()
+        plan.hostname(self._hostname.encode("ascii"))
+        if spec.network.mode == "none":
+            plan.loopback()
+        plan.mounts(self._tree(name))
+        plan.ids(uid, gid)
+        plan.flags(cgroup_namespace=True, enter=True, no_new_privs=True)
+        plan.workdir(_HOME)
+        if not host.seccomp:
+            plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=True)))
+        self.common_plan(plan)
+        flags = _NAMESPACES | (0 if spec.network.mode == "host" else _NEWNET)
+        self.start(messages.launch(clone_flags=flags, uid_map=self._maps[0], gid_map=self._maps[1]), plan)
+
+    # ---- the file tree ----
+
+    def _tree(self, name: bytes) -> list[MountStep]:
+        """The steps of the sandbox's root. Where nothing but the host's userland is asked for, the launcher has it
+        ready: one clone of a tree.
+        """
+        spec = self.spec
+        own = self._host.privileged
+        if own and spec.image == "host":
+            self.state.template(_TEMPLATE, host_template())
+        if own and spec.image == "host" and not spec.mounts and not self._extra_steps:
+            steps = [messages.bind(b"/", b"/t/" + _TEMPLATE, RECURSIVE)]
+            sealed = True
+        else:
+            steps = self._skeleton() + list(self._extra_steps)
+            sealed = False
+        tmpfs = NOSUID | NODEV
+        uid, gid = self.user
+        home = b"mode=0755,uid=%d,gid=%d" % (uid, min(gid, ids.CONTAINER_IDS - 1))
+        steps += [
+            messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
+            messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777,size=1g", flags=tmpfs),
+            messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755,size=64m", flags=tmpfs),
+            messages.filesystem(b"/home", b"tmpfs", data=home + b",size=1g", flags=tmpfs),
+            messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777,size=256m", flags=tmpfs),
+            messages.filesystem(b"/dev/pts", b"devpts", data=b"newinstance,ptmxmode=0666,mode=620", flags=NOSUID | NOEXEC),
+        ]
+        steps += [messages.mask(path) for path in _MASKED]
+        steps += [messages.readonly(path) for path in _READONLY]
+        source = b"/t/run/" + name if own else os.path.join(self.state.run_path, name)
+        steps.append(messages.bind(_HOME, source, NOSUID | NODEV))
+        steps += self._mounts()
+        if not sealed:
+            steps.append(messages.readonly(b"/"))
+        return steps
+
+    def _skeleton(self) -> list[MountStep]:
+        """A root built step by step, of the image's top-level entries."""
+        spec = self.spec
+        own = self._host.privileged
+        flags = RDONLY | NOSUID | NODEV | RECURSIVE
+        if spec.image == "host":
+            entries, folder = tree.host_entries(), b"/t/" + _TEMPLATE if own else b""
+        else:
+            entries, folder = tree.entries(spec.image), os.fsencode(spec.image)
+        steps = own_directories()
+        for entry in entries:
+            at = b"/" + entry.name
+            if entry.kind == "symlink":
+                steps.append(messages.symlink(at, entry.target))
+                continue
+            steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
+            if own and spec.image != "host":
+                source: bytes | int = self._detached(folder + at, idmap=True)
+            else:
+                source = folder + at
+            steps.append(messages.bind(at, source, flags))
+        steps += device_steps(b"/t/" + _TEMPLATE if own and spec.image == "host" else b"", self._device)
+        if spec.image == "host" and not own:
+            steps += [messages.mask(path) for path in tree.host_secrets()]
+        return steps
+
+    def _device(self, path: bytes) -> bytes | int:
+        return self._detached(path, idmap=False) if self._host.privileged and self.spec.image != "host" else path
+
+    def _detached(self, path: bytes, *, idmap: bool, must: bool = False) -> int:
+        fd = self.keep_fd(mounts.clone_tree(path))
+        if idmap:
+            done = mounts.set_idmap(fd, self._user_namespace())
+            if must and not done:
+                raise SpecError(
+                    f"mounts: the file system of {os.fsdecode(path)} can't map ids, so nothing could be written there"
+                )
+        return fd
+
+    def _user_namespace(self) -> int:
+        """A user namespace with our maps, to map the ids of mounts by."""
+        if not hasattr(self, "_userns"):
+            self._userns = self.keep_fd(self.state.launcher.user_namespace(*self._maps))
+        return self._userns
+
+    def _mounts(self) -> list[MountStep]:
+        """The spec's own mounts."""
+        steps = []
+        for mount in self.spec.mounts:
+            parent = mount.target
+            above = []
+            while (parent := os.path.dirname(parent)) != b"/":
+                above.append(parent)
+            steps += [messages.directory(path) for path in reversed(above)]
+            steps.append(
+                messages.directory(mount.target) if os.path.isdir(mount.source) else messages.file(mount.target)
+            )
+            flags = NOSUID | NODEV | RECURSIVE | (0 if mount.writable else RDONLY)
+            source: bytes | int = mount.source
+            if self._host.privileged:
+                source = self._detached(mount.source, idmap=True, must=mount.writable)
+            steps.append(messages.bind(mount.target, source, flags))
+        return steps
+
+    # ---- telling ----
+
+    def user_mechanism(self) -> str:
+        inside = self._maps[0].split()
+        return f"user namespace: id {inside[0].decode()} is {inside[1].decode()} outside, {inside[2].decode()} mapped"
+
+    def why_no_seccomp(self) -> str:
+        return self._host.seccomp
+
+    def applied(self, outcome: Outcome) -> list[Applied]:
+        found = super().applied(outcome)
+        started = outcome.started
+        if started is None:
+            return found
+        spec = self.spec
+        found.append(
+            Applied(rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="UTS namespace")
+        )
+        ours = _own_namespaces()
+        for name, inode in started.namespaces.items():
+            own = ours.get(name) != inode
+            wanted = None if name == "net" and spec.network.mode == "host" else "own"
+            found.append(
+                Applied(
+                    rule=f"namespace {name}",
+                    requested=wanted,
+                    effective=inode if own or wanted is None else None,
+                    mechanism="clone3" if own else "the host's",
+                )
+            )
+        mode = spec.network.mode
+        own_net = started.namespaces.get("net") != ours.get("net")
+        found.append(
+            Applied(
+                rule="network",
+                requested=mode if "network" in spec.asked else None,
+                effective=mode if own_net == (mode != "host") else None,
+                mechanism="network namespace with only lo" if own_net else "the host's network namespace",
+            )
+        )
+        found.append(
+            Applied(
+                rule="files",
+                requested=spec.image if "image" in spec.asked else None,
+                effective=f"{spec.image}, read-only; private /tmp, /run, /home, /dev, /proc",
+                mechanism="mount namespace, pivot_root",
+            )
+        )
+        for mount in spec.mounts:
+            shown = "writable" if mount.writable else "read-only"
+            found.append(
+                Applied(
+                    rule=f"mount {os.fsdecode(mount.target)}",
+                    requested=shown,
+                    effective=shown,
+                    mechanism="bind, mount_setattr",
+                )
+            )
+        return found
+
+
+_known_namespaces: dict[str, int] = {}
+
+
+def _own_namespaces() -> dict[str, int]:
+    """Our own namespaces, which don't change in a process's life unless it changes them itself."""
+    if not _known_namespaces:
+        for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"):
+            try:
+                _known_namespaces[name] = os.stat(f"/proc/self/ns/{name}").st_ino
+            except FileNotFoundError:
+                continue  # a kernel without it
+    return _known_namespaces
+
+
+def own_directories() -> list[MountStep]:
+    """What every sandbox's root has of its own."""
+    steps = [messages.directory(path) for path in (b"/dev", b"/home", b"/run", b"/work", b"/var", b"/mnt", b"/root")]
+    steps += [messages.directory(b"/proc", 0o555), messages.directory(b"/sys", 0o555), messages.directory(b"/tmp", 0o1777)]
+    steps += [messages.symlink(b"/var/tmp", b"/tmp"), messages.symlink(b"/var/run", b"/run")]
+    return steps
+
+
+def device_steps(prefix: bytes, source: object) -> list[MountStep]:
+    """/dev with only the standard nodes (runtime-spec, config-linux.md, "Default Devices")."""
+    open_device = source if callable(source) else (lambda path: path)
+    steps = []
+    for name in _DEVICES:
+        steps.append(messages.file(b"/dev/" + name, mode=0o666))
+        steps.append(messages.bind(b"/dev/" + name, open_device(prefix + b"/dev/" + name), NOSUID | NOEXEC))
+    steps += [messages.directory(b"/dev/pts"), messages.directory(b"/dev/shm", 0o1777)]
+    links = {b"fd": b"/proc/self/fd", b"stdin": b"fd/0", b"stdout": b"fd/1", b"stderr": b"fd/2", b"ptmx": b"pts/ptmx"}
+    return steps + [messages.symlink(b"/dev/" + name, to) for name, to in links.items()]
+
+
+def host_template() -> list[MountStep]:
+    """The host's userland as a ready tree, for the launcher's namespace. The descriptors are the caller's to close."""
+    steps = own_directories()
+    for entry in tree.host_entries():
+        at = b"/" + entry.name
+        if entry.kind == "symlink":
+            steps.append(messages.symlink(at, entry.target))
+            continue
+        steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
+        steps.append(messages.bind(at, mounts.clone_tree(at), RDONLY | NOSUID | NODEV | RECURSIVE))
+    steps += device_steps(b"", mounts.clone_tree)
+    steps += [messages.mask(path) for path in tree.host_secrets()]
+    steps.append(messages.readonly(b"/"))
+    return steps

@@ -1,0 +1,316 @@
+"""The loop that drives one command: feeds its stdin, drains its output with bounds, watches the clock, takes reports.
+
+One loop for all levels. Where init can take descriptors, the command's streams are pipes; in a guest they are frames on
+the channel. Drain first, wait after: a full pipe must never be what a limit waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from ringfence.errors import ProtocolError
+from ringfence.levels.base import Command, Outcome
+from ringfence.wire import frames, messages
+from ringfence.wire.frames import Type
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ringfence.wire.channel import Channel
+
+__all__ = ["Pipes", "drive"]
+
+_READ_BYTES = 256 << 10
+# What a pipe takes at once without being read: the kernel's default capacity (pipe(7)).
+_PIPE_BYTES = 64 << 10
+# How long init gets to end the sandbox by itself before its process is killed.
+_GRACE_NS = 2_000_000_000
+# How much may wait in the channel before more stdin is queued.
+_QUEUE_BYTES = 1 << 20
+
+_READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
+
+
+class Pipes:
+    """The caller's ends and the command's ends of stdin, stdout and stderr. `close` closes what is still open."""
+
+    __slots__ = ("child", "err", "in_", "out", "rest")
+
+    def __init__(self, input: bytes | None, null: int) -> None:
+        self.in_ = -1
+        self.rest = memoryview(b"")
+        self.child: list[int] = []
+        self.out, self.err = -1, -1
+        try:
+            if input:
+                theirs, self.in_ = os.pipe2(os.O_CLOEXEC)
+                self.child.append(theirs)
+                os.set_blocking(self.in_, False)
+                sent = os.write(self.in_, input[:_PIPE_BYTES])
+                self.rest = memoryview(input)[sent:]
+                if not self.rest:
+                    os.close(self.in_)
+                    self.in_ = -1
+            else:
+                self.child.append(os.dup(null))
+            self.out, theirs = os.pipe2(os.O_CLOEXEC)
+            self.child.append(theirs)
+            self.err, theirs = os.pipe2(os.O_CLOEXEC)
+            self.child.append(theirs)
+        except BaseException:
+            self.close()
+            raise
+
+    def sent(self) -> None:
+        """The command's ends went to init."""
+        for fd in self.child:
+            os.close(fd)
+        self.child = []
+
+    def close(self) -> None:
+        self.sent()
+        for fd in (self.in_, self.out, self.err):
+            if fd >= 0:
+                os.close(fd)
+        self.in_ = self.out = self.err = -1
+
+
+class _Kept:
+    """The first `limit` bytes of a stream."""
+
+    __slots__ = ("chunks", "left", "over")
+
+    def __init__(self, limit: int) -> None:
+        self.chunks: list[bytes] = []
+        self.left = limit
+        self.over = False
+
+    def add(self, data: bytes) -> None:
+        if len(data) > self.left:
+            data = data[: self.left]
+            self.over = True
+        if data:
+            self.chunks.append(data)
+            self.left -= len(data)
+
+    def value(self) -> bytes:
+        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+
+
+class _Drive:
+    def __init__(
+        self,
+        channel: Channel,
+        command: Command,
+        *,
+        id: int,
+        pipes: Pipes | None,
+        start_limit_ns: int,
+        kill_hard: Callable[[], None],
+        on_frame: Callable[[frames.Frame], None],
+        watch: dict[int, Callable[[], None]],
+    ) -> None:
+        self.channel = channel
+        self.command = command
+        self.id = id
+        self.pipes = pipes
+        self.kill_hard = kill_hard
+        self.on_frame = on_frame
+        self.watch = watch
+        self.outcome = Outcome()
+        self.out = _Kept(command.output_bytes)
+        self.err = _Kept(command.output_bytes)
+        self.poll = select.poll()
+        self.deadline: int | None = time.monotonic_ns() + start_limit_ns
+        self.killing = False
+        self.streams: dict[int, tuple[_Kept, str]] = {}
+        # Of a command whose stdin travels as frames.
+        self.input = memoryview(command.input or b"") if pipes is None else memoryview(b"")
+        self.credit = frames.STDIN_CREDIT
+        self.eof_sent = pipes is not None
+
+    def run(self) -> Outcome:
+        self.poll.register(self.channel.fileno(), select.POLLIN)
+        for fd in self.watch:
+            self.poll.register(fd, select.POLLIN)
+        if self.pipes is not None:
+            self.streams = {self.pipes.out: (self.out, "out"), self.pipes.err: (self.err, "err")}
+            for fd in self.streams:
+                self.poll.register(fd, select.POLLIN)
+            if self.pipes.in_ >= 0:
+                self.poll.register(self.pipes.in_, select.POLLOUT)
+        self._feed()
+        while not self._over():
+            self._step()
+        self._drain()
+        outcome = self.outcome
+        outcome.stdout, outcome.stderr = self.out.value(), self.err.value()
+        outcome.truncated = self.out.over or self.err.over
+        return outcome
+
+    def _over(self) -> bool:
+        if self.channel.at_end:
+            return True
+        return self.outcome.exited is not None
+
+    def _step(self) -> None:
+        timeout = None
+        if self.deadline is not None:
+            timeout = max(0, (self.deadline - time.monotonic_ns() + 999_999) // 1_000_000)
+        channel_fd = self.channel.fileno()
+        self.poll.modify(channel_fd, select.POLLIN | (select.POLLOUT if self.channel.wants_to_send else 0))
+        for fd, event in self.poll.poll(timeout):
+            if fd == channel_fd:
+                if event & select.POLLOUT:
+                    self.channel.flush()
+                    self._feed()
+                if event & _READABLE:
+                    for frame in self.channel.receive():
+                        self._take(frame)
+            elif fd in self.streams:
+                self._read(fd)
+            elif self.pipes is not None and fd == self.pipes.in_:
+                self._write_stdin()
+            elif fd in self.watch:
+                self.watch[fd]()
+        if self.deadline is not None and time.monotonic_ns() >= self.deadline:
+            self._deadline_passed()
+
+    # ---- the clock ----
+
+    def _deadline_passed(self) -> None:
+        if self.killing:
+            self.deadline = None
+            self.kill_hard()
+        elif self.outcome.started is None:
+            self.kill_hard()
+            raise ProtocolError("the sandbox did not start in time")
+        else:
+            self._stop("wall_time")
+
+    def _stop(self, reason: str) -> None:
+        """Ends all that runs in the sandbox; init reports as ever. Should it not, its process is killed."""
+        if self.killing:
+            return
+        self.killing = True
+        self.outcome.stopped = reason
+        self.channel.send(frames.encode(Type.KILL))
+        self.deadline = time.monotonic_ns() + _GRACE_NS
+
+    # ---- what comes ----
+
+    def _take(self, frame: frames.Frame) -> None:
+        outcome = self.outcome
+        kind = frame.type
+        if kind == Type.STDOUT or kind == Type.STDERR:
+            self._output(self.out if kind == Type.STDOUT else self.err, frame.payload)
+        elif kind == Type.STARTED and frame.id == self.id:
+            outcome.started = messages.parse_started(frame.payload)
+            outcome.started_ns = time.monotonic_ns()
+            wall = self.command.wall_time_ns
+            if not self.killing:
+                self.deadline = None if wall is None else outcome.started_ns + wall
+        elif kind == Type.EXITED and frame.id == self.id:
+            outcome.ended_ns = time.monotonic_ns()
+            outcome.exited = messages.parse_exited(frame.payload)
+        elif kind == Type.CREDIT and frame.id == self.id and self.pipes is None:
+            if len(frame.payload) != 4:
+                raise ProtocolError("CREDIT has no number")
+            self.credit += int.from_bytes(frame.payload, "little")
+            if self.credit > frames.STDIN_CREDIT:
+                raise ProtocolError("a guest gave more credit than it has room for")
+            self._feed()
+        elif kind == Type.ERROR:
+            raise messages.parse_error(frame.payload)
+        else:
+            self.on_frame(frame)
+
+    def _output(self, kept: _Kept, data: bytes) -> None:
+        kept.add(data)
+        if kept.over:
+            self._stop("output")
+
+    def _read(self, fd: int) -> bool:
+        """False at the stream's end."""
+        data = os.read(fd, _READ_BYTES)
+        if data:
+            self._output(self.streams[fd][0], data)
+            return True
+        self.poll.unregister(fd)
+        del self.streams[fd]
+        return False
+
+    def _drain(self) -> None:
+        """What the pipes still hold once the command is over. Only a sandbox that stays may have other writers, so
+        nothing here waits.
+        """
+        for fd in tuple(self.streams):
+            os.set_blocking(fd, False)
+            try:
+                while self._read(fd):
+                    pass
+            except BlockingIOError:
+                pass
+
+    # ---- stdin ----
+
+    def _write_stdin(self) -> None:
+        pipes = self.pipes
+        assert pipes is not None
+        try:
+            sent = os.write(pipes.in_, pipes.rest[:_READ_BYTES])
+            pipes.rest = pipes.rest[sent:]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:  # it doesn't want more
+            pipes.rest = memoryview(b"")
+        if not pipes.rest:
+            self.poll.unregister(pipes.in_)
+            os.close(pipes.in_)
+            pipes.in_ = -1
+
+    def _feed(self) -> None:
+        """Queues stdin as frames, as far as the credit goes."""
+        while self.input and self.credit and self.channel.queued_bytes < _QUEUE_BYTES:
+            chunk = self.input[: min(frames.CHUNK, self.credit)]
+            self.channel.send(frames.encode(Type.STDIN, bytes(chunk), id=self.id))
+            self.credit -= len(chunk)
+            self.input = self.input[len(chunk) :]
+        if not self.input and not self.eof_sent:
+            self.eof_sent = True
+            self.channel.send(frames.encode(Type.STDIN, id=self.id))
+
+
+def drive(
+    channel: Channel,
+    command: Command,
+    *,
+    id: int,
+    pipes: Pipes | None,
+    start_limit_ns: int,
+    kill_hard: Callable[[], None],
+    on_frame: Callable[[frames.Frame], None],
+    watch: dict[int, Callable[[], None]] | None = None,
+) -> Outcome:
+    """Drives a command whose EXEC was sent, until it is over or the channel ends.
+
+    id: the command's, in EXEC. pipes: its streams, or None where they travel as frames. start_limit_ns: how long it
+    may take until STARTED. kill_hard: ends the sandbox when init doesn't. on_frame: takes what isn't the command's.
+    watch: other descriptors, and what to call when one can be read.
+
+    Raises StartError with the error that init reported, ProtocolError where the other side breaks the protocol.
+    """
+    loop = _Drive(
+        channel,
+        command,
+        id=id,
+        pipes=pipes,
+        start_limit_ns=start_limit_ns,
+        kill_hard=kill_hard,
+        on_frame=on_frame,
+        watch=watch or {},
+    )
+    return loop.run()

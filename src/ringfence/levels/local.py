@@ -1,0 +1,287 @@
+"""What process and container sandboxes have in common: they run on the host's kernel, started by the launcher."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import time
+
+from ringfence.errors import KernelError, ProtocolError, StartError
+from ringfence.levels.base import Command, Outcome, Sandbox, requested
+from ringfence.levels.drive import Pipes, drive
+from ringfence.levels.state import State
+from ringfence.linux import ids
+from ringfence.result import Applied
+from ringfence.wire import frames, messages
+from ringfence.wire.frames import Type
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ringfence.levels.workdir import WorkDirectory
+    from ringfence.linux.cgroups import Cgroup
+    from ringfence.spec import Spec
+    from ringfence.wire.channel import Channel
+
+__all__ = ["CAPABILITIES_ALL", "LocalSandbox", "rlimits"]
+
+_START_LIMIT_NS = 30_000_000_000
+# From the kill to the last process being reaped. A sandbox that takes longer has one in uninterruptible sleep.
+_END_LIMIT_MS = 10_000
+
+CAPABILITIES_ALL = (1 << 41) - 1
+_SET_NAMES = ("effective", "permitted", "inheritable", "bounding", "ambient")
+_INFINITY = 2**64 - 1
+
+
+def rlimits(spec: Spec) -> list[tuple[int, int]]:
+    """(resource, limit) of a spec: no core files, and CPU time as the backstop of the group's own limit."""
+    found = [(resource.RLIMIT_CORE, 0)]
+    if spec.limits.cpu_time_ns is not None:
+        # For one process, in whole seconds: init watches the whole group more finely.
+        found.append((resource.RLIMIT_CPU, spec.limits.cpu_time_ns // 10**9 + 2))
+    return found
+
+
+class LocalSandbox(Sandbox):
+    """Owns all that a sandbox has on the host: its init, its channel, its cgroup, its work directory, its ids."""
+
+    level: str
+
+    def __init__(self, spec: Spec, state: State) -> None:
+        self.spec = spec
+        self.state = state
+        self.slot: int | None = None
+        self.workdir: WorkDirectory | None = None
+        self.cgroup: Cgroup | None = None
+        self.channel: Channel | None = None
+        self.pidfd = -1
+        self.pid = 0
+        self._next_id = 1
+        self._owned_fds: list[int] = []
+        self._oom_before = 0
+
+    # ---- starting ----
+
+    def make_cgroup(self) -> None:
+        limits = self.spec.limits
+        self.cgroup = self.state.cgroup(memory_bytes=limits.memory_bytes, cpus=limits.cpus, pids=limits.pids)
+
+    def keep_fd(self, fd: int) -> int:
+        """A descriptor that the sandbox closes at its end."""
+        self._owned_fds.append(fd)
+        return fd
+
+    def common_plan(self, plan: messages.Plan) -> None:
+        """What both levels tell init alike."""
+        for which, limit in rlimits(self.spec):
+            _, hard = resource.getrlimit(which)
+            value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            plan.rlimit(which, value, value)
+        if self.cgroup is not None:
+            for fd in self.cgroup.join_fds():
+                plan.cgroup(fd)
+            if self.spec.limits.cpu_time_ns is not None:
+                usage = self.cgroup.cpu_fd()
+                if usage is None:
+                    raise KernelError("open", ["cpuacct.usage"], 2, "the cgroup tells no CPU time")
+                plan.cpu_limit(self.spec.limits.cpu_time_ns, usage)
+
+    def start(self, request: bytes, plan: messages.Plan) -> None:
+        """Has init started and hands it the plan. Its answers come while a command is driven."""
+        self.channel = self.state.launcher.launch(request)
+        self.channel.send(plan.encode(), plan.fds)
+
+    # ---- running ----
+
+    def run(self, command: Command, extra_fds: Sequence[int] = ()) -> Outcome:
+        """`extra_fds`: the command gets them as 3, 4, …"""
+        channel = self.channel
+        assert channel is not None
+        id = self._next_id
+        self._next_id += 1
+        pipes = Pipes(command.input, self.state.null)
+        try:
+            given = [*pipes.child, *extra_fds]
+            request = messages.execute(
+                command.argv, command.env, command.cwd, id=id, once=command.once, streams=False, nfds=len(given)
+            )
+            channel.send(request, given)
+            if channel.wants_to_send:
+                channel.flush_blocking()
+            pipes.sent()
+            outcome = drive(
+                channel,
+                command,
+                id=id,
+                pipes=pipes,
+                start_limit_ns=_START_LIMIT_NS,
+                kill_hard=self.kill,
+                on_frame=self.take,
+            )
+        finally:
+            pipes.close()
+        if outcome.exited is None and outcome.started is None:
+            raise ProtocolError("the sandbox ended before the command was started")
+        if outcome.ended_ns == 0:
+            outcome.ended_ns = time.monotonic_ns()
+        return outcome
+
+    def take(self, frame: frames.Frame) -> None:
+        """A frame that isn't of the command."""
+        if frame.type == Type.LAUNCHED and len(frame.fds) == 1 and self.pidfd < 0:
+            self.pidfd = frame.fds[0]
+            for tag, data in frames.attributes(frame.payload):
+                if tag == 1:
+                    self.pid = int.from_bytes(data, "little")
+        elif frame.type != Type.READY:
+            raise ProtocolError(f"init sent a frame of type {frame.type}")
+
+    def kill(self) -> None:
+        """Ends init by SIGKILL, where it doesn't answer any more."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended in this moment
+
+    def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
+        assert self.workdir is not None
+        return self.workdir.collect(patterns, limit_bytes)
+
+    # ---- telling ----
+
+    def usage(self, outcome: Outcome) -> tuple[int | None, int | None, bool, str]:
+        exited = outcome.exited
+        cpu_ns = exited.cpu_ns if exited is not None else None
+        if self.cgroup is None:
+            return cpu_ns, None, False, "wait4"
+        used = self.cgroup.usage()
+        killed = bool(used.oom_kills)
+        return used.cpu_ns if used.cpu_ns is not None else cpu_ns, used.memory_peak_bytes, killed, used.source
+
+    def applied(self, outcome: Outcome) -> list[Applied]:
+        """The rules that both levels have, read back from the command and the cgroup."""
+        spec, started = self.spec, outcome.started
+        found = []
+        in_force = {one.rule: one for one in (self.cgroup.in_force if self.cgroup is not None else ())}
+        for rule in ("memory", "cpus", "pids"):
+            if rule in in_force:
+                one = in_force[rule]
+                found.append(
+                    Applied(rule=rule, requested=one.requested, effective=one.effective, mechanism=one.mechanism)
+                )
+        if spec.limits.wall_time_ns is not None:
+            wall = spec.limits.wall_time_ns
+            found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
+        if spec.limits.cpu_time_ns is not None:
+            cpu = spec.limits.cpu_time_ns
+            found.append(Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="init, by the cgroup's usage"))
+        output = spec.limits.output_bytes
+        asked = output if "output" in spec.asked else None
+        found.append(Applied(rule="output", requested=asked, effective=output, mechanism="the caller's pipes"))
+        if started is None:
+            return found
+        user = f"{started.ids[1]}:{started.ids[4]}"
+        found.append(
+            Applied(
+                rule="user",
+                requested=requested(spec, "user"),
+                effective=user,
+                mechanism=self.user_mechanism(),
+            )
+        )
+        sets = {name: value & CAPABILITIES_ALL for name, value in zip(_SET_NAMES, started.capabilities, strict=True)}
+        held = {name: f"{value:#x}" for name, value in sets.items() if value}
+        found.append(
+            Applied(rule="capabilities", requested=None, effective=held or "none", mechanism="capget, prctl")
+        )
+        found.append(
+            Applied(
+                rule="no_new_privs",
+                requested=None,
+                effective=True if started.no_new_privs else None,
+                mechanism="prctl PR_GET_NO_NEW_PRIVS",
+            )
+        )
+        found.append(
+            Applied(
+                rule="seccomp",
+                requested=None,
+                effective="filter" if started.seccomp == 2 else None,
+                mechanism=self.seccomp_mechanism() if started.seccomp == 2 else self.why_no_seccomp(),
+            )
+        )
+        for which, (soft, hard) in started.rlimits.items():
+            name = "rlimit core" if which == resource.RLIMIT_CORE else "rlimit cpu"
+            shown = [None if one == _INFINITY else one for one in (soft, hard)]
+            found.append(Applied(rule=name, requested=None, effective=shown, mechanism="getrlimit"))
+        return found
+
+    def user_mechanism(self) -> str:
+        return "setresuid, read back by getresuid"
+
+    def seccomp_mechanism(self) -> str:
+        return "libseccomp filter, read back by PR_GET_SECCOMP"
+
+    def why_no_seccomp(self) -> str:
+        return ""
+
+    # ---- ending ----
+
+    def wait_end(self) -> None:
+        """Waits until init, and with it all that ran, is gone."""
+        if self.pidfd < 0:
+            return
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not poll.poll(_END_LIMIT_MS):
+            self.kill()
+            if not poll.poll(_END_LIMIT_MS):
+                raise ProtocolError(f"init (pid {self.pid}) of the sandbox doesn't end")
+
+    def close(self) -> None:
+        channel, self.channel = self.channel, None
+        try:
+            if channel is not None:
+                self._await_pidfd(channel)
+                channel.close()  # its end is init's sign to end everything
+                self.wait_end()
+        finally:
+            if self.pidfd >= 0:
+                os.close(self.pidfd)
+                self.pidfd = -1
+            cgroup, self.cgroup = self.cgroup, None
+            if cgroup is not None and not cgroup.remove():
+                cgroup.kill()
+                cgroup.remove()
+            if self.workdir is not None:
+                self.workdir.remove()
+            for fd in self._owned_fds:
+                os.close(fd)
+            self._owned_fds.clear()
+            slot, self.slot = self.slot, None
+            if slot is not None:
+                ids.slots().give_back(slot)
+
+    def _await_pidfd(self, channel: Channel) -> None:
+        """Without init's pidfd its end can't be waited for. It is the first frame, so only a start that failed at
+        once may be without.
+        """
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        deadline = time.monotonic() + _END_LIMIT_MS / 1000
+        while self.pidfd < 0 and not channel.at_end and time.monotonic() < deadline:
+            poll.poll(1000)
+            for frame in channel.receive():
+                if frame.type == Type.LAUNCHED:
+                    self.take(frame)
+                elif frame.type == Type.ERROR:
+                    return
+
+    def failed(self, error: StartError) -> StartError:
+        """The error as the caller should see it; a level may know more of it."""
+        return error

@@ -1,0 +1,193 @@
+"""The process level: the host's system, seen read-only by a user without privileges.
+
+No namespace of its own. Landlock takes away writing, seccomp the network and the kernel's rarer calls, an id that no
+account has takes away everybody's files and processes, and a subreaper catches what would outlive it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ringfence.errors import Unmet
+from ringfence.levels.base import Ability, Level, Outcome
+from ringfence.levels.limits import limit_abilities
+from ringfence.levels.local import LocalSandbox
+from ringfence.levels.state import State, state
+from ringfence.levels.workdir import WorkDirectory
+from ringfence.linux import ids, landlock, seccomp
+from ringfence.result import Applied
+from ringfence.wire import messages
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ringfence.levels.host import Host
+    from ringfence.spec import Spec
+
+__all__ = ["ProcessLevel"]
+
+_NO_LANDLOCK_HELP = "use a kernel with Landlock, or isolation='container'"
+
+
+class ProcessLevel(Level):
+    name = "process"
+
+    def unavailable(self, host: Host) -> tuple[str, str] | None:
+        return None
+
+    def abilities(self, host: Host) -> Mapping[str, Ability]:
+        container = "use isolation='container' or 'vm'"
+        found = limit_abilities(host)
+        found["hostname"] = Ability(rule="hostname", reason="a process has the host's name", help=container)
+        found["image"] = Ability(rule="image", reason="a process sees the host's files", help=container)
+        found["user"] = Ability(rule="user", mechanism="setresuid")
+        found["mounts"] = (
+            Ability(rule="mounts", mechanism=f"Landlock ABI {host.landlock_abi}")
+            if host.landlock_abi
+            else Ability(rule="mounts", reason="this kernel has no Landlock", help=_NO_LANDLOCK_HELP)
+        )
+        found["network=host"] = Ability(rule="network=host", mechanism="nothing is taken away")
+        found["network=none"] = (
+            Ability(rule="network=none", reason=host.seccomp, help="install libseccomp: 'ringfence setup'")
+            if host.seccomp
+            else Ability(rule="network=none", mechanism="seccomp: no sockets but AF_UNIX")
+        )
+        found["network=nat"] = Ability(
+            rule="network=nat", reason="a process has no network stack of its own", help=container
+        )
+        return found
+
+    def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
+        unmet = []
+        for mount in spec.mounts:
+            asked = (mount.source, mount.target, mount.writable)
+            if mount.source != mount.target:
+                unmet.append(
+                    Unmet(
+                        "mounts",
+                        asked,
+                        f"a process sees the host's paths: {os.fsdecode(mount.source)} can't appear elsewhere",
+                        "use the same path twice, or isolation='container'",
+                    )
+                )
+            elif mount.writable and host.privileged and spec.user is None and not _anyone_writes(mount.source):
+                unmet.append(
+                    Unmet(
+                        "mounts",
+                        asked,
+                        f"the workload's uid may not write in {os.fsdecode(mount.source)}",
+                        "name its owner by user=, or use isolation='container'",
+                    )
+                )
+        if isinstance(spec.user, str):
+            unmet.append(Unmet("user", spec.user, "a process takes a user by number", "give a uid or 'uid:gid'"))
+        elif spec.user is not None and not host.privileged and spec.user != (os.geteuid(), os.getegid()):
+            unmet.append(Unmet("user", spec.user, "only root can become another user", "run as root"))
+        return unmet
+
+    def open(self, spec: Spec, host: Host) -> ProcessSandbox:
+        return ProcessSandbox(spec, host, state())
+
+
+def _anyone_writes(path: bytes) -> bool:
+    return bool(os.stat(path).st_mode & stat.S_IWOTH)
+
+
+class ProcessSandbox(LocalSandbox):
+    level = "process"
+
+    def __init__(self, spec: Spec, host: Host, state: State) -> None:
+        super().__init__(spec, state)
+        self._host = host
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        spec, host = self.spec, self._host
+        uid: int | None = None
+        user = spec.user if isinstance(spec.user, tuple) else None
+        if host.privileged and user is None:
+            self.slot = ids.slots().take()
+            uid = ids.process_uid(self.slot)
+            user = (uid, uid)
+        name = self.state.next_name()
+        self.workdir = WorkDirectory(self.state.run_fd, name, user if host.privileged else None)
+        self.workdir.put(spec.files)
+        self.home = os.path.join(self.state.run_path, name)
+        self.make_cgroup()
+        plan = messages.Plan()
+        if host.privileged and user is not None:
+            plan.ids(*user)
+        plan.flags(no_new_privs=True)
+        plan.workdir(self.home)
+        self._restrict_files(plan)
+        if not host.seccomp:
+            plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=spec.network.mode != "none")))
+        if uid is not None:
+            plan.kill_uid(uid)
+        self.common_plan(plan)
+        self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True), plan)
+
+    def _restrict_files(self, plan: messages.Plan) -> None:
+        """The host read-only, by Landlock; what is writable by the work directory and the spec's mounts."""
+        self.landlock = ""
+        if not self._host.landlock_abi:
+            return
+        assert self.workdir is not None
+        writable = [self.workdir.fd]
+        for mount in self.spec.mounts:
+            if mount.writable:
+                writable.append(self.keep_fd(os.open(mount.source, os.O_PATH | os.O_CLOEXEC)))
+        ruleset = landlock.host_read_only(writable, deny_network=self.spec.network.mode == "none")
+        self.landlock = ruleset.describe()
+        plan.landlock(self.keep_fd(ruleset.detach()))
+
+    def why_no_seccomp(self) -> str:
+        return self._host.seccomp
+
+    def applied(self, outcome: Outcome) -> list[Applied]:
+        found = super().applied(outcome)
+        started = outcome.started
+        if started is None:
+            return found
+        found.append(
+            Applied(
+                rule="files",
+                requested=None,
+                effective="the host read-only, the work directory writable" if started.landlock else None,
+                mechanism=self.landlock or "this kernel has no Landlock",
+            )
+        )
+        for mount in self.spec.mounts:
+            shown = "writable" if mount.writable else "read-only"
+            found.append(
+                Applied(
+                    rule=f"mount {os.fsdecode(mount.target)}",
+                    requested=shown,
+                    effective=shown if started.landlock else None,
+                    mechanism=self.landlock,
+                )
+            )
+        mode = self.spec.network.mode
+        enforced = mode == "host" or started.seccomp == 2
+        mechanism = "nothing is taken away" if mode == "host" else "seccomp: no sockets but AF_UNIX"
+        if mode == "none" and started.landlock and self._host.landlock_abi >= 4:
+            mechanism += ", and Landlock: no TCP"
+        found.append(
+            Applied(
+                rule="network",
+                requested=mode if "network" in self.spec.asked else None,
+                effective=mode if enforced else None,
+                mechanism=mechanism if enforced else self._host.seccomp,
+            )
+        )
+        found += [
+            Applied(rule=f"namespace {name}", requested=None, effective=inode, mechanism="the host's")
+            for name, inode in started.namespaces.items()
+        ]
+        return found

@@ -1,0 +1,48 @@
+"""Who a workload runs as inside an image."""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.errors import SpecError
+
+__all__ = ["resolve"]
+
+_MOST_BYTES = 1 << 20
+
+
+def resolve(user: tuple[int, int] | str, image: str) -> tuple[int, int]:
+    """(uid, gid) of a user of the image; names are looked up in its /etc/passwd and /etc/group. Raises SpecError."""
+    if isinstance(user, tuple):
+        return user
+    name, colon, group = user.partition(":")
+    uid, gid = _passwd(name, image)
+    if colon:
+        gid = int(group) if group.isdecimal() else _lookup("etc/group", group, image)[0]
+    return uid, gid
+
+
+def _passwd(name: str, image: str) -> tuple[int, int]:
+    if name.isdecimal():
+        return int(name), int(name)
+    ids = _lookup("etc/passwd", name, image)
+    return ids[0], ids[1]
+
+
+def _lookup(file: str, name: str, image: str) -> list[int]:
+    """The numbers of a line "name:password:number:number:…"."""
+    folder = "/" if image == "host" else image
+    try:
+        # An image's file may be a symlink to anywhere: it isn't followed.
+        fd = os.open(os.path.join(folder, file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SpecError(f"user: {name!r} can't be looked up: /{file} of the image: {error.strerror}") from None
+    try:
+        text = os.read(fd, _MOST_BYTES).decode("utf-8", "replace")
+    finally:
+        os.close(fd)
+    for line in text.splitlines():
+        fields = line.split(":")
+        if fields[0] == name and len(fields) > 3:
+            return [int(field) for field in fields[2:4] if field.isdecimal()]
+    raise SpecError(f"user: the image's /{file} has no {name!r}")

@@ -1,0 +1,379 @@
+"""The guest's kernel: found, fetched, uncompressed once, and kept by digest in the cache.
+
+Where it comes from, in this order:
+
+1. the file that $RINGFENCE_KERNEL names: a bzImage, an uncompressed kernel, or a kernel package (.deb). Its
+   modules are looked for in $RINGFENCE_KERNEL_MODULES, else in lib/modules/<release> beside or above it,
+   else in /lib/modules/<release>;
+2. the generic kernel package of Debian or Ubuntu, only downloaded and unpacked;
+3. the host's own, /boot/vmlinuz-<release>, where it can be read and has every module.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ringfence import _cache
+from ringfence._value import Value
+from ringfence.errors import SpecError, Unavailable
+from ringfence.levels.vm import bzimage, debian, modules
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Progress = Callable[[str], None]
+
+_KIND = "kernels"
+# The entry that `find` takes: a link, so that a newer kernel replaces it at once.
+_CURRENT = "current"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class GuestKernel(Value):
+    """A kernel that a guest can be started from. Equal ones have the same content.
+
+    release: as `uname -r` in the guest prints it. vmlinux: path of the uncompressed ELF kernel. modules: path
+    of a folder with `<name>.ko`, plain ELF without signature, of every module of `sets` and all that they
+    require. sets: names in modules.SETS that this kernel has. builtin: names of modules that are part of the
+    kernel. digest: SHA-256 in hex over the kernel and the modules. source: where it came from, for people.
+    """
+
+    __slots__ = ("builtin", "digest", "modules", "release", "sets", "source", "vmlinux")
+
+    release: str
+    vmlinux: str
+    modules: str
+    sets: tuple[str, ...]
+    builtin: frozenset[str]
+    digest: str
+    source: str
+
+    def __init__(
+        self,
+        *,
+        release: str,
+        vmlinux: str,
+        modules: str,
+        sets: tuple[str, ...],
+        builtin: frozenset[str],
+        digest: str,
+        source: str,
+    ) -> None:
+        self._set(
+            release=release,
+            vmlinux=vmlinux,
+            modules=modules,
+            sets=sets,
+            builtin=builtin,
+            digest=digest,
+            source=source,
+        )
+
+    def read_module(self, name: str) -> bytes | None:
+        """A module's ELF, or None where this kernel has no such file."""
+        try:
+            with open(os.path.join(self.modules, f"{name}.ko"), "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+
+def find(cache_dir: str | None = None) -> GuestKernel | None:
+    """The prepared kernel, or None where `prepare` has to make it. Takes about a millisecond; makes no
+    kernel.
+
+    Raises SpecError where the cache folder can't be trusted or $RINGFENCE_KERNEL names no file.
+    """
+    key = _key_of_file(named) if (named := _named()) else _CURRENT
+    folder = _cache.find(_KIND, key, cache_dir)
+    return _load(os.path.realpath(folder)) if folder else None
+
+
+def prepare(
+    cache_dir: str | None = None, *, refresh: bool = False, progress: Progress | None = None
+) -> GuestKernel:
+    """The prepared kernel, made now where it's missing or damaged (10 s; from a package a download of some 70
+    MB).
+
+    refresh: look for a newer package even where a kernel is at hand. Raises Unavailable, with the reason of
+    each source that failed, where no kernel can be had.
+    """
+    if os.uname().machine != "x86_64":
+        raise Unavailable("vm", f"guests are x86-64 and this host is {os.uname().machine}")
+    if not refresh and (found := find(cache_dir)):
+        return found
+    if named := _named():
+        return _load(_from_file(named, cache_dir, progress))
+    failures: list[Unavailable] = []
+    for source in (_from_package, _from_host):
+        try:
+            folder = source(cache_dir, progress)
+        except Unavailable as failure:
+            failures.append(failure)
+        else:
+            _point(folder)
+            return _load(folder)
+    raise Unavailable(
+        "vm",
+        "no kernel for guests: " + "; ".join(failure.reason for failure in failures),
+        next((failure.help for failure in failures if failure.help), ""),
+    )
+
+
+def _named() -> str | None:
+    path = os.environ.get("RINGFENCE_KERNEL")
+    if path and not os.path.isfile(path):
+        raise SpecError(f"RINGFENCE_KERNEL names {path!r}, which is not a file")
+    return os.path.realpath(path) if path else None
+
+
+def _key_of_file(path: str) -> str:
+    """A named file's key: another one when its stat(2) data, or where its modules are, change."""
+    import hashlib
+
+    about = os.stat(path)
+    of = (path, about.st_size, about.st_mtime_ns, about.st_ino, os.environ.get("RINGFENCE_KERNEL_MODULES"))
+    return f"file-{hashlib.sha256(repr(of).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+
+
+def _from_file(path: str, cache_dir: str | None, progress: Progress | None) -> str:
+    def fill(folder: str) -> None:
+        _tell(progress, f"preparing the guest's kernel from {path}")
+        tree: _ModuleTree
+        if path.endswith(".deb"):
+            image, tree = _unpack([path])
+        else:
+            with open(path, "rb") as file:
+                image = file.read()
+            tree = _modules_beside(path, bzimage.release(image))
+        _write(folder, image, tree, source=path, required=("boot",))
+
+    return _cache.obtain(_KIND, _key_of_file(path), fill, cache_dir=cache_dir, progress=progress)
+
+
+def _from_package(cache_dir: str | None, progress: Progress | None) -> str:
+    import shutil
+
+    packages = debian.kernel_packages()
+    image = packages[0]
+
+    def fill(folder: str) -> None:
+        scratch = os.path.join(folder, "packages")
+        debs = []
+        for number, package in enumerate(packages):
+            size = f" ({package.size_bytes / 1e6:.0f} MB)" if package.size_bytes else ""
+            _tell(progress, f"downloading {package.name} {package.version}{size}")
+            os.makedirs(os.path.join(scratch, str(number)))
+            debs.append(debian.download(package, os.path.join(scratch, str(number))))
+        _tell(progress, "unpacking the guest's kernel")
+        vmlinuz, tree = _unpack(debs)
+        _write(
+            folder,
+            vmlinuz,
+            tree,
+            source=f"package {image.name} {image.version}",
+            required=tuple(modules.SETS),
+        )
+        shutil.rmtree(scratch)
+
+    key = f"{image.name}_{image.version.replace(':', '%3a')}"
+    return _cache.obtain(_KIND, key, fill, cache_dir=cache_dir, progress=progress)
+
+
+def _from_host(cache_dir: str | None, progress: Progress | None) -> str:
+    release = os.uname().release
+    path = f"/boot/vmlinuz-{release}"
+    try:
+        with open(path, "rb") as file:
+            image = file.read()
+    except OSError as error:
+        raise Unavailable("vm", f"the host's own kernel {path} can't be read ({error.strerror})") from error
+
+    def fill(folder: str) -> None:
+        _tell(progress, f"preparing the guest's kernel from {path}")
+        tree = _DirectoryTree(f"/lib/modules/{release}")
+        _write(folder, image, tree, source=f"the host's own {path}", required=tuple(modules.SETS))
+
+    return _cache.obtain(_KIND, f"host-{_key_of_file(path)}", fill, cache_dir=cache_dir, progress=progress)
+
+
+class _ModuleTree:
+    """Where modules are looked up while a kernel is prepared: by name, as plain ELF."""
+
+    def __init__(self, builtin: frozenset[str] | None) -> None:
+        # None: there is no modules.builtin, so nothing tells what the kernel has in it.
+        self.builtin = builtin
+
+    def read(self, name: str) -> bytes | None:
+        raise NotImplementedError
+
+
+class _DirectoryTree(_ModuleTree):
+    """An installed /lib/modules/<release>."""
+
+    def __init__(self, folder: str) -> None:
+        self._paths = {
+            modules.canonical(name): os.path.join(here, name)
+            for here, _, names in os.walk(os.path.join(folder, "kernel"))
+            for name in names
+            if ".ko" in name
+        }
+        try:
+            with open(os.path.join(folder, "modules.builtin"), encoding="utf-8") as file:
+                builtin = _builtin(file.read())
+        except OSError:
+            builtin = None
+        super().__init__(builtin)
+
+    def read(self, name: str) -> bytes | None:
+        path = self._paths.get(name)
+        if path is None:
+            return None
+        with open(path, "rb") as file:
+            return modules.plain(path, file.read())
+
+
+class _MemoryTree(_ModuleTree):
+    """What was taken out of packages."""
+
+    def __init__(self, builtin: frozenset[str] | None, found: dict[str, bytes]) -> None:
+        super().__init__(builtin)
+        self._found = found
+
+    def read(self, name: str) -> bytes | None:
+        return self._found.get(name)
+
+
+def _builtin(text: str) -> frozenset[str]:
+    return frozenset(modules.canonical(line) for line in text.splitlines() if line)
+
+
+def _modules_beside(path: str, release: str) -> _ModuleTree:
+    if named := os.environ.get("RINGFENCE_KERNEL_MODULES"):
+        if not os.path.isdir(named):
+            raise SpecError(f"RINGFENCE_KERNEL_MODULES names {named!r}, which is not a folder")
+        return _DirectoryTree(named)
+    here = os.path.dirname(path)
+    for root in (here, os.path.dirname(here), "/"):
+        folder = os.path.join(root, "lib/modules", release)
+        if os.path.isdir(folder):
+            return _DirectoryTree(folder)
+    return _MemoryTree(None, {})
+
+
+def _unpack(debs: list[str]) -> tuple[bytes, _MemoryTree]:
+    """The kernel image and the wanted modules of kernel packages.
+
+    A package holds some 4000 modules, 300 MB; which ones the wanted ones require shows only in themselves, so
+    the packages are read again until nothing is missing. Once, but for a kernel with dependencies that we
+    don't foresee.
+    """
+    image, builtin = b"", None
+    found: dict[str, bytes] = {}
+    wanted = {modules.canonical(name) for name in modules.every(modules.SETS)} | _FORESEEN
+    while wanted:
+        for deb in debs:
+            for path, content in debian.members(deb):
+                name = os.path.basename(path)
+                if path.startswith("boot/vmlinuz-"):
+                    image = content.read()
+                elif name == "modules.builtin":
+                    builtin = _builtin(content.read().decode("utf-8", "replace"))
+                elif ".ko" in name and "/kernel/" in path and modules.canonical(name) in wanted:
+                    found[modules.canonical(name)] = modules.plain(name, content.read())
+        required = {before for module in found.values() for before in modules.requires(module)}
+        missing = required - found.keys() - (builtin or frozenset())
+        # What was looked for and isn't there won't be there the next time either.
+        wanted = missing - wanted
+    if not image:
+        raise Unavailable("vm", f"there is no kernel image in {', '.join(map(os.path.basename, debs))}")
+    return image, _MemoryTree(builtin, found)
+
+
+# What the modules of modules.SETS require in Linux 5.15 to 6.12, so that one pass over a package is enough.
+_FORESEEN = frozenset(
+    "virtio virtio_ring 9pnet netfs fscache libcrc32c crc32c_generic lz4_decompress zstd_decompress".split()
+)
+
+
+def _write(folder: str, image: bytes, tree: _ModuleTree, *, source: str, required: tuple[str, ...]) -> None:
+    """Write kernel, modules and manifest. Raises Unavailable where a required set isn't complete."""
+    import hashlib
+    import json
+
+    release = bzimage.release(image)
+    kernel = bzimage.vmlinux(image)
+    kept: dict[str, bytes] = {}
+    sets = []
+    for name, wanted in modules.SETS.items():
+        if tree.builtin is None:
+            # A kernel without a modules folder: one piece, as small kernels for virtual machines are. What it
+            # lacks shows as an error of the guest's own.
+            sets.append(name)
+            continue
+        try:
+            kept.update(modules.load_order(wanted, tree.read, tree.builtin))
+            sets.append(name)
+        except LookupError as missing:
+            if name in required:
+                raise Unavailable(
+                    "vm",
+                    f"kernel {release} from {source} lacks the module {missing.args[0]}",
+                    "unset RINGFENCE_KERNEL, or name Debian's generic kernel",
+                ) from missing
+    os.mkdir(os.path.join(folder, "modules"), 0o755)
+    digest = hashlib.sha256(kernel)
+    for name in sorted(kept):
+        digest.update(hashlib.sha256(name.encode() + b"\0" + kept[name]).digest())
+        _cache.write(os.path.join(folder, "modules", f"{name}.ko"), kept[name])
+    _cache.write(os.path.join(folder, "vmlinux"), kernel)
+    manifest = {
+        "format": _FORMAT,
+        "release": release,
+        "source": source,
+        "sets": sets,
+        # Only the names that a look-up may ask for again.
+        "builtin": sorted((tree.builtin or frozenset()) & _names_asked_for(kept)),
+        "digest": digest.hexdigest(),
+    }
+    _cache.write(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode())
+
+
+def _names_asked_for(kept: dict[str, bytes]) -> set[str]:
+    asked = {modules.canonical(name) for name in modules.every(modules.SETS)}
+    return asked.union(*(modules.requires(module) for module in kept.values()))
+
+
+def _load(folder: str) -> GuestKernel:
+    import json
+
+    with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
+        manifest = json.load(file)
+    if manifest["format"] != _FORMAT:
+        raise Unavailable(
+            "vm", f"the prepared kernel in {folder} was made by another version", f"remove {folder}"
+        )
+    return GuestKernel(
+        release=manifest["release"],
+        vmlinux=os.path.join(folder, "vmlinux"),
+        modules=os.path.join(folder, "modules"),
+        sets=tuple(manifest["sets"]),
+        builtin=frozenset(manifest["builtin"]),
+        digest=manifest["digest"],
+        source=manifest["source"],
+    )
+
+
+def _point(folder: str) -> None:
+    """Make `folder` the current kernel."""
+    parent, name = os.path.split(folder)
+    link = os.path.join(parent, f"{_CURRENT}.{os.getpid()}-{os.urandom(4).hex()}")
+    os.symlink(name, link)
+    os.replace(link, os.path.join(parent, _CURRENT))
+
+
+def _tell(progress: Progress | None, text: str) -> None:
+    if progress:
+        progress(text)

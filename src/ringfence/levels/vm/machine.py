@@ -1,0 +1,162 @@
+"""QEMU's command line for a guest: the microvm machine, one virtio-serial port, shares and disks."""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.errors import SpecError
+from ringfence.linux.tsc import host_tsc_khz
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+__all__ = [
+    "CHANNEL_PORT",
+    "MAX_DEVICES",
+    "MIN_MEMORY_BYTES",
+    "arguments",
+    "host_tsc_khz",
+    "kernel_command_line",
+]
+
+# The port's name, which the guest finds as /sys/class/virtio-ports/*/name. It is /dev/vport*p1.
+CHANNEL_PORT = "ringfence"
+
+# Debian's kernel doesn't come up in 64 MiB; in 96 it does, with little left.
+MIN_MEMORY_BYTES = 96 << 20
+
+# What has room on microvm's bus: 8 transports without a second I/O APIC, one of which is the channel's.
+MAX_DEVICES = 7
+
+_QEMU = "qemu-system-x86_64"
+
+# The JIT's cache of translated code. QEMU would take a gigabyte or a quarter of the guest's memory and never
+# give it back; a boot and a Python start fill some 40 MB.
+_TB_SIZE_MB = 64
+
+
+def arguments(
+    *,
+    kernel: Path,
+    initramfs: Path,
+    memory_bytes: int,
+    cpus: int,
+    accel: str,
+    channel_fd: int,
+    shares: Sequence[tuple[str, Path, bool]] = (),
+    disks: Sequence[Path] = (),
+    sets: Sequence[str] = (),
+    console_fd: int | None = None,
+    append: str = "",
+    qemu: Path = _QEMU,
+) -> list[bytes]:
+    """QEMU's argv for a cold boot.
+
+    kernel: an uncompressed vmlinux. memory_bytes: the guest's whole memory, rounded up to a MiB. cpus: 1 and
+    more. accel: "kvm" or "tcg". channel_fd: a connected stream socket that QEMU inherits: the other end of
+    the port. shares: (tag, folder, writable) of 9p shares. disks: raw images; /dev/vda, vdb, ... in this
+    order, read-only. sets: module sets to load besides those that shares and disks need. console_fd: a
+    writable file descriptor that QEMU inherits and that gets the guest's console, to debug a boot (a pipe has
+    to be read, or the guest stops); None: there is no console. append: more of the kernel's command line.
+
+    Raises SpecError where it makes no sense.
+    """
+    if accel not in ("kvm", "tcg"):
+        raise SpecError(f"accel must be kvm or tcg, not {accel!r}")
+    if memory_bytes < MIN_MEMORY_BYTES:
+        raise SpecError(
+            f"a guest needs at least {MIN_MEMORY_BYTES >> 20} MiB of memory, not {memory_bytes} bytes"
+        )
+    if cpus < 1:
+        raise SpecError(f"a guest needs at least one CPU, not {cpus}")
+    if len(shares) + len(disks) > MAX_DEVICES:
+        raise SpecError(
+            f"a guest takes at most {MAX_DEVICES} shares and disks, not {len(shares) + len(disks)}"
+        )
+    command_line = kernel_command_line(
+        cpus=cpus,
+        accel=accel,
+        sets=("boot", *(("9p",) if shares else ()), *(("erofs",) if disks else ()), *sets),
+        console=console_fd is not None,
+        append=append,
+    )
+    megabytes = (memory_bytes + (1 << 20) - 1) >> 20
+    argv: list[str | bytes] = [
+        os.fspath(qemu),
+        # acpi: Debian's kernel finds virtio-mmio devices by ACPI only. rtc: the guest's wall clock. Without
+        # PIT, PIC and serial port there is less to emulate and to attack.
+        *(
+            "-machine",
+            f"microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial={'on' if console_fd is not None else 'off'}",
+        ),
+        *("-accel", f"tcg,thread=multi,tb-size={_TB_SIZE_MB}" if accel == "tcg" else "kvm"),
+        *("-cpu", "max", "-smp", str(cpus), "-m", f"{megabytes}M"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-bios", "qboot.rom"),
+        *("-kernel", os.fspath(kernel), "-initrd", os.fspath(initramfs), "-append", command_line),
+        *("-chardev", f"socket,id=channel,fd={channel_fd}"),
+        *("-device", "virtio-serial-device,max_ports=2"),
+        *("-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT}"),
+    ]
+    if console_fd is not None:
+        argv += ["-add-fd", f"fd={console_fd},set=1", "-chardev", "file,id=console,path=/dev/fdset/1"]
+        argv += ["-serial", "chardev:console"]
+    for number, (tag, folder, writable) in enumerate(shares):
+        argv += [
+            "-fsdev",
+            # security_model none: QEMU isn't root, so it can't give files other owners, and says so to
+            # nobody. multidevs: a share of / spans file systems, whose inode numbers would collide.
+            _options(
+                f"local,id=share{number},path=",
+                folder,
+                ",security_model=none,multidevs=remap" + ("" if writable else ",readonly=on"),
+            ),
+            "-device",
+            f"virtio-9p-device,fsdev=share{number},mount_tag={tag}",
+        ]
+    for number, image in enumerate(disks):
+        argv += [
+            "-blockdev",
+            # locking: many guests share one image, which nobody writes.
+            _options(f"driver=file,node-name=file{number},filename=", image, ",read-only=on,locking=off"),
+            "-blockdev",
+            f"driver=raw,node-name=disk{number},file=file{number},read-only=on",
+            "-device",
+            f"virtio-blk-device,drive=disk{number}",
+        ]
+    return [os.fsencode(one) for one in argv]
+
+
+def kernel_command_line(
+    *, cpus: int, accel: str, sets: Sequence[str], console: bool = False, append: str = ""
+) -> str:
+    """The guest kernel's command line; init takes `rf.sets=` from it."""
+    words = [
+        "console=ttyS0" if console else "quiet",
+        # End QEMU at a panic or a reboot: it runs with -no-reboot, and reboot=t is a triple fault.
+        "reboot=t",
+        "panic=-1",
+        # Self-tests, auditing and security modules that nothing here uses cost start-up time.
+        "cryptomgr.notests=1",
+        "audit=0",
+        "lsm=landlock",
+        "rcupdate.rcu_expedited=1",
+    ]
+    if cpus == 1:
+        words.append("noreplace-smp")
+    if accel == "tcg":
+        # Detours around the speculation of a real CPU: an emulated one has none, and they cost most there.
+        words.append("mitigations=off")
+    if accel == "tcg" and (khz := host_tsc_khz()):
+        # Without these a guest calibrates its TSC against an emulated timer, which hung 5 of 8 boots.
+        words += [f"tsc_early_khz={khz}", "tsc=reliable"]
+    words.append(f"rf.sets={','.join(dict.fromkeys(sets))}")
+    return " ".join(words + ([append] if append else []))
+
+
+def _options(before: str, path: Path, after: str) -> bytes:
+    """A path within QEMU's comma-separated options, where a comma is written twice."""
+    return before.encode() + os.fsencode(path).replace(b",", b",,") + after.encode()

@@ -1,0 +1,194 @@
+"""A sandbox's work directory on the host: files in, files out, removal.
+
+What is in it was made by the workload, so nothing here follows a symlink, opens what isn't a regular file, or trusts a
+depth. Everything goes by directory descriptors.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ringfence.errors import SpecError
+from ringfence.spec.parse import match_pattern
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ringfence.spec import FileIn
+
+__all__ = ["WorkDirectory"]
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+# Deeper than any honest tree; a descriptor is held for each level.
+_MOST_DEEP = 64
+_MOST_ENTRIES = 65536
+
+
+class WorkDirectory:
+    """The directory `name` below `parent_fd`, owned by (uid, gid) unless they are None. `fd` is its descriptor."""
+
+    def __init__(self, parent_fd: int, name: bytes, owner: tuple[int, int] | None) -> None:
+        self._parent_fd = parent_fd
+        self._name = name
+        self._owner = owner
+        os.mkdir(name, 0o700, dir_fd=parent_fd)
+        self.fd = os.open(name, _FOLDER, dir_fd=parent_fd)
+        try:
+            if owner is not None:
+                os.fchown(self.fd, *owner)
+        except BaseException:
+            self.remove()
+            raise
+
+    def put(self, files: tuple[FileIn, ...]) -> None:
+        """Writes files before anything runs. Raises OSError."""
+        for one in files:
+            folder, name = self._parents(one.path)
+            try:
+                fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+                try:
+                    rest = memoryview(one.data)
+                    while rest:
+                        rest = rest[os.write(fd, rest) :]
+                    if self._owner is not None:
+                        os.fchown(fd, *self._owner)
+                    os.fchmod(fd, one.mode)
+                finally:
+                    os.close(fd)
+            finally:
+                if folder != self.fd:
+                    os.close(folder)
+
+    def _parents(self, path: bytes) -> tuple[int, bytes]:
+        """A descriptor of the directory that `path` is in, made where it is missing, and the last name."""
+        *folders, name = path.split(b"/")
+        here = self.fd
+        for folder in folders:
+            try:
+                os.mkdir(folder, 0o755, dir_fd=here)
+                made = True
+            except FileExistsError:
+                made = False
+            below = os.open(folder, _FOLDER, dir_fd=here)
+            if here != self.fd:
+                os.close(here)
+            here = below
+            if made and self._owner is not None:
+                os.fchown(here, *self._owner)
+            if made:
+                os.fchmod(here, 0o755)
+        return here, name
+
+    def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
+        """The regular files that match. Raises SpecError where they are more than `limit_bytes` together."""
+        found: dict[str, bytes] = {}
+        left = limit_bytes
+        for path, folder, name in self._files(self.fd, b"", 0, [0]):
+            if not any(match_pattern(pattern, path) for pattern in patterns):
+                continue
+            data = _read(folder, name, left)
+            if data is None:
+                continue
+            left -= len(data)
+            if left < 0:
+                raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
+            found[os.fsdecode(path)] = data
+        return found
+
+    def _files(self, folder: int, prefix: bytes, depth: int, count: list[int]) -> Iterator[tuple[bytes, int, bytes]]:
+        for name in sorted(os.fsencode(entry) for entry in os.listdir(folder)):
+            count[0] += 1
+            if count[0] > _MOST_ENTRIES:
+                raise SpecError(f"collect: the work directory has more than {_MOST_ENTRIES} entries")
+            try:
+                mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+                if stat.S_ISREG(mode):
+                    yield prefix + name, folder, name
+                elif stat.S_ISDIR(mode) and depth < _MOST_DEEP:
+                    below = os.open(name, _FOLDER, dir_fd=folder)
+                    try:
+                        yield from self._files(below, prefix + name + b"/", depth + 1, count)
+                    finally:
+                        os.close(below)
+            except (FileNotFoundError, PermissionError, NotADirectoryError):
+                continue  # not ours to read, or not there any more
+
+    def remove(self) -> None:
+        """Removes it with all that the workload left in it, and closes `fd`. May be called twice."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        try:
+            os.rmdir(self._name, dir_fd=self._parent_fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                os.close(fd)
+                raise
+            while _empty(fd, fd, 0):
+                pass
+            os.close(fd)
+            os.rmdir(self._name, dir_fd=self._parent_fd)
+        else:
+            os.close(fd)
+
+
+def _read(folder: int, name: bytes, limit: int) -> bytes | None:
+    """A regular file's content, a little more than `limit` bytes at most; None for what is none any more."""
+    try:
+        # Without waiting for a FIFO's other end, should one have taken the name.
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENXIO):
+            return None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        chunks, left = [], limit + 1
+        while left > 0 and (chunk := os.read(fd, min(left, 1 << 20))):
+            chunks.append(chunk)
+            left -= len(chunk)
+        return b"".join(chunks)
+    finally:
+        os.close(fd)
+
+
+def _empty(folder: int, top: int, depth: int) -> bool:
+    """Removes what is in `folder`. What lies deeper than _MOST_DEEP is moved up to `top` instead, and then True is
+    returned: another round is needed.
+    """
+    again = False
+    for name in os.listdir(folder):
+        try:
+            os.unlink(name, dir_fd=folder)
+            continue
+        except IsADirectoryError:
+            pass
+        except PermissionError:
+            os.fchmod(folder, 0o700)  # an unprivileged caller's own folder, made read-only by the workload
+        try:
+            below = os.open(name, _FOLDER, dir_fd=folder)
+        except PermissionError:
+            os.chmod(name, 0o700, dir_fd=folder)
+            below = os.open(name, _FOLDER, dir_fd=folder)
+        except NotADirectoryError:
+            os.unlink(name, dir_fd=folder)
+            continue
+        try:
+            if depth < _MOST_DEEP:
+                again |= _empty(below, top, depth + 1)
+            elif os.listdir(below):
+                os.rename(name, b".deep-%d" % os.fstat(below).st_ino, src_dir_fd=folder, dst_dir_fd=top)
+                again = True
+                continue
+        finally:
+            os.close(below)
+        try:
+            os.rmdir(name, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    return again

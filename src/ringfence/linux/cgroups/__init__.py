@@ -1,0 +1,43 @@
+"""Control groups: limits of memory, CPU and processes, and what was used of them."""
+
+from __future__ import annotations
+
+import os
+
+from ringfence.linux.cgroups.base import Base, Cgroup, Controller, InForce, Layout, Manager, Usage, layout
+
+__all__ = [
+    "Base",
+    "Cgroup",
+    "Controller",
+    "InForce",
+    "Layout",
+    "Manager",
+    "Usage",
+    "layout",
+    "manager",
+    "open_manager",
+]
+
+_known_manager: Manager | None = None
+
+
+def manager() -> Manager:
+    """This process's manager, made on first use; a forked child gets one of its own. Nothing is made on disk
+    yet.
+    """
+    global _known_manager
+    if _known_manager is None or _known_manager.pid != os.getpid():
+        _known_manager = open_manager(layout())
+    return _known_manager
+
+
+def open_manager(found: Layout) -> Manager:
+    """A manager for a layout. Where no controller is usable it can still say why, by `usable`."""
+    if found.kind == "v2":
+        from ringfence.linux.cgroups.v2 import V2Manager
+
+        return V2Manager(found)
+    from ringfence.linux.cgroups.v1 import V1Manager
+
+    return V1Manager(found)

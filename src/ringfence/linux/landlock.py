@@ -1,0 +1,226 @@
+"""Landlock: a process takes away its own right to reach files, TCP ports, and processes outside
+(landlock(7)).
+
+A ruleset is made here and handed as a file descriptor to the C side, which calls landlock_restrict_self(2) in
+the workload. Rights that a ruleset handles are denied everywhere but beneath the paths that it allows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from ringfence.errors import KernelError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["ALL_FILES", "READ_ONLY", "WRITABLE_TREE", "Ruleset", "abi", "available", "gaps", "host_read_only"]
+
+# Rights on files, of include/uapi/linux/landlock.h.
+EXECUTE = 1 << 0
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+REMOVE_DIR = 1 << 4
+REMOVE_FILE = 1 << 5
+MAKE_CHAR = 1 << 6
+MAKE_DIR = 1 << 7
+MAKE_REG = 1 << 8
+MAKE_SOCK = 1 << 9
+MAKE_FIFO = 1 << 10
+MAKE_BLOCK = 1 << 11
+MAKE_SYM = 1 << 12
+REFER = 1 << 13
+TRUNCATE = 1 << 14
+IOCTL_DEV = 1 << 15
+# Rights on TCP ports, and what is scoped to the sandbox's own processes.
+BIND_TCP = 1 << 0
+CONNECT_TCP = 1 << 1
+SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0
+SCOPE_SIGNAL = 1 << 1
+
+ALL_FILES = (1 << 16) - 1
+READ_ONLY = EXECUTE | READ_FILE | READ_DIR
+# A workload makes no device nodes, and gets the controls of a device only where one is allowed by its own
+# path.
+WRITABLE_TREE = ALL_FILES & ~(MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
+_DEVICE = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV
+# Of these rights the kernel takes only some for a rule on what isn't a directory, and refuses the others
+# (EINVAL).
+_ON_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+
+_DEVICES = (b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/random", b"/dev/urandom", b"/dev/tty")
+
+# From which ABI on each is handled, and what a sandbox can still do below it.
+_FILES_BY_ABI = ((2, REFER), (3, TRUNCATE), (5, IOCTL_DEV))
+_GAPS = (
+    (3, "truncate(2) of a file that may not be written"),
+    (4, "TCP"),
+    (5, "ioctl(2) on a device that is already readable"),
+    (6, "signals to processes outside, abstract UNIX sockets"),
+)
+_SCOPES_ABI = 6
+_NETWORK_ABI = 4
+_CREATE_RULESET_VERSION = 1
+_RULE_PATH_BENEATH = 1
+
+_known_abi: int | None = None
+_known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
+_known_paths: dict[bytes, int] = {}
+
+
+def abi() -> int:
+    """The version of Landlock that this kernel has (7 with Linux 6.15); 0 where it has none or it is off."""
+    global _known_abi
+    if _known_abi is None:
+        create_ruleset, _ = _calls()
+        try:
+            _known_abi = create_ruleset(None, 0, _CREATE_RULESET_VERSION)
+        except KernelError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            _known_abi = 0
+    return _known_abi
+
+
+def available() -> tuple[bool, str]:
+    """Whether Landlock can be used here, and what there is or is missing."""
+    if abi():
+        return True, f"Landlock ABI {abi()}"
+    return (
+        False,
+        "this kernel has no Landlock (it needs Linux 5.13, CONFIG_SECURITY_LANDLOCK and lsm=landlock)",
+    )
+
+
+def gaps(version: int) -> tuple[str, ...]:
+    """What a sandbox could still do with that ABI and couldn't with a newer one."""
+    return tuple(gap for needed, gap in _GAPS if version < needed)
+
+
+class Ruleset:
+    """A ruleset that is being built. It owns its file descriptor `fd`; a context manager closes it.
+
+    handled_files, handled_network, scoped: the rights that it takes away, as the constants of this module.
+    version: the ABI that it was made for. Raises KernelError, and ENOSYS is one where there is no Landlock.
+    """
+
+    def __init__(self, *, deny_network: bool = False, scope: bool = True, version: int | None = None) -> None:
+        """deny_network: no TCP port may be bound or connected to. scope: no signals and no abstract UNIX
+        sockets to processes outside. version: an older ABI than the kernel's, for tests.
+        """
+        self.version = abi() if version is None else version
+        self.handled_files = _files(self.version)
+        self.handled_network = BIND_TCP | CONNECT_TCP if deny_network and self.version >= _NETWORK_ABI else 0
+        self.scoped = (
+            SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and self.version >= _SCOPES_ABI else 0
+        )
+        attributes = struct.pack("=QQQ", self.handled_files, self.handled_network, self.scoped)
+        # An older kernel takes only the fields that it knows.
+        size = 24 if self.version >= _SCOPES_ABI else 16 if self.version >= _NETWORK_ABI else 8
+        create_ruleset, self._add_rule = _calls()
+        self.fd = create_ruleset(attributes[:size], size, 0)
+
+    def allow(self, fd: int, access: int) -> None:
+        """Allow rights on the file, or beneath the directory, that `fd` (O_PATH will do) refers to.
+
+        Rights that this ABI doesn't know are left out: they aren't denied either.
+        """
+        rule = struct.pack("=Qi", access & self.handled_files, fd)
+        self._add_rule(self.fd, _RULE_PATH_BENEATH, rule, 0)
+
+    def allow_path(self, path: bytes, access: int) -> bool:
+        """Allow rights on one of the host's fixed paths; False where it isn't there.
+
+        The path is opened once in the life of this process and kept, so it is for paths that don't change.
+        """
+        fd = _known_path(path)
+        if fd is None:
+            return False
+        self.allow(fd, access)
+        return True
+
+    def describe(self) -> str:
+        """What it takes away, in a line: "Landlock ABI 7: files, TCP, signals, abstract UNIX sockets"."""
+        parts = ["files"]
+        if self.handled_network:
+            parts.append("TCP")
+        if self.scoped:
+            parts += ["signals", "abstract UNIX sockets"]
+        return f"Landlock ABI {self.version}: {', '.join(parts)}"
+
+    def detach(self) -> int:
+        """The file descriptor, which is the caller's to close from now on."""
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.detach())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def host_read_only(
+    writable: Iterable[int], *, deny_network: bool, scope: bool = True, version: int | None = None
+) -> Ruleset:
+    """All of the host readable and executable; writable only what is beneath the given directories.
+
+    writable: file descriptors of directories. deny_network, scope, version: as for `Ruleset`.
+    The harmless devices (null, zero, full, random, urandom, tty) can be written and controlled. What the
+    workload's uid can't do, this doesn't allow either. Raises KernelError.
+    """
+    ruleset = Ruleset(deny_network=deny_network, scope=scope, version=version)
+    try:
+        ruleset.allow_path(b"/", READ_ONLY)
+        for path in _DEVICES:
+            ruleset.allow_path(path, _DEVICE & _ON_A_FILE)
+        for fd in writable:
+            ruleset.allow(fd, WRITABLE_TREE)
+    except BaseException:
+        ruleset.close()
+        raise
+    return ruleset
+
+
+def _files(version: int) -> int:
+    """The rights on files that an ABI knows."""
+    rights = ALL_FILES
+    for needed, right in _FILES_BY_ABI:
+        if version < needed:
+            rights &= ~right
+    return rights
+
+
+def _known_path(path: bytes) -> int | None:
+    if path not in _known_paths:
+        try:
+            _known_paths[path] = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+    return _known_paths[path]
+
+
+def _calls() -> tuple[Callable[..., int], Callable[..., int]]:
+    global _known_calls
+    if _known_calls is None:
+        from ctypes import c_char_p, c_int, c_size_t, c_uint32
+
+        from ringfence.linux._syscall import system_call
+
+        _known_calls = (
+            system_call("landlock_create_ruleset", c_char_p, c_size_t, c_uint32),
+            system_call("landlock_add_rule", c_int, c_int, c_char_p, c_uint32),
+        )
+    return _known_calls

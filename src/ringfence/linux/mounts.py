@@ -1,0 +1,63 @@
+"""Detached mounts: taken in this process's mount namespace, attached in a sandbox's (open_tree(2), mount_setattr(2))."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from ringfence.errors import KernelError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["clone_tree", "set_idmap"]
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_MOUNT_ATTR_IDMAP = 0x00100000
+
+_known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
+
+
+def clone_tree(path: bytes, *, recursive: bool = True) -> int:
+    """A detached copy of the mount at `path`, with those below it; a descriptor that the caller closes.
+
+    Needs CAP_SYS_ADMIN and Linux 5.2. Raises KernelError.
+    """
+    open_tree, _ = _calls()
+    return open_tree(_AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0))
+
+
+def set_idmap(mount: int, user_namespace: int) -> bool:
+    """Shows a detached mount's files with ids as that user namespace maps them: uid 0 on disk is its uid 0.
+
+    False where the file system can't (EINVAL) or the mount has a map already (EPERM). Linux 5.12. Raises KernelError.
+    """
+    _, mount_setattr = _calls()
+    # struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
+    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, user_namespace)
+    try:
+        mount_setattr(mount, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes, len(attributes))
+    except KernelError as error:
+        if error.errno in (errno.EINVAL, errno.EPERM):
+            return False
+        raise
+    return True
+
+
+def _calls() -> tuple[Callable[..., int], Callable[..., int]]:
+    global _known_calls
+    if _known_calls is None:
+        from ctypes import c_char_p, c_int, c_size_t, c_uint
+
+        from ringfence.linux._syscall import system_call
+
+        _known_calls = (
+            system_call("open_tree", c_int, c_char_p, c_uint),
+            system_call("mount_setattr", c_int, c_char_p, c_uint, c_char_p, c_size_t),
+        )
+    return _known_calls

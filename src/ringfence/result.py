@@ -1,0 +1,279 @@
+"""What a run left: how it ended, what it printed and wrote, what it used, and what was in force."""
+
+from __future__ import annotations
+
+import enum
+import signal as _signal
+
+from ringfence._value import Value
+from ringfence.errors import WorkloadFailed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Self
+
+__all__ = ["Applied", "Result", "TerminationReason", "Usage"]
+
+
+class TerminationReason(enum.StrEnum):
+    """Why a workload ended. Each is also a plain str: `result.termination_reason == "memory"`."""
+
+    EXITED = "exited"
+    """It exited by itself; `exit_code` has its status."""
+    SIGNALED = "signaled"
+    """A signal that ringfence didn't send ended it; `signal` has its number."""
+    WALL_TIME = "wall_time"
+    """limits.wall_time had passed."""
+    CPU_TIME = "cpu_time"
+    """limits.cpu_time was used up."""
+    MEMORY = "memory"
+    """limits.memory was reached and the kernel killed for it."""
+    OUTPUT = "output"
+    """It printed more than limits.output."""
+    DISK = "disk"
+    """limits.disk was reached."""
+    KILLED = "killed"
+    """The caller ended it, by kill() or by closing the sandbox."""
+
+
+class Applied(Value):
+    """One rule: what was asked for and what is in force.
+
+    rule: its name, as in `Limits` and `run`. requested: in the units of the spec's field (bytes, nanoseconds,
+    a count); None where nobody asked and it is a default. effective: as read back from the kernel; None where
+    it isn't in force. mechanism: by what, such as "cgroup v1 memory.limit_in_bytes".
+    """
+
+    __slots__ = ("effective", "mechanism", "requested", "rule")
+    rule: str
+    requested: object
+    effective: object
+    mechanism: str
+
+    def __init__(self, *, rule: str, requested: object, effective: object, mechanism: str) -> None:
+        self._set(rule=rule, requested=requested, effective=effective, mechanism=mechanism)
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {
+            "rule": self.rule,
+            "requested": _plain(self.requested),
+            "effective": _plain(self.effective),
+            "mechanism": self.mechanism,
+        }
+
+
+class Usage(Value):
+    """What a run cost. None is unknown, never 0.
+
+    wall_ns: from the workload's start to its end, nanoseconds.
+    cpu_ns: user and system time of the workload and all its descendants, nanoseconds.
+    memory_peak_bytes: the most memory that the sandbox held at once.
+    startup_ns: from the call to the workload's start. teardown_ns: from its end to the sandbox being gone.
+    source: who measured CPU and memory ("cgroup v1", "cgroup v2", "wait4"), or "".
+    """
+
+    __slots__ = ("cpu_ns", "memory_peak_bytes", "source", "startup_ns", "teardown_ns", "wall_ns")
+    wall_ns: int | None
+    cpu_ns: int | None
+    memory_peak_bytes: int | None
+    startup_ns: int | None
+    teardown_ns: int | None
+    source: str
+
+    def __init__(
+        self,
+        *,
+        wall_ns: int | None = None,
+        cpu_ns: int | None = None,
+        memory_peak_bytes: int | None = None,
+        startup_ns: int | None = None,
+        teardown_ns: int | None = None,
+        source: str = "",
+    ) -> None:
+        self._set(
+            wall_ns=wall_ns,
+            cpu_ns=cpu_ns,
+            memory_peak_bytes=memory_peak_bytes,
+            startup_ns=startup_ns,
+            teardown_ns=teardown_ns,
+            source=source,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {
+            "wall_ns": self.wall_ns,
+            "cpu_ns": self.cpu_ns,
+            "memory_peak_bytes": self.memory_peak_bytes,
+            "startup_ns": self.startup_ns,
+            "teardown_ns": self.teardown_ns,
+            "source": self.source,
+        }
+
+
+class Result(Value):
+    """How a workload ended and what it left.
+
+    isolation: the level that ran. accelerator: "kvm" or "tcg" at the vm level, else None.
+    exit_code: 0 to 255, or None where it didn't exit by itself. signal: the number of the signal that ended
+    it, or None. termination_reason: a `TerminationReason`.
+    stdout, stderr: bytes, or str where text was asked for; what was printed, up to the output limit.
+    truncated: True where more was printed than was kept.
+    files: what `collect` matched, by path relative to the work directory (undecodable bytes in a name are
+    kept by surrogateescape, as in os.fsdecode).
+    usage: what it cost. applied: rule by rule, what is in force.
+    """
+
+    __slots__ = (
+        "accelerator",
+        "applied",
+        "exit_code",
+        "files",
+        "isolation",
+        "signal",
+        "stderr",
+        "stdout",
+        "termination_reason",
+        "truncated",
+        "usage",
+    )
+    isolation: str
+    accelerator: str | None
+    exit_code: int | None
+    signal: int | None
+    termination_reason: TerminationReason
+    # bytes or str by the caller's own text=..., so Any, as typeshed has it for subprocess.CompletedProcess.
+    stdout: Any
+    stderr: Any
+    truncated: bool
+    files: dict[str, bytes]
+    usage: Usage
+    applied: tuple[Applied, ...]
+
+    def __init__(
+        self,
+        *,
+        isolation: str,
+        termination_reason: str,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        stdout: bytes | str = b"",
+        stderr: bytes | str = b"",
+        truncated: bool = False,
+        files: Mapping[str, bytes] | None = None,
+        usage: Usage | None = None,
+        applied: Sequence[Applied] = (),
+        accelerator: str | None = None,
+    ) -> None:
+        self._set(
+            isolation=isolation,
+            accelerator=accelerator,
+            exit_code=exit_code,
+            signal=signal,
+            termination_reason=TerminationReason(termination_reason),
+            stdout=stdout,
+            stderr=stderr,
+            truncated=truncated,
+            files=dict(files) if files else {},
+            usage=usage if usage is not None else Usage(),
+            applied=tuple(applied),
+        )
+
+    @property
+    def ok(self) -> bool:
+        """Whether the workload exited by itself with status 0."""
+        return self.termination_reason is TerminationReason.EXITED and self.exit_code == 0
+
+    @property
+    def shell_status(self) -> int:
+        """The exit status that a shell would show for this end, 0 to 255.
+
+        The workload's own where it exited; 128+N where signal N ended it; 124 where time ran out (wall_time,
+        cpu_time), as timeout(1) has it; 137, which is 128+SIGKILL, where it was ended for its memory, output
+        or disk, or killed by the caller, since SIGKILL is what ended it.
+        """
+        reason = self.termination_reason
+        if reason is TerminationReason.EXITED and self.exit_code is not None:
+            return self.exit_code
+        if reason is TerminationReason.SIGNALED and self.signal is not None:
+            return 128 + self.signal
+        if reason in (TerminationReason.WALL_TIME, TerminationReason.CPU_TIME):
+            return 124
+        return 128 + _signal.SIGKILL
+
+    def describe(self) -> str:
+        """One sentence on how it ended: "the workload was killed by SIGSEGV (signal 11)"."""
+        reason = self.termination_reason
+        if reason is TerminationReason.EXITED:
+            return f"the workload exited with status {self.exit_code}"
+        if reason is TerminationReason.SIGNALED:
+            return f"the workload was killed by {_signal_name(self.signal)}"
+        if reason is TerminationReason.KILLED:
+            return "the workload was killed by the caller"
+        return f"the workload was stopped: it reached its {reason} limit"
+
+    def check(self) -> Self:
+        """Itself, where the workload exited with status 0; raises `WorkloadFailed` otherwise."""
+        if not self.ok:
+            raise WorkloadFailed(self)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps: every field under its own name.
+
+        Bytes that are valid UTF-8 become a string, all others {"base64": "..."}.
+        """
+        return {
+            "isolation": self.isolation,
+            "accelerator": self.accelerator,
+            "exit_code": self.exit_code,
+            "signal": self.signal,
+            "termination_reason": str(self.termination_reason),
+            "stdout": _plain(self.stdout),
+            "stderr": _plain(self.stderr),
+            "truncated": self.truncated,
+            "files": {name: _plain(data) for name, data in self.files.items()},
+            "usage": self.usage.to_json(),
+            "applied": [one.to_json() for one in self.applied],
+        }
+
+
+def _signal_name(number: int | None) -> str:
+    try:
+        return f"{_signal.Signals(number or 0).name} (signal {number})"
+    except ValueError:  # the real-time signals between SIGRTMIN and SIGRTMAX have no names
+        return f"signal {number}"
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _plain(value: object) -> Any:
+    """What json.dumps takes."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        data = bytes(value)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            import binascii
+
+            return {"base64": binascii.b2a_base64(data, newline=False).decode("ascii")}
+    if isinstance(value, str):
+        # text=True keeps undecodable bytes by surrogateescape, which no JSON reader but Python's would take.
+        return value if value.isascii() or not _has_surrogates(value) else _plain(_bytes(value))
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    return str(value)

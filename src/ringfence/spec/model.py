@@ -1,0 +1,382 @@
+"""The spec: one frozen value that says what to run and under which rules, the same for every level.
+
+`Spec.make` takes what people write and is the only place where it is judged; everything below it can trust a
+Spec.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ringfence._value import Value
+from ringfence.errors import SpecError
+from ringfence.spec import parse
+from ringfence.spec.rules import File, FileIn, Limits, Mount, Network
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import Any
+
+    Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+__all__ = ["DEFAULT_ENV", "ISOLATIONS", "Spec"]
+
+ISOLATIONS = ("process", "container", "vm")
+
+# The whole environment of a workload whose caller gives none, but for HOME, which is its work directory.
+DEFAULT_ENV = (
+    (b"PATH", b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+    (b"LANG", b"C.UTF-8"),
+    (b"TERM", b"dumb"),
+)
+
+# MAX_ARG_STRLEN of include/uapi/linux/binfmts.h: 32 pages, the NUL included.
+_MOST_STRING_BYTES = 32 * 4096
+# argv and environment together, each string with its NUL and its pointer: half of what execve(2) takes at the
+# usual 8 MiB stack, and within one frame to init.
+_MOST_STRINGS_BYTES = 2**20
+# __NEW_UTS_LEN of include/uapi/linux/utsname.h.
+_MOST_HOSTNAME_BYTES = 64
+# (uid_t)-1 means "leave it" to setresuid(2), so it is no id.
+_MOST_ID = 2**32 - 2
+
+_NO_NETWORK = Network("none")
+
+
+class Spec(Value):
+    """What to run and under which rules, judged and normalised. Made by `Spec.make`; the fields are trusted.
+
+    argv: the command, bytes. isolation: "process", "container" or "vm".
+    input: all of stdin; None is an empty one. env: the caller's own variables (see `environment`).
+    files: what goes into the work directory. collect: patterns of what comes back (`parse.match_pattern`).
+    mounts: sorted by target, so that parents come first. image: "host" or the absolute path of a rootfs
+    folder.
+    user: (uid, gid) inside, a name that the level has to resolve there, or None for the level's default.
+    hostname: or None for the level's default. network, limits: as given.
+    check: whether an end other than exit status 0 is an exception. text: whether stdout and stderr are str.
+    asked: the names of the rules that the caller gave explicitly; a level must enforce these or refuse.
+    """
+
+    __slots__ = (
+        "argv",
+        "asked",
+        "check",
+        "collect",
+        "env",
+        "files",
+        "hostname",
+        "image",
+        "input",
+        "isolation",
+        "limits",
+        "mounts",
+        "network",
+        "text",
+        "user",
+    )
+    argv: tuple[bytes, ...]
+    isolation: str
+    input: bytes | None
+    env: tuple[tuple[bytes, bytes], ...]
+    files: tuple[FileIn, ...]
+    collect: tuple[bytes, ...]
+    mounts: tuple[Mount, ...]
+    image: str
+    user: tuple[int, int] | str | None
+    hostname: str | None
+    network: Network
+    limits: Limits
+    check: bool
+    text: bool
+    asked: frozenset[str]
+
+    def __init__(
+        self,
+        *,
+        argv: tuple[bytes, ...],
+        isolation: str,
+        input: bytes | None,
+        env: tuple[tuple[bytes, bytes], ...],
+        files: tuple[FileIn, ...],
+        collect: tuple[bytes, ...],
+        mounts: tuple[Mount, ...],
+        image: str,
+        user: tuple[int, int] | str | None,
+        hostname: str | None,
+        network: Network,
+        limits: Limits,
+        check: bool,
+        text: bool,
+        asked: frozenset[str],
+    ) -> None:
+        self._set(
+            argv=argv,
+            isolation=isolation,
+            input=input,
+            env=env,
+            files=files,
+            collect=collect,
+            mounts=mounts,
+            image=image,
+            user=user,
+            hostname=hostname,
+            network=network,
+            limits=limits,
+            check=check,
+            text=text,
+            asked=asked,
+        )
+
+    @classmethod
+    def make(
+        cls,
+        argv: Sequence[Path],
+        *,
+        isolation: str = "container",
+        input: bytes | bytearray | memoryview | str | None = None,
+        env: Mapping[Any, Any] | None = None,
+        files: Mapping[Any, Any] | None = None,
+        collect: Iterable[Path] = (),
+        mounts: Iterable[Mount] = (),
+        image: Path | None = None,
+        user: int | str | None = None,
+        hostname: str | None = None,
+        network: str | Network | None = None,
+        limits: Limits | None = None,
+        check: bool = False,
+        text: bool = False,
+    ) -> Spec:
+        """The spec of a run, from the arguments of `rf.run`. Raises SpecError; nothing is started.
+
+        image, user, hostname, network: None is the default (image "host", network "none"), which nobody asked
+        for and a level may therefore apply as far as the host lets it. env: {name: value}, each str or bytes.
+        files: {path: bytes, str, File or (data, mode)}.
+        """
+        if isolation not in ISOLATIONS:
+            raise SpecError(f"isolation must be 'process', 'container' or 'vm', not {isolation!r}")
+        if limits is not None and not isinstance(limits, Limits):
+            raise SpecError(f"limits must be Limits(...), not {type(limits).__name__}")
+        limits = limits if limits is not None else Limits()
+        command = _argv(argv)
+        variables = _env(env)
+        _check_exec_size(command, variables)
+        mounted = _mounts(mounts)
+        given = {
+            "hostname": hostname is not None,
+            "user": user is not None,
+            "network": network is not None,
+            "mounts": bool(mounted),
+            "image": image is not None,
+        }
+        return cls(
+            argv=command,
+            isolation=isolation,
+            input=None if input is None else parse.content(input, "input"),
+            env=variables,
+            files=_files(files),
+            collect=_collect(collect),
+            mounts=mounted,
+            image=_image(image),
+            user=None if user is None else _user(user),
+            hostname=None if hostname is None else _hostname(hostname),
+            network=_network(network),
+            limits=limits,
+            check=bool(check),
+            text=bool(text),
+            asked=limits.asked | {name for name, was_given in given.items() if was_given},
+        )
+
+    def environment(self, home: bytes) -> tuple[tuple[bytes, bytes], ...]:
+        """The workload's whole environment: DEFAULT_ENV, HOME=`home`, and over them the caller's own
+        variables.
+        """
+        return tuple({**dict(DEFAULT_ENV), b"HOME": home, **dict(self.env)}.items())
+
+
+def _argv(argv: Sequence[Path]) -> tuple[bytes, ...]:
+    if isinstance(argv, (str, bytes, bytearray)):
+        raise SpecError(f"argv must be a list, not a {type(argv).__name__}: ringfence never runs a shell")
+    if not hasattr(argv, "__iter__"):
+        raise SpecError(f"argv must be a list of str or bytes, not {type(argv).__name__}")
+    command = tuple(_string(one, f"argv[{index}]") for index, one in enumerate(argv))
+    if not command:
+        raise SpecError("argv must not be empty: it has to name a command")
+    if not command[0]:
+        raise SpecError("argv[0] must not be empty: it names the command")
+    return command
+
+
+def _env(env: Mapping[Any, Any] | None) -> tuple[tuple[bytes, bytes], ...]:
+    if env is None:
+        return ()
+    if not hasattr(env, "items"):
+        raise SpecError(f"env must be a dict, not {type(env).__name__}")
+    variables: dict[bytes, bytes] = {}
+    for key, value in env.items():
+        name = _string(key, "a name in env")
+        if not name or b"=" in name:
+            raise SpecError(f"env: {key!r} can't be a variable's name: it is empty or has a '='")
+        if name in variables:
+            raise SpecError(f"env: {key!r} is given twice, as str and as bytes")
+        variables[name] = _string(value, f"env[{key!r}]")
+        if len(name) + 1 + len(variables[name]) >= _MOST_STRING_BYTES:
+            raise SpecError(
+                f"env[{key!r}] is too long: Linux takes at most {_MOST_STRING_BYTES - 1} bytes a string"
+            )
+    return tuple(variables.items())
+
+
+def _check_exec_size(argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ...]) -> None:
+    pointer_and_nul = 9
+    total = sum(len(one) + pointer_and_nul for one in argv)
+    total += sum(len(name) + 1 + len(value) + pointer_and_nul for name, value in env)
+    if total > _MOST_STRINGS_BYTES:
+        raise SpecError(
+            f"argv and env together take {total} bytes, more than 1 MiB: pass them by input or files"
+        )
+
+
+def _string(value: object, what: str) -> bytes:
+    """A string for execve(2): str by the file system's encoding, no NUL, not longer than the kernel takes."""
+    if isinstance(value, bytes):
+        raw = value
+    elif isinstance(value, (str, os.PathLike)):
+        try:
+            raw = os.fsencode(value)
+        except UnicodeEncodeError:
+            raise SpecError(f"{what} has a character that can't be encoded") from None
+    else:
+        raise SpecError(f"{what} must be str or bytes, not {type(value).__name__}")
+    if b"\0" in raw:
+        raise SpecError(f"{what} contains a NUL byte")
+    if len(raw) >= _MOST_STRING_BYTES:
+        raise SpecError(
+            f"{what} has {len(raw)} bytes: Linux takes at most {_MOST_STRING_BYTES - 1} in one string"
+        )
+    return raw
+
+
+def _files(files: Mapping[Any, Any] | None) -> tuple[FileIn, ...]:
+    if files is None:
+        return ()
+    if not hasattr(files, "items"):
+        raise SpecError(f"files must be a dict of {{name: content}}, not {type(files).__name__}")
+    found: dict[bytes, FileIn] = {}
+    for name, content in files.items():
+        path = parse.relative_path(name, "files")
+        if path in found:
+            raise SpecError(f"files: {os.fsdecode(path)!r} is given twice")
+        if isinstance(content, tuple):
+            if len(content) != 2:
+                raise SpecError(f"files[{name!r}] must be bytes, str, File or (data, mode)")
+            content = File(*content)
+        elif not isinstance(content, File):
+            content = File(parse.content(content, f"files[{name!r}]"))
+        found[path] = FileIn(path=path, data=content.data, mode=content.mode)
+    for path in found:
+        parent = path
+        while b"/" in parent:
+            parent = parent.rpartition(b"/")[0]
+            if parent in found:
+                raise SpecError(
+                    f"files: {os.fsdecode(parent)!r} is a file and a folder of {os.fsdecode(path)!r}"
+                )
+    return tuple(found.values())
+
+
+def _collect(collect: Iterable[Path]) -> tuple[bytes, ...]:
+    if isinstance(collect, (str, bytes)) or not hasattr(collect, "__iter__"):
+        raise SpecError(f"collect must be a list of patterns, not a {type(collect).__name__}")
+    return tuple(parse.relative_path(pattern, "collect") for pattern in collect)
+
+
+def _mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+    if not hasattr(mounts, "__iter__"):
+        raise SpecError(f"mounts must be a list of Mount(...), not {type(mounts).__name__}")
+    found: dict[bytes, Mount] = {}
+    for mount in mounts:
+        if not isinstance(mount, Mount):
+            raise SpecError(f"mounts must be a list of Mount(...), not of {type(mount).__name__}")
+        if mount.target in found:
+            raise SpecError(f"mounts: two of them have the target {os.fsdecode(mount.target)!r}")
+        if not os.path.exists(mount.source):
+            raise SpecError(f"mounts: the source {os.fsdecode(mount.source)!r} doesn't exist")
+        found[mount.target] = mount
+    return tuple(sorted(found.values(), key=lambda mount: mount.target))
+
+
+def _image(image: Path | None) -> str:
+    if image is None or image in ("host", b"host"):
+        return "host"
+    folder = os.fsdecode(parse.host_path(image, "image"))
+    try:
+        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+    except OSError as error:
+        raise SpecError(
+            f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder ({error.strerror})"
+        ) from None
+    if not is_folder:
+        raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder")
+    folder = os.path.realpath(folder)
+    if folder == "/":
+        raise SpecError("image: / would show all of the host, its secrets too: use 'host'")
+    return folder
+
+
+def _user(user: int | str) -> tuple[int, int] | str:
+    if isinstance(user, int) and not isinstance(user, bool):
+        uid = _id(user, user)
+        return uid, uid
+    if not isinstance(user, str):
+        raise SpecError(f"user must be a uid, 'uid:gid' or a name, not {user!r}")
+    if user == "root":
+        return 0, 0
+    first, colon, second = user.partition(":")
+    if first.isdecimal() and (second.isdecimal() or not colon):
+        return _id(first, user), _id(second or first, user)
+    for part in (first, second) if colon else (first,):
+        # What useradd(8) takes, and what a passwd file can hold.
+        if not (
+            part and part.isascii() and part.replace("-", "").replace(".", "").replace("_", "").isalnum()
+        ):
+            raise SpecError(f"user must be a uid, 'uid:gid' or a name, not {user!r}")
+    return user
+
+
+def _id(value: int | str, shown: object) -> int:
+    # Bounded before int(): a str of a million digits is no id.
+    found = int(value) if isinstance(value, int) or len(value) <= 10 else -1
+    if not 0 <= found <= _MOST_ID:
+        raise SpecError(f"user: {shown!r:.40} is out of range: an id is between 0 and {_MOST_ID}")
+    return found
+
+
+def _hostname(hostname: str) -> str:
+    """RFC 1123, section 2.1: letters, digits and hyphens, in labels of at most 63."""
+    if not isinstance(hostname, str):
+        raise SpecError(f"hostname must be a str, not {type(hostname).__name__}")
+    if len(hostname) > _MOST_HOSTNAME_BYTES:
+        raise SpecError(
+            f"hostname has {len(hostname)} characters: Linux takes at most {_MOST_HOSTNAME_BYTES}"
+        )
+    for label in hostname.split("."):
+        plain = label.isascii() and label.replace("-", "").isalnum()
+        if not plain or label[0] == "-" or label[-1] == "-" or len(label) > 63:
+            raise SpecError(
+                f"hostname {hostname!r} must be of letters, digits and inner hyphens, in labels with dots"
+            )
+    return hostname
+
+
+def _network(network: str | Network | None) -> Network:
+    if network is None:
+        return _NO_NETWORK
+    if isinstance(network, Network):
+        return network
+    if not isinstance(network, str):
+        raise SpecError(
+            f"network must be 'none', 'nat', 'host' or Network(...), not {type(network).__name__}"
+        )
+    return Network(network)

@@ -1,0 +1,144 @@
+"""A stream of frames over a socket: to an init that can take descriptors, or to a guest that can't."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+
+from ringfence.errors import ProtocolError
+from ringfence.wire import frames
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Channel", "send_packet"]
+
+_RECEIVE_BYTES = 256 << 10
+_FD_BYTES = array.array("i").itemsize
+# The other side sends one descriptor with one frame, once. A few more are room for that to change.
+_CONTROL_BYTES = socket.CMSG_SPACE(4 * _FD_BYTES)
+
+
+def send_packet(sock: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
+    """One packet with its descriptors, whole or not at all."""
+    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+
+
+class Channel:
+    """Frames over a stream socket, which it owns and makes non-blocking.
+
+    What it holds is bounded: one frame that isn't whole yet, and what `send` could not pass on. `trusted` says
+    whether the other side may hand over descriptors: a guest may not.
+    """
+
+    def __init__(self, sock: socket.socket, *, trusted: bool) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._trusted = trusted
+        self._in = bytearray()
+        self._fds: list[int] = []
+        self._out: list[memoryview] = []
+        self._out_fds: Sequence[int] = ()
+        self.at_end = False
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether something waits for the socket to take it."""
+        return bool(self._out)
+
+    @property
+    def queued_bytes(self) -> int:
+        """How much waits for the socket to take it, bytes."""
+        return sum(len(part) for part in self._out)
+
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Queues whole frames, and passes on what the socket takes now. Descriptors go with the first byte."""
+        if fds and self._out:
+            self.flush_blocking()
+        self._out.append(memoryview(data))
+        self._out_fds = fds or self._out_fds
+        self.flush()
+
+    def flush(self) -> None:
+        """Passes on what the socket takes now. That the other side is gone shows when reading."""
+        while self._out:
+            ancillary = (
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._out_fds))] if self._out_fds else []
+            )
+            try:
+                sent = self._socket.sendmsg([self._out[0]], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._out.clear()
+                self._out_fds = ()
+                return
+            self._out_fds = ()
+            if sent == len(self._out[0]):
+                del self._out[0]
+            else:
+                self._out[0] = self._out[0][sent:]
+
+    def flush_blocking(self) -> None:
+        """Passes on all that waits, however long it takes."""
+        import select
+
+        while self._out:
+            self.flush()
+            if self._out:
+                select.select([], [self._socket], [])
+
+    def receive(self) -> list[frames.Frame]:
+        """Reads once, and returns the frames that are whole. Sets `at_end` at the end of the stream.
+
+        Raises ProtocolError where the other side breaks the format, or sends descriptors that it may not.
+        """
+        try:
+            if self._trusted:
+                data, control, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+                for level, kind, body in control:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        found = array.array("i")
+                        found.frombytes(body[: len(body) - len(body) % _FD_BYTES])
+                        self._fds.extend(found)
+                if flags & socket.MSG_CTRUNC:
+                    raise ProtocolError("more descriptors came than the protocol allows")
+            else:
+                data = self._socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self.at_end = True
+            return []
+        self._in += data
+        return self._whole_frames()
+
+    def _whole_frames(self) -> list[frames.Frame]:
+        found = []
+        at = 0
+        while len(self._in) - at >= frames.HEADER_BYTES:
+            type, length, id, nfds = frames.parse_header(self._in[at : at + frames.HEADER_BYTES])
+            end = at + frames.HEADER_BYTES + length
+            if len(self._in) < end:
+                break
+            if nfds > len(self._fds):
+                raise ProtocolError("a frame names descriptors that did not come")
+            taken, self._fds = self._fds[:nfds], self._fds[nfds:]
+            found.append(frames.Frame(type, id, bytes(self._in[at + frames.HEADER_BYTES : end]), taken))
+            at = end
+        del self._in[:at]
+        return found
+
+    def close(self) -> None:
+        self._socket.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        self._out.clear()

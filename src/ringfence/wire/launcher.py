@@ -1,0 +1,201 @@
+"""The launcher: one small static process beside this one, which starts sandboxes and outlives us just long enough to
+remove them.
+
+It is started on first use by posix_spawn, so that nothing of Python runs between fork and exec, and ends when the last
+copy of our end of its socket is closed: when this process exits or dies, by whatever signal.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import threading
+
+from ringfence.errors import ProtocolError, Unavailable
+from ringfence.wire import frames, messages
+from ringfence.wire.channel import Channel, send_packet
+from ringfence.wire.frames import Type
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["OWN_CGROUP", "OWN_HELD", "OWN_TREE", "Launcher", "core_path", "launcher", "probe_path"]
+
+OWN_TREE, OWN_CGROUP, OWN_HELD = 1, 2, 3
+# How long this process waits at its own end for the launcher to have cleaned up.
+_GOODBYE_MS = 5000
+
+
+def core_path() -> str:
+    """Where the static helper is: in the package."""
+    return _binary("ringfence-core")
+
+
+def probe_path() -> str:
+    """Where the static probe workload is: in the package."""
+    return _binary("ringfence-probe")
+
+
+def _binary(name: str) -> str:
+    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "_core", name)
+    if not os.access(path, os.X_OK):
+        raise Unavailable("every", f"{path} is missing", "install ringfence by 'pip install .', which builds it")
+    return path
+
+
+class Launcher:
+    """A running launcher. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self.pid = os.posix_spawn(
+                    core_path(),
+                    ["ringfence-core", "launcher"],
+                    {},
+                    file_actions=[(os.POSIX_SPAWN_DUP2, null, fd) for fd in (0, 1, 2)]
+                    + [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 3)],
+                    setsid=True,
+                )
+            finally:
+                os.close(null)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._socket = ours
+        # Of an unprivileged user it stays in the host's mount namespace and takes sources by path.
+        self.own_mounts = os.geteuid() == 0
+        self.templates: set[bytes] = set()
+        self.lock = threading.Lock()
+
+    def launch(self, request: bytes) -> Channel:
+        """Starts a sandbox's init. Returns the channel on which LAUNCHED, and all of init's answers, will come."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._send(request, [theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return Channel(ours, trusted=True)
+
+    def template(self, name: bytes, steps: Iterable[messages.MountStep]) -> None:
+        """Makes a tree in the launcher's mount namespace, at /t/NAME."""
+        request, fds = messages.template(name, steps)
+        self._ask(request, fds)
+        self.templates.add(name)
+
+    def own(self, kind: int, parent: int, name: bytes) -> None:
+        """Hands over `name` below the directory `parent`: the launcher removes it when we are gone, whether it is there
+        already or is yet to be made. OWN_HELD: it only keeps the descriptor open until every sandbox is gone.
+        """
+        self._ask(messages.own(kind, name), [parent])
+
+    def user_namespace(self, uid_map: bytes, gid_map: bytes) -> int:
+        """A descriptor of a new user namespace with these maps. The caller closes it."""
+        fds = self._ask(messages.user_namespace(uid_map, gid_map), [])
+        if len(fds) != 1:
+            raise ProtocolError("the launcher did not hand over a user namespace")
+        return fds[0]
+
+    def close(self) -> None:
+        """Ends the launcher, with every sandbox that it still has, and waits until it has cleaned up."""
+        import select
+
+        self._socket.close()
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if poll.poll(_GOODBYE_MS):
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        os.close(self._pidfd)
+
+    def forget(self) -> None:
+        """In a forked child: lets go of the parent's launcher, which must not wait for us to end."""
+        self._socket.close()
+        os.close(self._pidfd)
+
+    def _send(self, request: bytes, fds: Sequence[int]) -> None:
+        if len(request) > frames.PACKET_MAX:
+            raise ValueError(f"a request of {len(request)} bytes is more than the launcher takes")
+        try:
+            send_packet(self._socket, request, fds)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> Exception:
+        """Why the launcher ended: its last words, where it had any. The next request starts another one."""
+        global _launcher
+        with _lock:
+            if _launcher is self:
+                _launcher = None
+        try:
+            words = self._socket.recv(frames.PACKET_MAX, socket.MSG_DONTWAIT)
+            if words:
+                _, length, _, _ = frames.parse_header(words)
+                return messages.parse_error(words[frames.HEADER_BYTES : frames.HEADER_BYTES + length])
+        except (OSError, ProtocolError):
+            pass  # it left none; what follows says all that is known
+        return ProtocolError("the launcher ended unexpectedly")
+
+    def _ask(self, request: bytes, fds: Sequence[int]) -> list[int]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        channel = Channel(ours, trusted=True)
+        try:
+            try:
+                self._send(request, [theirs.fileno(), *fds])
+            finally:
+                theirs.close()
+            ours.setblocking(True)
+            while not channel.at_end:
+                for frame in channel.receive():
+                    if frame.type == Type.ERROR:
+                        raise messages.parse_error(frame.payload)
+                    if frame.type == Type.DONE:
+                        return frame.fds
+            raise self._gone()
+        finally:
+            channel.close()
+
+
+_lock = threading.Lock()
+_launcher: Launcher | None = None
+
+
+def launcher() -> Launcher:
+    """This process's launcher, started on first use."""
+    global _launcher
+    found = _launcher
+    if found is None:
+        with _lock:
+            if _launcher is None:
+                _launcher = Launcher()
+                atexit.register(_at_exit)
+            found = _launcher
+    return found
+
+
+def _at_exit() -> None:
+    global _launcher
+    if _launcher is not None:
+        _launcher.close()
+        _launcher = None
+
+
+def _after_fork_in_child() -> None:
+    global _launcher, _lock
+    _lock = threading.Lock()
+    if _launcher is not None:
+        _launcher.forget()
+        atexit.unregister(_at_exit)
+        _launcher = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,445 @@
+"""What the frames say: requests as bytes, answers as values."""
+
+from __future__ import annotations
+
+import struct
+
+from ringfence._value import Value
+from ringfence.errors import ProtocolError, StartError
+from ringfence.wire import frames
+from ringfence.wire.frames import Type
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "Entry",
+    "Exited",
+    "MountStep",
+    "Plan",
+    "Started",
+    "execute",
+    "launch",
+    "parse_entries",
+    "parse_error",
+    "parse_exited",
+    "parse_started",
+    "put",
+    "read",
+    "signal",
+]
+
+# Attributes of a mount: the values of MOUNT_ATTR_* (mount_setattr(2)), then two of our own.
+RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
+RECURSIVE, OPTIONAL = 0x100, 0x200
+
+
+class MountStep:
+    """One step of a sandbox's file tree, as bytes but for its descriptor. See "Steps of the file tree" in
+    docs/design/protocol.md.
+    """
+
+    __slots__ = ("fd", "flags", "head", "tail")
+
+    def __init__(
+        self,
+        kind: int,
+        target: bytes,
+        *,
+        flags: int = 0,
+        mode: int = 0,
+        fd: int | None = None,
+        source: bytes = b"",
+        fstype: bytes = b"",
+        data: bytes = b"",
+    ) -> None:
+        if b"\0" in target + source + fstype + data:
+            raise ValueError("a path of a mount contains a NUL byte")
+        self.head = struct.pack("<BBHI", kind, 0, flags, mode)
+        self.tail = b"%s\0%s\0%s\0%s\0" % (source, fstype, target, data)
+        self.fd = fd
+        self.flags = flags
+
+    def encode(self, index: int) -> bytes:
+        """The attribute, with the descriptor's index in the frame."""
+        return frames.attribute(3, self.head + struct.pack("<I", index) + self.tail)
+
+
+def directory(target: bytes, mode: int = 0o755) -> MountStep:
+    return MountStep(1, target, mode=mode)
+
+
+def symlink(target: bytes, source: bytes) -> MountStep:
+    return MountStep(2, target, source=source)
+
+
+def file(target: bytes, data: bytes = b"", mode: int = 0o644) -> MountStep:
+    return MountStep(3, target, data=data, mode=mode)
+
+
+def bind(target: bytes, source: bytes | int, flags: int = 0) -> MountStep:
+    """Mounts a path of the launcher's namespace, or a detached mount by its descriptor."""
+    if isinstance(source, int):
+        return MountStep(4, target, fd=source, flags=flags)
+    return MountStep(4, target, source=source, flags=flags)
+
+
+def filesystem(target: bytes, fstype: bytes, *, source: bytes = b"", data: bytes = b"", flags: int = 0) -> MountStep:
+    return MountStep(5, target, fstype=fstype, source=source, data=data, flags=flags)
+
+
+def mask(target: bytes) -> MountStep:
+    return MountStep(6, target)
+
+
+def readonly(target: bytes) -> MountStep:
+    return MountStep(7, target)
+
+
+class Plan:
+    """A PLAN under construction: its attributes, and the descriptors that it refers to."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.fds: list[int] = []
+
+    def _fd(self, fd: int) -> int:
+        self.fds.append(fd)
+        return len(self.fds) - 1
+
+    def hostname(self, name: bytes) -> None:
+        self._parts.append(frames.string(1, name))
+
+    def loopback(self) -> None:
+        self._parts.append(frames.attribute(2))
+
+    def mounts(self, steps: Iterable[MountStep]) -> None:
+        for step in steps:
+            self._parts.append(step.encode(frames.NO_FD if step.fd is None else self._fd(step.fd)))
+
+    def ids(self, uid: int, gid: int) -> None:
+        self._parts.append(frames.u32(4, uid) + frames.u32(5, gid))
+
+    def seccomp(self, program: bytes) -> None:
+        self._parts.append(frames.attribute(6, program))
+
+    def rlimit(self, resource: int, soft: int, hard: int) -> None:
+        self._parts.append(frames.attribute(7, struct.pack("<IIQQ", resource, 0, soft, hard)))
+
+    def landlock(self, ruleset: int) -> None:
+        self._parts.append(frames.u32(8, self._fd(ruleset)))
+
+    def cgroup(self, join: int) -> None:
+        self._parts.append(frames.u32(9, self._fd(join)))
+
+    def cpu_limit(self, nanoseconds: int, usage: int | None) -> None:
+        """`usage`: the file that tells the CPU time used; None in a guest, which has its own."""
+        self._parts.append(frames.u64(10, nanoseconds))
+        if usage is not None:
+            self._parts.append(frames.u32(11, self._fd(usage)))
+
+    def flags(self, *, cgroup_namespace: bool = False, enter: bool = False, no_new_privs: bool = True) -> None:
+        self._parts.append(frames.u32(12, cgroup_namespace * 1 | enter * 2 | no_new_privs * 4))
+
+    def kill_uid(self, uid: int) -> None:
+        self._parts.append(frames.u32(13, uid))
+
+    def workdir(self, path: bytes) -> None:
+        self._parts.append(frames.string(14, path))
+
+    def capabilities(self, mask: int) -> None:
+        self._parts.append(frames.u64(15, mask))
+
+    def guest(self, *, realtime_ns: int, entropy: bytes, memory_bytes: int, pids: int, cpu_ns: int) -> None:
+        """What only a guest takes. Limits of 0 are none; `cpu_ns` is the quota in each 100 ms."""
+        self._parts.append(frames.u64(16, realtime_ns) + frames.attribute(17, entropy))
+        self._parts.append(frames.attribute(18, struct.pack("<QQQ", memory_bytes, pids, cpu_ns)))
+
+    def encode(self) -> bytes:
+        return frames.encode(Type.PLAN, b"".join(self._parts), nfds=len(self.fds))
+
+
+def launch(
+    *,
+    clone_flags: int,
+    uid_map: bytes | None = None,
+    gid_map: bytes | None = None,
+    kill_uid: int | None = None,
+    host_mounts: bool = False,
+) -> bytes:
+    """LAUNCH; the socket for the answers is its one descriptor."""
+    payload = frames.u64(1, clone_flags)
+    if uid_map is not None:
+        payload += frames.string(2, uid_map)
+    if gid_map is not None:
+        payload += frames.string(3, gid_map)
+    if kill_uid is not None:
+        payload += frames.u32(5, kill_uid)
+    if host_mounts:
+        payload += frames.attribute(6)
+    return frames.encode(Type.LAUNCH, payload, nfds=1)
+
+
+def template(name: bytes, steps: Iterable[MountStep]) -> tuple[bytes, list[int]]:
+    """TEMPLATE, and the descriptors that follow the answer socket's."""
+    fds: list[int] = []
+    parts = [frames.string(9, name)]
+    for step in steps:
+        if step.fd is not None:
+            fds.append(step.fd)
+        parts.append(step.encode(frames.NO_FD if step.fd is None else len(fds)))
+    return frames.encode(Type.TEMPLATE, b"".join(parts), nfds=1 + len(fds)), fds
+
+
+def own(kind: int, name: bytes) -> bytes:
+    """OWN; its descriptors are the answer socket and the parent directory."""
+    return frames.encode(Type.OWN, frames.u32(1, kind) + frames.string(2, name), nfds=2)
+
+
+def user_namespace(uid_map: bytes, gid_map: bytes) -> bytes:
+    return frames.encode(Type.USERNS, frames.string(2, uid_map) + frames.string(3, gid_map), nfds=1)
+
+
+def execute(
+    argv: Sequence[bytes],
+    env: Iterable[tuple[bytes, bytes]],
+    cwd: bytes,
+    *,
+    id: int,
+    once: bool,
+    streams: bool,
+    nfds: int,
+) -> bytes:
+    """EXEC. With `streams`, stdin, stdout and stderr travel as frames; else they are the first descriptors."""
+    payload = frames.attribute(1, b"\0".join(argv) + b"\0")
+    payload += frames.attribute(2, b"".join(b"%s=%s\0" % pair for pair in env))
+    payload += frames.string(3, cwd) + frames.u32(4, once * 1 | streams * 2)
+    return frames.encode(Type.EXEC, payload, id=id, nfds=nfds)
+
+
+def signal(number: int, *, id: int) -> bytes:
+    return frames.encode(Type.SIGNAL, struct.pack("<I", number), id=id)
+
+
+def put(path: bytes, mode: int, data: bytes, *, id: int) -> Iterable[bytes]:
+    """PUT and the DATA frames that follow it, in pieces small enough to queue one by one."""
+    yield frames.encode(Type.PUT, frames.string(1, path) + frames.u32(2, mode) + frames.u64(3, len(data)), id=id)
+    for at in range(0, len(data), frames.CHUNK):
+        yield frames.encode(Type.DATA, data[at : at + frames.CHUNK], id=id)
+    yield frames.encode(Type.DATA, id=id)
+
+
+def read(path: bytes, *, id: int) -> bytes:
+    return frames.encode(Type.READ, frames.string(1, path), id=id)
+
+
+class Started(Value):
+    """What the command read back of itself after its last restriction, before exec.
+
+    capabilities: (effective, permitted, inheritable, bounding, ambient), bit masks. ids: (real, effective,
+    saved uid, real, effective, saved gid). seccomp: the mode (2 is a filter). namespaces: {name: inode}.
+    rlimits: {resource: (soft, hard)}, RLIM_INFINITY as 2**64-1. landlock: whether a ruleset was entered.
+    """
+
+    __slots__ = ("capabilities", "hostname", "ids", "landlock", "namespaces", "no_new_privs", "pid", "rlimits", "seccomp")
+    pid: int
+    capabilities: tuple[int, ...]
+    ids: tuple[int, ...]
+    no_new_privs: bool
+    seccomp: int
+    namespaces: dict[str, int]
+    rlimits: dict[int, tuple[int, int]]
+    landlock: bool
+    hostname: str
+
+    def __init__(
+        self,
+        *,
+        pid: int,
+        capabilities: tuple[int, ...],
+        ids: tuple[int, ...],
+        no_new_privs: bool,
+        seccomp: int,
+        namespaces: dict[str, int],
+        rlimits: dict[int, tuple[int, int]],
+        landlock: bool,
+        hostname: str,
+    ) -> None:
+        self._set(
+            pid=pid,
+            capabilities=capabilities,
+            ids=ids,
+            no_new_privs=no_new_privs,
+            seccomp=seccomp,
+            namespaces=namespaces,
+            rlimits=rlimits,
+            landlock=landlock,
+            hostname=hostname,
+        )
+
+
+class Exited(Value):
+    """How a command ended.
+
+    exit_code or signal; reason: 0 none, 1 the CPU time limit, 2 killed on request. cpu_ns: of all that init
+    reaped. resident_peak_bytes: of its largest process. oom_kills, memory_peak_bytes: of a guest's cgroup, else
+    None.
+    """
+
+    __slots__ = ("cpu_ns", "exit_code", "memory_peak_bytes", "oom_kills", "reason", "resident_peak_bytes", "signal")
+    exit_code: int | None
+    signal: int | None
+    cpu_ns: int
+    resident_peak_bytes: int
+    reason: int
+    oom_kills: int | None
+    memory_peak_bytes: int | None
+
+    def __init__(
+        self,
+        *,
+        exit_code: int | None,
+        signal: int | None,
+        cpu_ns: int,
+        resident_peak_bytes: int,
+        reason: int,
+        oom_kills: int | None,
+        memory_peak_bytes: int | None,
+    ) -> None:
+        self._set(
+            exit_code=exit_code,
+            signal=signal,
+            cpu_ns=cpu_ns,
+            resident_peak_bytes=resident_peak_bytes,
+            reason=reason,
+            oom_kills=oom_kills,
+            memory_peak_bytes=memory_peak_bytes,
+        )
+
+
+class Entry(Value):
+    """A name below the work directory. kind: "f" file, "d" directory, "l" symlink, "o" other."""
+
+    __slots__ = ("kind", "mode", "path", "size_bytes")
+    kind: str
+    mode: int
+    size_bytes: int
+    path: bytes
+
+    def __init__(self, *, kind: str, mode: int, size_bytes: int, path: bytes) -> None:
+        self._set(kind=kind, mode=mode, size_bytes=size_bytes, path=path)
+
+
+def _unpack(form: str, data: bytes, what: str) -> tuple[int, ...]:
+    if struct.calcsize(form) != len(data):
+        raise ProtocolError(f"{what} has {len(data)} bytes")
+    return struct.unpack(form, data)
+
+
+def _text(data: bytes) -> str:
+    """A string of the other side's, made fit to print: it may come from a guest."""
+    text = data.rstrip(b"\0").decode("utf-8", "replace")
+    return "".join(character if character.isprintable() else "?" for character in text[:1024])
+
+
+def parse_error(payload: bytes) -> StartError:
+    """The error record, as the exception that it becomes."""
+    errno, texts = 0, {2: "", 3: "", 4: ""}
+    for tag, data in frames.attributes(payload):
+        if tag == 1:
+            (errno,) = _unpack("<I", data, "an error's errno")
+        elif tag in texts:
+            texts[tag] = _text(data)
+        else:
+            raise ProtocolError(f"an error record has the unknown attribute {tag}")
+    return StartError(texts[2], texts[3], errno if errno < 4096 else 0, texts[4])
+
+
+def parse_started(payload: bytes) -> Started:
+    pid, no_new_privs, seccomp, landlock = 0, 0, 0, 0
+    # What is missing must never look like a restriction in force.
+    capabilities: tuple[int, ...] = (2**64 - 1,) * 5
+    ids: tuple[int, ...] = (0,) * 6
+    namespaces: dict[str, int] = {}
+    rlimits: dict[int, tuple[int, int]] = {}
+    hostname = ""
+    for tag, data in frames.attributes(payload):
+        if tag == 1:
+            (pid,) = _unpack("<I", data, "a pid")
+        elif tag == 2:
+            capabilities = _unpack("<5Q", data, "the capability sets")
+        elif tag == 3:
+            ids = _unpack("<6I", data, "the ids")
+        elif tag == 4:
+            (no_new_privs,) = _unpack("<I", data, "no_new_privs")
+        elif tag == 5:
+            (seccomp,) = _unpack("<I", data, "the seccomp mode")
+        elif tag == 6:
+            namespaces = _namespaces(data)
+        elif tag == 7:
+            resource, _, soft, hard = _unpack("<IIQQ", data, "a resource limit")
+            rlimits[resource] = (soft, hard)
+        elif tag == 8:
+            (landlock,) = _unpack("<I", data, "landlock")
+        elif tag == 9:
+            hostname = _text(data)
+        else:
+            raise ProtocolError(f"STARTED has the unknown attribute {tag}")
+    return Started(
+        pid=pid,
+        capabilities=capabilities,
+        ids=ids,
+        no_new_privs=no_new_privs == 1,
+        seccomp=seccomp,
+        namespaces=namespaces,
+        rlimits=rlimits,
+        landlock=landlock == 1,
+        hostname=hostname,
+    )
+
+
+def _namespaces(data: bytes) -> dict[str, int]:
+    """From "mnt:[4026531841]" and its like, each with its NUL."""
+    found = {}
+    for entry in data.split(b"\0")[:-1]:
+        name, colon, inode = entry.partition(b":[")
+        if not colon or not inode.endswith(b"]") or not inode[:-1].isdigit() or len(inode) > 20:
+            raise ProtocolError("STARTED names a namespace that is none")
+        found[_text(name)] = int(inode[:-1])
+    return found
+
+
+def parse_exited(payload: bytes) -> Exited:
+    values: dict[int, int] = {}
+    for tag, data in frames.attributes(payload):
+        if tag not in range(1, 9):
+            raise ProtocolError(f"EXITED has the unknown attribute {tag}")
+        (values[tag],) = _unpack("<I" if tag in (1, 2, 6) else "<Q", data, "an attribute of EXITED")
+    how, status = values.get(1), values.get(2, 0)
+    if how not in (1, 2) or not 0 <= status <= 255:
+        raise ProtocolError("EXITED says neither an exit status nor a signal")
+    return Exited(
+        exit_code=status if how == 1 else None,
+        signal=status if how == 2 else None,
+        cpu_ns=values.get(3, 0) + values.get(4, 0),
+        resident_peak_bytes=values.get(5, 0),
+        reason=values.get(6, 0),
+        oom_kills=values.get(7),
+        memory_peak_bytes=values.get(8),
+    )
+
+
+def parse_entries(payload: bytes) -> list[Entry]:
+    found = []
+    at = 0
+    while at < len(payload):
+        end = payload.find(b"\0", at + 13)
+        if end < 0:
+            raise ProtocolError("a list of files ends within an entry")
+        kind, mode, size = struct.unpack_from("<cIQ", payload, at)
+        found.append(
+            Entry(kind=kind.decode("latin-1"), mode=mode & 0o7777, size_bytes=size, path=payload[at + 13 : end])
+        )
+        at = end + 1
+    return found
