@@ -50,8 +50,8 @@ int rf_read_number(int fd, const char *key, uint64_t *v) {
         if (!at) return -1;
         at += strlen(key);
     }
-    while (*at && (*at < '0' || *at > '9')) at++;
-    if (!*at) return -1;
+    while (*at == ' ') at++;
+    if (*at < '0' || *at > '9') return -1; /* "max", for one */
     uint64_t sum = 0;
     for (; *at >= '0' && *at <= '9'; at++) {
         uint64_t digit = (uint64_t)(*at - '0');

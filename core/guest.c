@@ -102,8 +102,12 @@ int rf_guest_main(void) {
     struct rf_error e = {0};
     int port = -1;
     if (first_mounts(&e) == 0 && load_modules(&e) == 0) port = wait_for_port(&e);
-    if (port >= 0) rf_init_main(port, RF_IN_GUEST, NULL);
-    else to_kernel_log(&e);
+    if (port >= 0) {
+        rf_send(port, true, RF_READY, 0, NULL, 0, -1); /* the boot is over: the plan may come, with the clock in it */
+        rf_init_main(port, RF_IN_GUEST, NULL);
+    } else {
+        to_kernel_log(&e);
+    }
     reboot(RB_AUTOBOOT); /* QEMU runs with -no-reboot: the host sees it exit, and the log says why */
     return 1;
 }

@@ -102,6 +102,7 @@ static uint64_t nanoseconds(struct timeval now, struct timeval before) {
     return us < 0 ? 0 : (uint64_t)us * 1000;
 }
 
+/* A number of the guest's cgroup; 0 where the file is missing or says "max" instead. */
 static uint64_t guest_number(const struct init *s, const char *file, const char *key) {
     uint64_t v = 0;
     int fd = s->cgroup_dir < 0 ? -1 : openat(s->cgroup_dir, file, O_RDONLY | O_CLOEXEC);
@@ -148,6 +149,7 @@ static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf
     }
     rf_put_u32(&w, 8, rb->landlock);
     rf_put_string(&w, 9, rb->hostname);
+    rf_put_string(&w, 10, rb->release);
     rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length, -1);
 }
 
@@ -317,6 +319,18 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     return 0;
 }
 
+/* In a guest, with the limits of its cgroup as read back; 0 is none. */
+static int send_ready(struct init *s) {
+    uint8_t buf[64];
+    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
+    if (s->cgroup_dir >= 0) {
+        rf_put_u64(&w, 1, guest_number(s, "memory.max", NULL));
+        rf_put_u64(&w, 2, guest_number(s, "pids.max", NULL));
+        rf_put_u64(&w, 3, guest_number(s, "cpu.max", NULL) * 1000);
+    }
+    return rf_channel_send(&s->channel, RF_READY, 0, buf, w.length, -1);
+}
+
 /* ---- requests ---- */
 
 /* The plan's descriptors stay ours, in the plan; EXEC's were given on to the command. */
@@ -342,8 +356,7 @@ static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     if (!s->planned && f->type != RF_PLAN && f->type != RF_SHUTDOWN) return rf_fail_errno(e, EPROTO, "protocol", "request", "before the plan");
     switch (f->type) {
     case RF_PLAN:
-        if (apply_plan(s, f, e) < 0) return -1;
-        return rf_channel_send(&s->channel, RF_READY, 0, NULL, 0, -1);
+        return apply_plan(s, f, e) < 0 ? -1 : send_ready(s);
     case RF_EXEC: return start_command(s, f, e);
     case RF_STDIN: return take_stdin(s, f, e);
     case RF_SIGNAL: signal_command(s, f); return 0;

@@ -23,7 +23,7 @@ int rf_mount_parse(const struct rf_attr *a, const int *fds, unsigned nfds, struc
     memcpy(&m->mode, a->data + 4, 4);
     memcpy(&fd, a->data + 8, 4);
     if (a->data[1] != 0 || m->kind < RF_DIR || m->kind > RF_READONLY) return -1;
-    if (m->flags & ~(RF_M_ATTRS | RF_M_RECURSIVE | RF_M_OPTIONAL)) return -1;
+    if (m->flags & ~(RF_M_ATTRS | RF_M_RECURSIVE | RF_M_OPTIONAL | RF_M_INSIDE)) return -1;
     if (m->mode > 07777) return -1;
     if (fd == RF_NO_FD) m->fd = -1;
     else if (fd < nfds) m->fd = fds[fd];

@@ -147,8 +147,11 @@ static void read_back(const struct rf_plan *p, struct rf_readback *rb) {
         rb->rlimits[rb->nrlimits++] = (struct rf_rlimit){p->rlimits[i].resource, limit.rlim_cur, limit.rlim_max};
     }
     struct utsname u;
-    rb->hostname[0] = 0;
-    if (uname(&u) == 0) snprintf(rb->hostname, sizeof rb->hostname, "%s", u.nodename);
+    rb->hostname[0] = rb->release[0] = 0;
+    if (uname(&u) == 0) {
+        snprintf(rb->hostname, sizeof rb->hostname, "%s", u.nodename);
+        snprintf(rb->release, sizeof rb->release, "%s", u.release);
+    }
     read_namespaces(rb);
 }
 

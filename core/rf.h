@@ -121,7 +121,7 @@ int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, s
 enum rf_mount_kind { RF_DIR = 1, RF_SYMLINK, RF_FILE, RF_BIND, RF_FS, RF_MASK, RF_READONLY };
 enum {
     RF_M_RDONLY = 1, RF_M_NOSUID = 2, RF_M_NODEV = 4, RF_M_NOEXEC = 8, RF_M_ATTRS = 15,
-    RF_M_RECURSIVE = 0x100, RF_M_OPTIONAL = 0x200,
+    RF_M_RECURSIVE = 0x100, RF_M_OPTIONAL = 0x200, RF_M_INSIDE = 0x400,
 };
 enum { RF_P_CGROUP_NS = 1, RF_P_ENTER = 2, RF_P_NO_NEW_PRIVS = 4, RF_P_ALL = 7 };
 
@@ -195,7 +195,7 @@ struct rf_readback {
     unsigned nrlimits;
     char namespaces[512];
     size_t namespaces_length;
-    char hostname[65];
+    char hostname[65], release[65];
 };
 
 /* Runs in the command's process, between clone and exec. `fds` become 0, 1, 2, …; nothing else stays open. */
@@ -238,5 +238,5 @@ int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_fra
 int rf_write_all(int fd, const void *data, size_t n);
 /* Decimal text of `v` into `buf` (at least 21 bytes); returns buf. */
 char *rf_decimal(char *buf, uint64_t v);
-/* The first run of digits at or after the text `key` (or the very first where key is NULL) in a small file. */
+/* The number that follows the text `key`, or that a small file begins with where key is NULL; -1 where there is none. */
 int rf_read_number(int fd, const char *key, uint64_t *v);

@@ -111,14 +111,25 @@ static int make_entry(int root, const struct rf_mount *m, struct rf_error *e) {
     return 0;
 }
 
+/* A clone of what an earlier step has put into the tree. */
+static int clone_inside(int root, const struct rf_mount *m, struct rf_error *e) {
+    int source = open_in(root, m->source, O_PATH);
+    int copy = source < 0 ? -1 : clone_tree(source, "", m->flags & RF_M_RECURSIVE);
+    if (copy < 0) fail(e, source < 0 ? "openat2" : "open_tree", m->source);
+    if (source >= 0) close(source);
+    return copy;
+}
+
 static int bind(int root, const struct rf_mount *m, struct rf_error *e) {
-    if (m->fd < 0) return 0; /* optional, and not there */
+    int mount = (m->flags & RF_M_INSIDE) ? clone_inside(root, m, e) : m->fd;
+    if (mount < 0) return (m->flags & RF_M_INSIDE) ? -1 : 0; /* 0: optional, and not there */
     int target = open_in(root, m->target, O_PATH);
-    if (target < 0) return fail(e, "openat2", m->target);
     int r = 0;
-    if (set_attributes(m->fd, m->flags) < 0) r = fail(e, "mount_setattr", m->target);
-    else if (attach(m->fd, target) < 0) r = fail(e, "move_mount", m->target);
-    close(target);
+    if (target < 0) r = fail(e, "openat2", m->target);
+    else if (set_attributes(mount, m->flags) < 0) r = fail(e, "mount_setattr", m->target);
+    else if (attach(mount, target) < 0) r = fail(e, "move_mount", m->target);
+    if (target >= 0) close(target);
+    close(mount);
     return r;
 }
 
@@ -183,7 +194,7 @@ static int step(int root, const struct rf_mount *m, struct rf_error *e) {
 
 /* A detached clone of what a BIND step names by path; -1 with errno ENOENT tolerated where the step is optional. */
 static int open_source(struct rf_mount *m, struct rf_error *e) {
-    if (m->kind != RF_BIND || m->fd >= 0) return 0;
+    if (m->kind != RF_BIND || m->fd >= 0 || (m->flags & RF_M_INSIDE)) return 0;
     m->fd = clone_tree(AT_FDCWD, m->source, m->flags & RF_M_RECURSIVE);
     if (m->fd >= 0 || ((m->flags & RF_M_OPTIONAL) && errno == ENOENT)) return 0;
     return fail(e, "open_tree", m->source);
@@ -209,10 +220,8 @@ int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const ch
     if (hang < 0) return fail(e, "open", at);
     if (attach(root, hang) < 0) return fail(e, "move_mount", at);
     close(hang);
-    for (unsigned i = first; i < n; i++) {
+    for (unsigned i = first; i < n; i++)
         if (step(root, &tree[i], e) < 0) return -1;
-        if (tree[i].kind == RF_BIND && tree[i].fd >= 0) close(tree[i].fd);
-    }
     return root;
 }
 

@@ -137,7 +137,7 @@ def steps(
     install = _Install(progress)
     error = install.packages([need.packages for need in missing]) if missing else ""
     results = [_package_step(need, need in missing, install, error) for need in needs]
-    results.append(_attempt("seccomp filters", lambda: _seccomp(cache_dir)))
+    results.append(_attempt("seccomp filters", _seccomp))
     if "vm" in levels:
         results.append(_attempt("guest kernel", lambda: _kernel(cache_dir, progress, install)))
         results.append(_attempt("guest initramfs", lambda: _initramfs(cache_dir, progress, core)))
@@ -192,15 +192,15 @@ def _initramfs(cache_dir: str | None, progress: Progress | None, core: str | Non
     return Step(name=name, state=state, detail=path)
 
 
-def _seccomp(cache_dir: str | None) -> Step:
+def _seccomp() -> Step:
     from ringfence.linux import seccomp
 
     name = "seccomp filters"
+    folder = os.path.join(_cache.root(), "seccomp")
+    before = _names(folder)
     usable, reason = seccomp.available()
     if not usable:
         return Step(name=name, state="failed", detail=reason)
-    folder = os.path.join(_cache.root(cache_dir), "seccomp")
-    before = _names(folder)
     sizes = [len(seccomp.cached(seccomp.policy(network_sockets=sockets))) // 8 for sockets in (True, False)]
     state: State = "present" if _names(folder) == before else "done"
     return Step(

@@ -39,9 +39,7 @@ class Value:
             put(self, name, value)
 
     def _init_arguments(self) -> dict[str, Any]:
-        """The keyword arguments that make an equal value; overridden where `__init__` doesn't take the
-        fields.
-        """
+        """What `__init__` needs for an equal value; overridden where that isn't the fields."""
         return {name: getattr(self, name) for name in self._fields}
 
     def replace(self, **changes: Any) -> Self:

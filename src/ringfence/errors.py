@@ -74,8 +74,7 @@ class Unmet(RingfenceError):
 
 
 class CannotEnforce(RingfenceError, ExceptionGroup[Unmet]):
-    """Every rule that was asked for and that this level can't enforce on this host, together. Nothing was
-    started.
+    """All rules that were asked for and that this level can't enforce here, together. Nothing was started.
 
     isolation: the level's name. unmet: one `Unmet` a rule (the same as `.exceptions`).
     """

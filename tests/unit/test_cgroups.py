@@ -215,6 +215,9 @@ class TestVersion1:
         assert 50 * 2**20 < usage.memory_peak_bytes < 500 * 2**20
         assert usage.cpu_ns is not None
         assert usage.cpu_ns > 10**6
+        fd = cgroup.cpu_fd()
+        assert fd is not None
+        assert int(os.pread(fd, 64, 0)) == usage.cpu_ns
         assert (usage.oom_kills, usage.pids_peak, usage.throttled_ns) == (0, None, None)
         assert usage.source == "cgroup v1"
         assert cgroup.remove()
@@ -223,6 +226,7 @@ class TestVersion1:
         cgroup = real.create(pids=5, measure=False)
         assert len([path for path in directories_of(real) if (path / cgroup.name).exists()]) == 1
         assert cgroup.cpu_ns() is None
+        assert cgroup.cpu_fd() is None
         assert cgroup.usage().memory_peak_bytes is None
         assert cgroup.remove()
 
@@ -398,7 +402,10 @@ child.wait()
             other.stdout.readline()
             own = directories_of(unified)[0] / cgroup.name
             # Its parent is the base, which hands out no controllers.
-            script = "import sys; from ringfence.linux.cgroups import v2; print(v2.find_home(sys.argv[1].encode()).reason)"
+            script = (
+                "import sys; from ringfence.linux.cgroups import v2\n"
+                "print(v2.find_home(sys.argv[1].encode()).reason)"
+            )
             fds = cgroup.join_fds()
             found = subprocess.run(
                 [sys.executable, "-c", script, own], capture_output=True, check=True, text=True, timeout=60
@@ -412,13 +419,12 @@ child.wait()
 class FakeKernel:
     """Control files of version 2 in a plain folder, with the rules that ringfence has to reckon with."""
 
-    FILES = {
-        "memory": ("memory.max", "memory.swap.max", "memory.current", "memory.oom.group"),
-        "pids": ("pids.max",),
-        "cpu": ("cpu.max",),
-    }
-
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.files = {
+            "memory": ("memory.max", "memory.swap.max", "memory.current", "memory.oom.group"),
+            "pids": ("pids.max",),
+            "cpu": ("cpu.max",),
+        }
         self.absent: set[str] = set()
         self.mkdir, self.rmdir = os.mkdir, os.rmdir
         monkeypatch.setattr(os, "mkdir", self.make)
@@ -434,7 +440,7 @@ class FakeKernel:
             files["cgroup.type"] = kind + "\n"
             files["cpu.stat"] = "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nthrottled_usec 70\n"
             for controller in controllers.split():
-                files.update(dict.fromkeys(self.FILES.get(controller, ()), "max\n"))
+                files.update(dict.fromkeys(self.files.get(controller, ()), "max\n"))
         for name, text in files.items():
             if name not in self.absent:
                 (folder / name).write_text(text)
@@ -592,8 +598,10 @@ class TestVersion2Files:
         assert found.controller("memory").reason == (
             f"{tmp_path}/a isn't writable for this user (not delegated)"
         )
+        manager = cgroups.open_manager(found)
+        assert manager.bases() == ()
         with pytest.raises(KernelError, match="not delegated"):
-            cgroups.open_manager(found).create()
+            manager.create()
 
 
 def test_v1_judges_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from kernel_parts import debian_modules
 
+from kernel_parts import debian_modules
 from ringfence.errors import Unavailable
 from ringfence.levels.vm import initramfs, modules
 from ringfence.levels.vm.kernel import GuestKernel
@@ -14,7 +14,8 @@ from ringfence.levels.vm.kernel import GuestKernel
 
 def entries(archive: bytes) -> dict[str, tuple[int, tuple[int, int], bytes]]:
     """name -> (mode, (major, minor), data) of a newc archive, checked as strictly as the kernel does."""
-    found, at = {}, 0
+    found: dict[str, tuple[int, tuple[int, int], bytes]] = {}
+    at = 0
     while True:
         head = archive[at : at + 110]
         assert head[:6] == b"070701"
@@ -28,7 +29,7 @@ def entries(archive: bytes) -> dict[str, tuple[int, tuple[int, int], bytes]]:
         if name == b"TRAILER!!!\0":
             assert at == len(archive)
             return found
-        assert name not in found
+        assert name[:-1].decode() not in found
         found[name[:-1].decode()] = (fields[1], (fields[9], fields[10]), data)
 
 

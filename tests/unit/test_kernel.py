@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from kernel_parts import RELEASE, bzimage, debian_modules, elf_kernel, module
 
+from kernel_parts import RELEASE, bzimage, debian_modules, elf_kernel, module
 from ringfence.errors import SpecError, Unavailable
 from ringfence.levels.vm import bzimage as reader
 from ringfence.levels.vm import debian, kernel, modules
@@ -82,7 +82,9 @@ def test_every_compression_gives_the_same_kernel(name: str, pack: object) -> Non
     assert reader.release(image) == RELEASE
 
 
-@pytest.mark.parametrize(("command", "suffix"), [(["lz4", "-l", "-c", "-9"], b""), (["zstd", "-c", "-19"], b"")])
+@pytest.mark.parametrize(
+    ("command", "suffix"), [(["lz4", "-l", "-c", "-9"], b""), (["zstd", "-c", "-19"], b"")]
+)
 def test_real_compressors(command: list[str], suffix: bytes) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"needs the {command[0]} command")
@@ -122,7 +124,10 @@ def test_a_bad_image_is_a_clear_error(image: bytes, says: str) -> None:
 
 
 def test_a_module_says_what_it_requires() -> None:
-    assert modules.requires(module({"depends": "virtio,virtio-ring", "name": "x"})) == ("virtio", "virtio_ring")
+    assert modules.requires(module({"depends": "virtio,virtio-ring", "name": "x"})) == (
+        "virtio",
+        "virtio_ring",
+    )
     assert modules.requires(module({"depends": ""})) == ()
     soft = module({"softdep": "post: late pre: crc32c crypto-crc32c post: later", "depends": "a"})
     assert modules.requires(soft) == ("crc32c_generic", "crc32c_generic", "a")
@@ -322,7 +327,9 @@ def make_deb(tmp_path: Path, name: str = f"linux-image-{RELEASE}", version: str 
     control = f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: x <x@example.org>\n"
     (tree / "DEBIAN/control").write_text(control + "Description: a test\n")
     path = tmp_path / f"{name}_{version}_amd64.deb"
-    subprocess.run(["dpkg-deb", "--root-owner-group", "-Zxz", "-b", tree, path], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--root-owner-group", "-Zxz", "-b", tree, path], check=True, capture_output=True
+    )
     shutil.rmtree(tree)
     return path
 
@@ -354,7 +361,9 @@ linux-image-amd64) printf 'Package: %s\\nVersion: 1\\nDepends: {image} (= {versi
 *) echo "E: No packages found" >&2; exit 100;;
 esac
 """
-    fetch = f'cp {deb} . && echo "$@" >> {folder}/downloads' if deb else "echo 'E: 404 Not Found' >&2; exit 100"
+    fetch = (
+        f'cp {deb} . && echo "$@" >> {folder}/downloads' if deb else "echo 'E: 404 Not Found' >&2; exit 100"
+    )
     for name, text in (("apt-cache", cache), ("apt-get", f"#!/bin/sh\n{fetch}\n")):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -382,7 +391,9 @@ def test_the_package_that_apt_knows(tmp_path: Path, cache: str, monkeypatch: pyt
     assert kernel.find(cache) == newer
 
 
-def test_a_failed_download_says_what_to_do(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_says_what_to_do(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_apt(tmp_path / "bin", None)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(kernel, "_from_host", _no_host_kernel)

@@ -38,7 +38,12 @@ def test_what_this_host_says_never_takes_long(tmp_path: Path) -> None:
 def test_the_measurement_is_kept_for_this_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
     monkeypatch.setattr(kvm, "_opens", lambda: None)
-    monkeypatch.setattr(kvm, "_run_apart", lambda program: runs.append(program) or "ns 0.5")
+
+    def run_apart(program: str) -> str:
+        runs.append(program)
+        return "ns 0.5"
+
+    monkeypatch.setattr(kvm, "_run_apart", run_apart)
     cache = str(tmp_path / "c")
     first = kvm.probe(cache)
     assert first == kvm.KvmState(usable=True, reason="0.50 ns an instruction", ns_per_instruction=0.5)
@@ -50,7 +55,12 @@ def test_the_measurement_is_kept_for_this_boot(tmp_path: Path, monkeypatch: pyte
     kvm.probe(cache, qemu="/bin/sh")
     assert len(runs) == 3
     path = Path(cache) / f"kvm-{os.geteuid()}"
-    for damaged in (b"", b"\xff\xfe", path.read_bytes().replace(b"\n0.5\n", b"\nfast\n"), b"1 other-boot\n1\n\nx\n"):
+    for damaged in (
+        b"",
+        b"\xff\xfe",
+        path.read_bytes().replace(b"\n0.5\n", b"\nfast\n"),
+        b"1 other-boot\n1\n\nx\n",
+    ):
         path.write_bytes(damaged)
         before = len(runs)
         assert kvm.probe(cache, qemu="/bin/sh").usable
@@ -130,7 +140,7 @@ def test_a_device_that_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(path: str, flags: int) -> int:
         raise PermissionError(13, "no")
 
-    monkeypatch.setattr(kvm.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     state = kvm.probe(str(tmp_path / "c"))
     assert not state.usable
     assert "usermod -aG kvm" in state.reason

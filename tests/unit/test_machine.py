@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -23,7 +24,7 @@ def argv(**changes: object) -> list[bytes]:
 
 
 def after(words: list[bytes], option: str) -> list[bytes]:
-    return [value for name, value in zip(words, words[1:], strict=False) if name == option.encode()]
+    return [value for name, value in pairwise(words) if name == option.encode()]
 
 
 def test_the_least_guest() -> None:
@@ -42,7 +43,9 @@ def test_the_least_guest() -> None:
 
 
 def test_shares_and_disks() -> None:
-    words = argv(shares=[("host", "/a,b", False), ("work", b"/w\xff", True)], disks=["/d,1.erofs", "/d2"], cpus=2)
+    words = argv(
+        shares=[("host", "/a,b", False), ("work", b"/w\xff", True)], disks=["/d,1.erofs", "/d2"], cpus=2
+    )
     assert after(words, "-fsdev") == [
         b"local,id=share0,path=/a,,b,security_model=none,multidevs=remap,readonly=on",
         b"local,id=share1,path=/w\xff,security_model=none,multidevs=remap",

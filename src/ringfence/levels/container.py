@@ -5,6 +5,7 @@ it may ask of the kernel.
 from __future__ import annotations
 
 import os
+import stat
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
@@ -21,7 +22,7 @@ from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, OPTIONAL, RDONLY, REC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from ringfence.levels.host import Host
     from ringfence.spec import Spec
@@ -99,9 +100,10 @@ class ContainerLevel(Level):
 
 
 class ContainerSandbox(LocalSandbox):
-    """extra_mounts, devices: more of the host's, for a VMM; each (path outside, path inside)."""
+    """extra: makes more steps of the file tree, for a VMM. extra_gid: a group of the host's that the command is in."""
 
     level = "container"
+    vmm_started: messages.Started | None = None
 
     def __init__(
         self,
@@ -109,16 +111,15 @@ class ContainerSandbox(LocalSandbox):
         host: Host,
         state: State,
         *,
-        extra_steps: Sequence[MountStep] = (),
+        extra: Callable[[ContainerSandbox], list[MountStep]] | None = None,
         extra_gid: int | None = None,
-        keep_memory_free: bool = True,
     ) -> None:
         super().__init__(spec, state)
         self._host = host
-        self._extra_steps = extra_steps
+        self._extra = extra
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
-        self._mounted: list[tuple[str, str, str]] = []
+        self._namespaces: dict[tuple[int, int] | None, int] = {}
         try:
             self._open()
         except BaseException:
@@ -173,11 +174,11 @@ class ContainerSandbox(LocalSandbox):
         own = self._host.privileged
         if own and spec.image == "host":
             self.state.template(_TEMPLATE, host_template())
-        if own and spec.image == "host" and not spec.mounts and not self._extra_steps:
+        if own and spec.image == "host" and not spec.mounts and self._extra is None:
             steps = [messages.bind(b"/", b"/t/" + _TEMPLATE, RECURSIVE)]
             sealed = True
         else:
-            steps = self._skeleton() + list(self._extra_steps)
+            steps = self._skeleton() + (self._extra(self) if self._extra is not None else [])
             sealed = False
         tmpfs = NOSUID | NODEV
         uid, gid = self.user
@@ -216,7 +217,7 @@ class ContainerSandbox(LocalSandbox):
                 continue
             steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
             if own and spec.image != "host":
-                source: bytes | int = self._detached(folder + at, idmap=True)
+                source: bytes | int = self._detached(folder + at)
             else:
                 source = folder + at
             steps.append(messages.bind(at, source, flags))
@@ -225,42 +226,73 @@ class ContainerSandbox(LocalSandbox):
             steps += [messages.mask(path) for path in tree.host_secrets()]
         return steps
 
-    def _device(self, path: bytes) -> bytes | int:
-        return self._detached(path, idmap=False) if self._host.privileged and self.spec.image != "host" else path
+    def userland(self, at: bytes) -> list[MountStep]:
+        """The steps that show the host's userland once more, beneath `at`: what a VMM hands on to its guest."""
+        flags = RDONLY | NOSUID | NODEV | NOEXEC | RECURSIVE
+        prefix = b"/t/" + _TEMPLATE if self._host.privileged else b""
+        steps = []
+        for entry in tree.host_entries():
+            if entry.kind == "symlink":
+                continue  # the guest makes its own
+            below = at + b"/" + entry.name
+            steps.append(messages.directory(below) if entry.kind == "directory" else messages.file(below))
+            steps.append(messages.bind(below, prefix + b"/" + entry.name, flags))
+        if not self._host.privileged:
+            steps += [messages.mask(at + path) for path in tree.host_secrets()]
+        return steps
 
-    def _detached(self, path: bytes, *, idmap: bool, must: bool = False) -> int:
+    def device(self, path: bytes) -> bytes | int:
+        """A device of the host's, as the source of a mount."""
+        return self.keep_fd(mounts.clone_tree(path)) if self._host.privileged else path
+
+    def _device(self, path: bytes) -> bytes | int:
+        return self.keep_fd(mounts.clone_tree(path)) if self._host.privileged and self.spec.image != "host" else path
+
+    def _detached(self, path: bytes, owner: tuple[int, int] | None = None, *, must: bool = False) -> int:
+        """A detached mount of a host path. owner: (uid, gid) on disk that the workload is to be; else ids on disk are
+        the same ids inside. Where the file system can't map ids they are nobody's, which does for what all may read.
+        """
         fd = self.keep_fd(mounts.clone_tree(path))
-        if idmap:
-            done = mounts.set_idmap(fd, self._user_namespace())
-            if must and not done:
-                raise SpecError(
-                    f"mounts: the file system of {os.fsdecode(path)} can't map ids, so nothing could be written there"
-                )
+        if not mounts.set_idmap(fd, self._user_namespace(owner)) and must:
+            raise SpecError(
+                f"mounts: the file system of {os.fsdecode(path)} can't map ids, so nothing could be written there"
+            )
         return fd
 
-    def _user_namespace(self) -> int:
-        """A user namespace with our maps, to map the ids of mounts by."""
-        if not hasattr(self, "_userns"):
-            self._userns = self.keep_fd(self.state.launcher.user_namespace(*self._maps))
-        return self._userns
+    def _user_namespace(self, owner: tuple[int, int] | None) -> int:
+        """A user namespace to map the ids of a mount by; made once for each owner."""
+        if owner not in self._namespaces:
+            if owner is None:
+                maps = self._maps
+            else:
+                base = ids.container_base(self.slot or 0)
+                maps = (
+                    b"%d %d 1" % (owner[0], base + self.user[0]),
+                    b"%d %d 1" % (owner[1], base + min(self.user[1], ids.CONTAINER_IDS - 1)),
+                )
+            self._namespaces[owner] = self.keep_fd(self.state.launcher.user_namespace(*maps))
+        return self._namespaces[owner]
+
+    def host_mount(self, source: bytes, target: bytes, flags: int, *, must: bool = False) -> list[MountStep]:
+        """The steps that show a host path at `target`: what its owner owns outside, the workload owns inside."""
+        about = os.stat(source)
+        parent = target
+        above = []
+        while (parent := os.path.dirname(parent)) != b"/":
+            above.append(parent)
+        steps = [messages.directory(path) for path in reversed(above)]
+        steps.append(messages.directory(target) if stat.S_ISDIR(about.st_mode) else messages.file(target))
+        what: bytes | int = source
+        if self._host.privileged:
+            what = self._detached(source, (about.st_uid, about.st_gid), must=must)
+        return [*steps, messages.bind(target, what, flags | RECURSIVE)]
 
     def _mounts(self) -> list[MountStep]:
         """The spec's own mounts."""
         steps = []
         for mount in self.spec.mounts:
-            parent = mount.target
-            above = []
-            while (parent := os.path.dirname(parent)) != b"/":
-                above.append(parent)
-            steps += [messages.directory(path) for path in reversed(above)]
-            steps.append(
-                messages.directory(mount.target) if os.path.isdir(mount.source) else messages.file(mount.target)
-            )
-            flags = NOSUID | NODEV | RECURSIVE | (0 if mount.writable else RDONLY)
-            source: bytes | int = mount.source
-            if self._host.privileged:
-                source = self._detached(mount.source, idmap=True, must=mount.writable)
-            steps.append(messages.bind(mount.target, source, flags))
+            flags = NOSUID | NODEV | (0 if mount.writable else RDONLY)
+            steps += self.host_mount(mount.source, mount.target, flags, must=mount.writable)
         return steps
 
     # ---- telling ----

@@ -151,13 +151,13 @@ def _drain(reader: int, pid: int, seconds: float) -> str | None:
     try:
         deadline = time.monotonic() + seconds
         said = _read_all(reader, lambda: time.monotonic() > deadline)
-        if said is None:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        select.select([pidfd], [], [], _REAP_SECONDS)
         try:
+            # It is late, has said too much, or has closed its output, and then is about to end anyway.
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], _REAP_SECONDS)
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:
-            pass
+        except (ProcessLookupError, ChildProcessError):
+            pass  # Another part of this process has reaped it.
         return said
     finally:
         os.close(pidfd)

@@ -24,6 +24,7 @@ __all__ = [
     "parse_entries",
     "parse_error",
     "parse_exited",
+    "parse_ready",
     "parse_started",
     "put",
     "read",
@@ -32,7 +33,7 @@ __all__ = [
 
 # Attributes of a mount: the values of MOUNT_ATTR_* (mount_setattr(2)), then two of our own.
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
-RECURSIVE, OPTIONAL = 0x100, 0x200
+RECURSIVE, OPTIONAL, INSIDE = 0x100, 0x200, 0x400
 
 
 class MountStep:
@@ -240,9 +241,21 @@ class Started(Value):
     capabilities: (effective, permitted, inheritable, bounding, ambient), bit masks. ids: (real, effective,
     saved uid, real, effective, saved gid). seccomp: the mode (2 is a filter). namespaces: {name: inode}.
     rlimits: {resource: (soft, hard)}, RLIM_INFINITY as 2**64-1. landlock: whether a ruleset was entered.
+    kernel: its release.
     """
 
-    __slots__ = ("capabilities", "hostname", "ids", "landlock", "namespaces", "no_new_privs", "pid", "rlimits", "seccomp")
+    __slots__ = (
+        "capabilities",
+        "hostname",
+        "ids",
+        "kernel",
+        "landlock",
+        "namespaces",
+        "no_new_privs",
+        "pid",
+        "rlimits",
+        "seccomp",
+    )
     pid: int
     capabilities: tuple[int, ...]
     ids: tuple[int, ...]
@@ -252,6 +265,7 @@ class Started(Value):
     rlimits: dict[int, tuple[int, int]]
     landlock: bool
     hostname: str
+    kernel: str
 
     def __init__(
         self,
@@ -265,6 +279,7 @@ class Started(Value):
         rlimits: dict[int, tuple[int, int]],
         landlock: bool,
         hostname: str,
+        kernel: str,
     ) -> None:
         self._set(
             pid=pid,
@@ -276,6 +291,7 @@ class Started(Value):
             rlimits=rlimits,
             landlock=landlock,
             hostname=hostname,
+            kernel=kernel,
         )
 
 
@@ -363,7 +379,7 @@ def parse_started(payload: bytes) -> Started:
     ids: tuple[int, ...] = (0,) * 6
     namespaces: dict[str, int] = {}
     rlimits: dict[int, tuple[int, int]] = {}
-    hostname = ""
+    hostname = kernel = ""
     for tag, data in frames.attributes(payload):
         if tag == 1:
             (pid,) = _unpack("<I", data, "a pid")
@@ -384,6 +400,8 @@ def parse_started(payload: bytes) -> Started:
             (landlock,) = _unpack("<I", data, "landlock")
         elif tag == 9:
             hostname = _text(data)
+        elif tag == 10:
+            kernel = _text(data)
         else:
             raise ProtocolError(f"STARTED has the unknown attribute {tag}")
     return Started(
@@ -396,6 +414,7 @@ def parse_started(payload: bytes) -> Started:
         rlimits=rlimits,
         landlock=landlock == 1,
         hostname=hostname,
+        kernel=kernel,
     )
 
 
@@ -428,6 +447,17 @@ def parse_exited(payload: bytes) -> Exited:
         oom_kills=values.get(7),
         memory_peak_bytes=values.get(8),
     )
+
+
+def parse_ready(payload: bytes) -> dict[str, int]:
+    """The limits that a guest read back of its cgroup; 0 is none. Empty where there is no such cgroup."""
+    names = {1: "memory", 2: "pids", 3: "cpu_ns"}
+    found = {}
+    for tag, data in frames.attributes(payload):
+        if tag not in names:
+            raise ProtocolError(f"READY has the unknown attribute {tag}")
+        (found[names[tag]],) = _unpack("<Q", data, "an attribute of READY")
+    return found
 
 
 def parse_entries(payload: bytes) -> list[Entry]:

@@ -23,9 +23,7 @@ _known_manager: Manager | None = None
 
 
 def manager() -> Manager:
-    """This process's manager, made on first use; a forked child gets one of its own. Nothing is made on disk
-    yet.
-    """
+    """This process's manager; a forked child gets one of its own. No cgroup is made yet."""
     global _known_manager
     if _known_manager is None or _known_manager.pid != os.getpid():
         _known_manager = open_manager(layout())

@@ -184,7 +184,10 @@ class Manager(abc.ABC):
 
     @abc.abstractmethod
     def bases(self) -> tuple[Base, ...]:
-        """The base cgroup in each hierarchy, made on the first call. Raises KernelError."""
+        """The base cgroup in each hierarchy, made on the first call; none where none can be made.
+
+        Raises KernelError.
+        """
 
     @abc.abstractmethod
     def create(
@@ -204,9 +207,7 @@ class Manager(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Remove the base, which must have no sandbox left with processes in it; sandboxes without go with
-        it.
-        """
+        """Remove the base and its sandboxes. Raises KernelError EBUSY where one still has processes."""
 
     def _next_name(self) -> str:
         self._count += 1
@@ -233,6 +234,14 @@ class Cgroup(abc.ABC):
     @abc.abstractmethod
     def join_fds(self) -> tuple[int, ...]:
         """Files into each of which a process writes "0" to join. They belong to the cgroup."""
+
+    @abc.abstractmethod
+    def cpu_fd(self) -> int | None:
+        """A file that tells the CPU time, for whoever watches a limit; None where nothing does.
+
+        Version 1: a number of nanoseconds (cpuacct.usage). Version 2: a line "usage_usec N" (cpu.stat).
+        It belongs to the cgroup, and is to be read by pread(2).
+        """
 
     @abc.abstractmethod
     def cpu_ns(self) -> int | None:
@@ -485,9 +494,7 @@ def read_keyed(directory_fd: int, name: str) -> dict[str, int]:
 
 
 def read_pids(directory_fd: int, prefix: str = "") -> set[int]:
-    """The processes of a cgroup. 0 stands for those outside of this process's PID namespace, and isn't among
-    them.
-    """
+    """The processes of a cgroup, but those outside of this process's PID namespace, which show as 0."""
     return {int(pid) for pid in (read(directory_fd, prefix + "cgroup.procs") or "").split()} - {0}
 
 

@@ -162,12 +162,14 @@ class V1Cgroup(Cgroup):
             self._join = tuple(base.open_to_write(self._prefix + "tasks", fd) for fd in self._directories())
         return self._join
 
-    def cpu_ns(self) -> int | None:
-        if "cpuacct" not in self._parents:
-            return None
-        if self._cpu_fd < 0:
+    def cpu_fd(self) -> int | None:
+        if self._cpu_fd < 0 and "cpuacct" in self._parents:
             self._cpu_fd = base.open_to_read(self._prefix + "cpuacct.usage", self._parents["cpuacct"])
-        return int(os.pread(self._cpu_fd, 64, 0))
+        return self._cpu_fd if self._cpu_fd >= 0 else None
+
+    def cpu_ns(self) -> int | None:
+        fd = self.cpu_fd()
+        return None if fd is None else int(os.pread(fd, 64, 0))
 
     def usage(self) -> Usage:
         return Usage(

@@ -33,8 +33,7 @@ _HELP = "run it under: systemd-run --user --scope -p Delegate=yes"
 
 
 class Home(Value):
-    """Where the base can be made: path, with the given controllers; move: whether this process has to move
-    first.
+    """Where the base can be made: path, and with which controllers. move: whether this process moves first.
 
     reason: why nowhere, or "".
     """
@@ -110,7 +109,7 @@ class V2Manager(Manager):
         self._moved = False
 
     def bases(self) -> tuple[Base, ...]:
-        return (self._made_base(),)
+        return () if self._home.reason else (self._made_base(),)
 
     def _made_base(self) -> Base:
         if self._base is None:
@@ -170,9 +169,7 @@ class V2Manager(Manager):
         self._base = None
 
     def _move_to_leaf(self, own_fd: int) -> None:
-        """Make room: this process and its descendants go to a leaf of the same cgroup, under the same
-        limits.
-        """
+        """Make room: this process and its descendants go to a leaf, still under the same limits."""
         base.make_directory(_SELF, own_fd)
         self._moved = True
         leaf_fd = base.open_directory(_SELF, own_fd)
@@ -250,10 +247,13 @@ class V2Cgroup(Cgroup):
             self._join = (base.open_to_write(self._prefix + "cgroup.procs", self._parent_fd),)
         return self._join
 
-    def cpu_ns(self) -> int | None:
+    def cpu_fd(self) -> int:
         if self._cpu_fd < 0:
             self._cpu_fd = base.open_to_read(self._prefix + "cpu.stat", self._parent_fd)
-        key, value = os.pread(self._cpu_fd, 4096, 0).split(maxsplit=2)[:2]
+        return self._cpu_fd
+
+    def cpu_ns(self) -> int | None:
+        key, value = os.pread(self.cpu_fd(), 4096, 0).split(maxsplit=2)[:2]
         return int(value) * 1000 if key == b"usage_usec" else None
 
     def usage(self) -> Usage:
@@ -300,9 +300,7 @@ class V2Cgroup(Cgroup):
 
 
 def _hand_out(fd: int, controllers: Iterable[str]) -> None:
-    """Let the children of a cgroup have those controllers. Raises KernelError, EBUSY where processes are in
-    it.
-    """
+    """Let a cgroup's children have those controllers. Raises KernelError; EBUSY with processes in it."""
     missing = [name for name in controllers if name not in _words(fd, "cgroup.subtree_control")]
     if missing:
         base.set_and_read(fd, "cgroup.subtree_control", " ".join(f"+{name}" for name in missing))

@@ -1,0 +1,5 @@
+"""The command line: one file a command, and a table of them in `main`."""
+
+from ringfence.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,97 @@
+"""`ringfence COMMAND`: finds the command, and turns what it raises into one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ringfence.cli import output
+from ringfence.cli._options import HelpAsked, UsageError, did_you_mean, two_columns
+from ringfence.errors import CannotEnforce, RingfenceError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["COMMANDS", "REFUSED", "main"]
+
+# name -> (module with main(argv) -> exit status, one line of help). A module is imported when it is called for.
+COMMANDS = {
+    "run": ("ringfence.cli.run", "run a command as a process, in a container or in a virtual machine"),
+    "compare": ("ringfence.cli.compare", "run a command at every level, and show what each isolates and costs"),
+    "doctor": ("ringfence.cli.doctor", "show what this host can enforce, level by level, and what would help"),
+    "setup": ("ringfence.cli.setup", "get what the levels need: QEMU, a kernel for guests, libseccomp"),
+    "bench": ("ringfence.cli.bench", "measure how long starts take, against other tools"),
+}
+
+# As timeout(1) and env(1) have it: the tool itself failed, so nothing is said of the workload.
+REFUSED = 125
+_INTERRUPTED = 130
+_NOBODY_READS = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (sys.argv[1:] by default) and returns its exit status. SystemExit is not raised by
+    ringfence's own commands.
+    """
+    output.open_standard_streams()
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except HelpAsked as asked:
+        return _print(asked.text)
+    except BrokenPipeError:
+        # The reader went away: as if SIGPIPE had ended us. stdout is pointed elsewhere, lest Python flush into it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), output.STDOUT)
+        return _NOBODY_READS
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except UsageError as error:
+        output.complain(str(error), speaker="")
+    except CannotEnforce as error:
+        # Each rule with what would help, which the exception's own line leaves to its members.
+        output.complain(f"{error.isolation} isolation can't enforce here: {'; '.join(map(str, error.unmet))}")
+    except (RingfenceError, OSError) as error:
+        output.complain(str(error))
+    except Exception:
+        # A bug of ours. Python would exit with 1, which may be the workload's own.
+        import traceback
+
+        traceback.print_exc()
+    return REFUSED
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        raise UsageError("ringfence: a command is missing; see ringfence --help")
+    name, *rest = words
+    if name in ("-h", "--help") or words == ["help"]:
+        return _print(_help())
+    if name in ("-V", "--version"):
+        from ringfence import __version__
+
+        return _print(f"ringfence {__version__}\n")
+    if name == "help":
+        name, rest = rest[0], ["--help"]
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        near = did_you_mean(name, list(COMMANDS)) or "; see ringfence --help"
+        raise UsageError(f"ringfence: unknown {kind} {name!r}{near}")
+    from importlib import import_module
+
+    status: int = import_module(COMMANDS[name][0]).main(rest)
+    return status
+
+
+def _print(text: str) -> int:
+    output.write(output.STDOUT, text.encode())
+    return 0
+
+
+def _help() -> str:
+    rows = [(name, help) for name, (_, help) in COMMANDS.items()]
+    return (
+        "Usage: ringfence COMMAND [OPTION]... [WORD]...\n\n"
+        "Runs a command as a process, a container or a virtual machine, and shows what holds it.\n\n"
+        f"Commands:\n{two_columns(rows)}\n\n"
+        "'ringfence help COMMAND' explains one. 'ringfence --version' prints the version.\n"
+    )

@@ -1,0 +1,491 @@
+"""The vm level: a whole operating system, its own kernel included, on virtual hardware.
+
+The VMM, QEMU, is itself the workload of a container sandbox: it has no network, no capabilities, an id that owns
+nothing, and of the host's files it sees its own programs and what the guest is to see.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+from ringfence.errors import ProtocolError, SpecError, StartError, Unavailable, Unmet
+from ringfence.images import tree
+from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
+from ringfence.levels.container import own_directories
+from ringfence.levels.drive import drive
+from ringfence.levels.local import CAPABILITIES_ALL, rlimits
+from ringfence.levels.state import state
+from ringfence.levels.users import resolve
+from ringfence.levels.vm.vmm import MEMORY_OVERHEAD_BYTES, Machine, Share, Vmm, start_qemu
+from ringfence.linux import ids, seccomp
+from ringfence.result import Applied
+from ringfence.spec.parse import match_pattern
+from ringfence.wire import frames, messages
+from ringfence.wire.frames import Type
+from ringfence.wire.messages import INSIDE, NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ringfence.levels.host import Host
+    from ringfence.levels.vm.kernel import GuestKernel
+    from ringfence.spec import Spec
+
+__all__ = ["VmLevel"]
+
+_HOME = b"/work"
+_HOSTNAME = "ringfence"
+_USER = (1000, 1000)
+# Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
+_BOOT_LIMIT_NS = 120_000_000_000
+_START_LIMIT_NS = 60_000_000_000
+_ANSWER_LIMIT_NS = 60_000_000_000
+# What the guest's own kernel and init take, on top of what the workload may use.
+_KERNEL_BYTES = 128 << 20
+_DEFAULT_MEMORY_BYTES = 512 << 20
+_CPU_PERIOD_NS = 100_000_000
+_MOST_CPUS = 64
+
+_DEVICES = (b"null", b"zero", b"full", b"random", b"urandom", b"tty")
+_IMAGE = b"/.image"
+
+
+class VmLevel(Level):
+    name = "vm"
+
+    def unavailable(self, host: Host) -> tuple[str, str] | None:
+        from ringfence.levels.vm import kernel
+
+        if host.machine != "x86_64":
+            return f"the guest's machine is x86_64, this one is {host.machine}", "use isolation='container'"
+        if not os.access("/usr/bin/qemu-system-x86_64", os.X_OK):
+            return "QEMU (qemu-system-x86_64) isn't installed", "run 'ringfence setup'"
+        if host.user_namespaces:
+            return f"QEMU is jailed in a container, and {host.user_namespaces}", "see 'ringfence doctor'"
+        if kernel.find() is None:
+            return "the guest's kernel isn't prepared", "run 'ringfence setup'"
+        return None
+
+    def abilities(self, host: Host) -> Mapping[str, Ability]:
+        cgroup = "the guest's cgroup v2"
+        found = {
+            "memory": f"the guest's memory, and {cgroup} memory.max",
+            "cpus": f"virtual CPUs, and {cgroup} cpu.max",
+            "pids": f"{cgroup} pids.max",
+            "cpu_time": f"the guest's init, by {cgroup} cpu.stat",
+            "wall_time": "the caller's clock",
+            "output": "the channel",
+            "hostname": "the guest's own kernel",
+            "image": "9p share of the host's userland, or an erofs disk",
+            "user": "the guest's own kernel",
+            "mounts": "9p shares",
+            "network=none": "no network card",
+        }
+        abilities = {rule: Ability(rule=rule, mechanism=mechanism) for rule, mechanism in found.items()}
+        abilities["disk"] = Ability(
+            rule="disk", reason="no level limits the work directory's size yet", help="limit memory: it is in memory"
+        )
+        abilities["network=host"] = Ability(
+            rule="network=host",
+            reason="a virtual machine has a network stack of its own",
+            help="use isolation='container'",
+        )
+        abilities["network=nat"] = Ability(
+            rule="network=nat", reason="not built yet for this level", help="use network='none'"
+        )
+        return abilities
+
+    def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
+        unmet = []
+        if isinstance(spec.user, str):
+            try:
+                resolve(spec.user, spec.image)
+            except SpecError as error:
+                unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
+        if spec.limits.cpus is not None and spec.limits.cpus > _MOST_CPUS:
+            unmet.append(
+                Unmet("cpus", spec.limits.cpus, f"a guest has at most {_MOST_CPUS} CPUs", "ask for fewer")
+            )
+        if len(spec.mounts) > 6:
+            unmet.append(
+                Unmet("mounts", requested(spec, "mounts"), "the machine has room for 6 shares", "share their parent")
+            )
+        return unmet
+
+    def open(self, spec: Spec, host: Host) -> VmSandbox:
+        return VmSandbox(spec, host)
+
+
+class VmSandbox(Sandbox):
+    home = _HOME
+
+    def __init__(self, spec: Spec, host: Host) -> None:
+        from ringfence.levels.vm import initramfs, kernel
+        from ringfence.linux import kvm
+        from ringfence.wire.launcher import core_path
+
+        self._spec = spec
+        self._host = host
+        found = kernel.find()
+        if found is None:
+            raise Unavailable("vm", "the guest's kernel isn't prepared", "run 'ringfence setup'")
+        self._kernel: GuestKernel = found
+        state_of_kvm = kvm.probe()
+        self.accelerator = "kvm" if state_of_kvm.usable else "tcg"
+        self._why_accelerator = state_of_kvm.reason
+        self._user = resolve(spec.user, spec.image) if spec.user is not None else _USER
+        self._ready: dict[str, int] | None = None
+        self._next_id = 1
+        self._sent_files = False
+        shares, disks = [], []
+        if spec.image == "host":
+            shares.append(Share(tag="image", source=None, writable=False))
+        else:
+            from ringfence.levels.vm import images
+
+            disks.append(images.erofs_disk(spec.image))
+        for number, mount in enumerate(spec.mounts):
+            shares.append(Share(tag=f"mount{number}", source=mount.source, writable=mount.writable))
+        limits = spec.limits
+        memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
+        self._machine = Machine(
+            kernel=self._kernel.vmlinux,
+            initramfs=initramfs.build(self._kernel, core_path()),
+            memory_bytes=memory,
+            cpus=max(1, math.ceil(limits.cpus or 1)),
+            accelerator=self.accelerator,
+            shares=tuple(shares),
+            disks=tuple(disks),
+            # The guest's user is QEMU's on the host, so that both see the same owners in a share.
+            user=self._user if max(self._user) < ids.CONTAINER_IDS else _USER,
+        )
+        self._vmm: Vmm = start_qemu(self._machine, host, state())
+
+    # ---- running ----
+
+    def run(self, command: Command) -> Outcome:
+        channel = self._vmm.channel
+        if self._ready is None:
+            self._await(Type.READY, _BOOT_LIMIT_NS, "the guest did not boot")
+            channel.send(self._plan().encode())
+            self._ready = {}
+            for one in self._spec.files:
+                for request in messages.put(one.path, one.mode, one.data, id=self._id()):
+                    channel.send(request)
+        id = self._id()
+        channel.send(
+            messages.execute(
+                command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0
+            )
+        )
+        outcome = drive(
+            channel,
+            command,
+            id=id,
+            pipes=None,
+            start_limit_ns=_START_LIMIT_NS,
+            kill_hard=self._vmm.kill,
+            on_frame=self._take,
+            watch=self._vmm.watch(),
+        )
+        if outcome.exited is None and outcome.stopped is None:
+            raise self._died("while it ran" if outcome.started else "before the command was started")
+        if outcome.ended_ns == 0:
+            outcome.ended_ns = time.monotonic_ns()
+        return outcome
+
+    def _id(self) -> int:
+        self._next_id += 1
+        return self._next_id
+
+    def _take(self, frame: frames.Frame) -> None:
+        if frame.type == Type.READY:
+            self._ready = messages.parse_ready(frame.payload)
+        elif frame.type != Type.DONE and frame.type not in (Type.CREDIT, Type.DATA, Type.ENTRIES):
+            raise ProtocolError(f"the guest sent a frame of type {frame.type}")
+
+    def _died(self, when: str) -> Exception:
+        return ProtocolError(f"the virtual machine ended {when}{self._vmm.last_words()}")
+
+    def _await(self, kind: int, limit_ns: int, what: str) -> frames.Frame:
+        """The next frame of that type. Raises StartError for an ERROR, ProtocolError where none comes."""
+        for frame in self._frames(limit_ns, what):
+            if frame.type == kind:
+                return frame
+        raise self._died(what)
+
+    def _frames(self, limit_ns: int, what: str) -> list[frames.Frame]:
+        """What has come, waiting for the first of it."""
+        import select
+
+        channel = self._vmm.channel
+        deadline = time.monotonic_ns() + limit_ns
+        poll = select.poll()
+        watch = self._vmm.watch()
+        poll.register(channel.fileno(), select.POLLIN)
+        for fd in watch:
+            poll.register(fd, select.POLLIN)
+        while not channel.at_end:
+            poll.modify(channel.fileno(), select.POLLIN | (select.POLLOUT if channel.wants_to_send else 0))
+            left = deadline - time.monotonic_ns()
+            if left <= 0:
+                break
+            for fd, event in poll.poll(left // 1_000_000 + 1):
+                if fd in watch:
+                    watch[fd]()
+                elif event & select.POLLOUT:
+                    channel.flush()
+            found = channel.receive()
+            for frame in found:
+                if frame.type == Type.ERROR:
+                    raise messages.parse_error(frame.payload)
+            if found:
+                return found
+        if channel.at_end:
+            raise self._died(f"({what})")
+        raise ProtocolError(f"{what} in {limit_ns // 10**9} s{self._vmm.last_words()}")
+
+    # ---- the plan ----
+
+    def _plan(self) -> messages.Plan:
+        spec, limits = self._spec, self._spec.limits
+        plan = messages.Plan()
+        quota = limits.cpus
+        plan.guest(
+            realtime_ns=time.time_ns(),
+            entropy=os.urandom(64),
+            memory_bytes=limits.memory_bytes or 0,
+            pids=limits.pids or 0,
+            cpu_ns=round(quota * _CPU_PERIOD_NS) if quota is not None and quota % 1 else 0,
+        )
+        plan.hostname((spec.hostname or _HOSTNAME).encode("ascii"))
+        plan.loopback()
+        plan.mounts(self._tree())
+        plan.ids(*self._user)
+        plan.flags(enter=True, no_new_privs=True)
+        plan.workdir(_HOME)
+        if not self._host.seccomp:
+            plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=True)))
+        for which, limit in rlimits(spec):
+            plan.rlimit(which, limit, limit)
+        if limits.cpu_time_ns is not None:
+            plan.cpu_limit(limits.cpu_time_ns, None)
+        return plan
+
+    def _tree(self) -> list[MountStep]:
+        """The same tree as a container's, of a share or a disk."""
+        spec = self._spec
+        uid, gid = self._user
+        mine = b"uid=%d,gid=%d" % (uid, gid)
+        steps = [*own_directories(), messages.directory(_IMAGE)]
+        if spec.image == "host":
+            entries = tree.host_entries()
+            steps.append(_share(b"image", _IMAGE, writable=False))
+        else:
+            entries = tree.entries(spec.image)
+            steps.append(messages.filesystem(_IMAGE, b"erofs", source=b"/dev/vda", flags=RDONLY | NOSUID | NODEV))
+        for entry in entries:
+            at = b"/" + entry.name
+            if entry.kind == "symlink":
+                steps.append(messages.symlink(at, entry.target))
+                continue
+            steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
+            steps.append(messages.bind(at, _IMAGE + at, RDONLY | NOSUID | NODEV | INSIDE))
+        for name in _DEVICES:
+            steps.append(messages.file(b"/dev/" + name, mode=0o666))
+            steps.append(messages.bind(b"/dev/" + name, b"/dev/" + name, NOSUID | NOEXEC))
+        steps += [messages.directory(b"/dev/pts"), messages.directory(b"/dev/shm", 0o1777)]
+        links = {b"fd": b"/proc/self/fd", b"stdin": b"fd/0", b"stdout": b"fd/1", b"stderr": b"fd/2", b"ptmx": b"pts/ptmx"}
+        steps += [messages.symlink(b"/dev/" + name, to) for name, to in links.items()]
+        tmpfs = NOSUID | NODEV
+        steps += [
+            messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
+            messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777", flags=tmpfs),
+            messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755", flags=tmpfs),
+            messages.filesystem(b"/home", b"tmpfs", data=b"mode=0755," + mine, flags=tmpfs),
+            messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777", flags=tmpfs),
+            messages.filesystem(b"/dev/pts", b"devpts", data=b"newinstance,ptmxmode=0666,mode=620", flags=NOSUID | NOEXEC),
+            messages.filesystem(_HOME, b"tmpfs", data=b"mode=0700," + mine, flags=tmpfs),
+        ]
+        for number, mount in enumerate(spec.mounts):
+            steps += _mount_steps(b"mount%d" % number, mount.source, mount.target, writable=mount.writable)
+        return [*steps, messages.mask(_IMAGE), messages.readonly(b"/")]
+
+    # ---- files ----
+
+    def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        left = limit_bytes
+        for entry in self._list():
+            if entry.kind != "f" or not any(match_pattern(pattern, entry.path) for pattern in patterns):
+                continue
+            try:
+                data = self._read(entry.path, left)
+            except StartError:
+                continue  # not a file, or not there, any more
+            left -= len(data)
+            found[os.fsdecode(entry.path)] = data
+        return found
+
+    def _list(self) -> list[messages.Entry]:
+        entries: list[messages.Entry] = []
+        for frame in self._answer(frames.encode(Type.LIST, id=self._id())):
+            if frame.type == Type.ENTRIES:
+                entries += messages.parse_entries(frame.payload)
+                if len(entries) > 65536:
+                    raise ProtocolError("the guest lists more files than it may")
+        for entry in entries:
+            # The names become keys of Result.files, and then perhaps paths of the caller's.
+            if entry.path.startswith(b"/") or b".." in entry.path.split(b"/") or not entry.path:
+                raise ProtocolError("the guest lists a file outside its work directory")
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def _read(self, path: bytes, limit_bytes: int) -> bytes:
+        chunks, left = [], limit_bytes
+        for frame in self._answer(messages.read(path, id=self._id())):
+            if frame.type == Type.DATA:
+                left -= len(frame.payload)
+                if left < 0:
+                    raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
+                chunks.append(frame.payload)
+        return b"".join(chunks)
+
+    def _answer(self, request: bytes) -> list[frames.Frame]:
+        """All frames up to the DONE of a request."""
+        self._vmm.channel.send(request)
+        answer: list[frames.Frame] = []
+        size = 0
+        while True:
+            for frame in self._frames(_ANSWER_LIMIT_NS, "the guest did not answer"):
+                if frame.type == Type.DONE:
+                    return answer
+                answer.append(frame)
+                size += len(frame.payload)
+                if size > 1 << 30:
+                    raise SpecError("collect: the files that match are more than 1 GiB together")
+
+    # ---- telling ----
+
+    def usage(self, outcome: Outcome) -> tuple[int | None, int | None, bool, str]:
+        exited = outcome.exited
+        if exited is None:
+            return None, None, False, ""
+        return exited.cpu_ns, exited.memory_peak_bytes, bool(exited.oom_kills), "the guest's cgroup v2"
+
+    def applied(self, outcome: Outcome) -> list[Applied]:
+        spec, limits, started = self._spec, self._spec.limits, outcome.started
+        machine = self._machine
+        found = [
+            Applied(
+                rule="accelerator", requested=None, effective=self.accelerator, mechanism=self._why_accelerator
+            ),
+            Applied(
+                rule="machine",
+                requested=None,
+                effective=f"{machine.cpus} CPU, {machine.memory_bytes} bytes",
+                mechanism="QEMU microvm",
+            ),
+            *self._vmm.applied(),
+        ]
+        read = self._ready or {}
+        for rule, asked, effective in (
+            ("memory", limits.memory_bytes, read.get("memory") or None),
+            ("pids", limits.pids, read.get("pids") or None),
+            ("cpus", limits.cpus, read.get("cpu_ns", 0) / _CPU_PERIOD_NS or float(machine.cpus)),
+        ):
+            if asked is not None:
+                mechanism = "virtual CPUs, the guest's cgroup v2" if rule == "cpus" else f"the guest's cgroup v2 {rule}.max"
+                found.append(Applied(rule=rule, requested=asked, effective=effective, mechanism=mechanism))
+        if limits.wall_time_ns is not None:
+            wall = limits.wall_time_ns
+            found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
+        if limits.cpu_time_ns is not None:
+            cpu = limits.cpu_time_ns
+            found.append(Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="the guest's init"))
+        output = limits.output_bytes
+        asked_output = output if "output" in spec.asked else None
+        found.append(Applied(rule="output", requested=asked_output, effective=output, mechanism="the channel"))
+        if started is None:
+            return found
+        held = {f"{value & CAPABILITIES_ALL:#x}" for value in started.capabilities if value & CAPABILITIES_ALL}
+        found += [
+            Applied(rule="kernel", requested=None, effective=started.kernel, mechanism="its own, read back by uname"),
+            Applied(
+                rule="user",
+                requested=requested(spec, "user"),
+                effective=f"{started.ids[1]}:{started.ids[4]}",
+                mechanism="the guest's setresuid, read back",
+            ),
+            Applied(
+                rule="capabilities", requested=None, effective=sorted(held) or "none", mechanism="the guest's capget"
+            ),
+            Applied(
+                rule="no_new_privs",
+                requested=None,
+                effective=True if started.no_new_privs else None,
+                mechanism="the guest's prctl",
+            ),
+            Applied(
+                rule="seccomp",
+                requested=None,
+                effective="filter" if started.seccomp == 2 else None,
+                mechanism="libseccomp filter in the guest" if started.seccomp == 2 else self._host.seccomp,
+            ),
+            Applied(
+                rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="the guest's own kernel"
+            ),
+            Applied(
+                rule="network",
+                requested=spec.network.mode if "network" in spec.asked else None,
+                effective="none",
+                mechanism="no network card",
+            ),
+            Applied(
+                rule="files",
+                requested=spec.image if "image" in spec.asked else None,
+                effective=f"{spec.image}, read-only; its own /tmp, /run, /home, /dev, /proc",
+                mechanism="9p, read-only" if spec.image == "host" else "erofs disk",
+            ),
+        ]
+        for mount in spec.mounts:
+            shown = "writable" if mount.writable else "read-only"
+            found.append(
+                Applied(
+                    rule=f"mount {os.fsdecode(mount.target)}", requested=shown, effective=shown, mechanism="9p share"
+                )
+            )
+        return found
+
+    def close(self) -> None:
+        self._vmm.close()
+
+
+def _share(tag: bytes, target: bytes, *, writable: bool) -> MountStep:
+    # cache=loose keeps what was read; nobody but us changes a read-only share's files while the guest is there.
+    options = b"trans=virtio,version=9p2000.L,msize=512000,cache=" + (b"mmap" if writable else b"loose")
+    flags = NOSUID | NODEV | (0 if writable else RDONLY)
+    return messages.filesystem(target, b"9p", source=tag, data=options, flags=flags)
+
+
+def _mount_steps(tag: bytes, source: bytes, target: bytes, *, writable: bool) -> list[MountStep]:
+    """A share shows a folder; a single file is in a folder of its own there, and bound to its place."""
+    above = []
+    parent = target
+    while (parent := os.path.dirname(parent)) != b"/":
+        above.append(parent)
+    steps = [messages.directory(path) for path in reversed(above)]
+    if os.path.isdir(source):
+        return [*steps, messages.directory(target), _share(tag, target, writable=writable)]
+    hidden = b"/." + tag
+    flags = NOSUID | NODEV | INSIDE | (0 if writable else RDONLY)
+    return [
+        *steps,
+        messages.file(target),
+        messages.directory(hidden),
+        _share(tag, hidden, writable=writable),
+        messages.bind(target, hidden + b"/file", flags),
+        messages.mask(hidden),
+    ]

@@ -1,0 +1,227 @@
+"""The seam to a virtual machine monitor: a machine as values, a running VMM as an object. QEMU is behind it.
+
+A VMM is the workload of a container sandbox of its own, which is its jail: what is written down here is what it sees of
+the host, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+
+from ringfence._value import Value
+from ringfence.errors import ProtocolError, Unavailable
+from ringfence.levels.container import ContainerSandbox
+from ringfence.levels.vm import machine
+from ringfence.result import Applied
+from ringfence.spec import Limits, Spec
+from ringfence.wire import frames, messages
+from ringfence.wire.channel import Channel
+from ringfence.wire.frames import Type
+from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ringfence.levels.host import Host
+    from ringfence.levels.state import State
+
+__all__ = ["MEMORY_OVERHEAD_BYTES", "Machine", "Share", "Vmm", "start_qemu"]
+
+# What QEMU takes beside the guest's memory: its own, the cache of translated code, buffers of 9p.
+MEMORY_OVERHEAD_BYTES = 256 << 20
+_QEMU = b"/usr/bin/qemu-system-x86_64"
+_KVM = b"/dev/kvm"
+_WORDS_BYTES = 4096
+
+
+class Share(Value):
+    """A folder (or single file) that the guest can mount by `tag`. source: a host path, or None for the host's
+    userland as a container sees it.
+    """
+
+    __slots__ = ("source", "tag", "writable")
+    tag: str
+    source: bytes | None
+    writable: bool
+
+    def __init__(self, *, tag: str, source: bytes | None, writable: bool) -> None:
+        self._set(tag=tag, source=source, writable=writable)
+
+
+class Machine(Value):
+    """A virtual machine, as any VMM takes it.
+
+    kernel, initramfs, disks: host paths. memory_bytes: the guest's whole memory. accelerator: "kvm" or "tcg".
+    user: (uid, gid) of the VMM in its jail, which own the shared files there.
+    """
+
+    __slots__ = ("accelerator", "cpus", "disks", "initramfs", "kernel", "memory_bytes", "shares", "user")
+    kernel: str
+    initramfs: str
+    memory_bytes: int
+    cpus: int
+    accelerator: str
+    shares: tuple[Share, ...]
+    disks: tuple[str, ...]
+    user: tuple[int, int]
+
+    def __init__(
+        self,
+        *,
+        kernel: str,
+        initramfs: str,
+        memory_bytes: int,
+        cpus: int,
+        accelerator: str,
+        shares: tuple[Share, ...],
+        disks: tuple[str, ...],
+        user: tuple[int, int],
+    ) -> None:
+        self._set(
+            kernel=kernel,
+            initramfs=initramfs,
+            memory_bytes=memory_bytes,
+            cpus=cpus,
+            accelerator=accelerator,
+            shares=shares,
+            disks=disks,
+            user=user,
+        )
+
+
+class Vmm:
+    """A running VMM. `channel`: frames to and from the guest's init."""
+
+    def __init__(self, channel: Channel, jail: ContainerSandbox, errors: int) -> None:
+        self.channel = channel
+        self._jail = jail
+        self._errors = errors
+        self._words = b""
+        self._ended = False
+
+    def watch(self) -> dict[int, Callable[[], None]]:
+        """The descriptors to wait for beside the channel's, and what takes each."""
+        found: dict[int, Callable[[], None]] = {}
+        if not self._ended and self._jail.channel is not None:
+            found[self._jail.channel.fileno()] = self._take
+        return found
+
+    def _take(self) -> None:
+        """What the jail's init tells: that QEMU runs, or that it is over, which the guest's channel shows as its end."""
+        channel = self._jail.channel
+        if channel is None:
+            return
+        for frame in channel.receive():
+            if frame.type == Type.ERROR:
+                error = messages.parse_error(frame.payload)
+                raise Unavailable("vm", f"QEMU could not be started: {error}", "see 'ringfence doctor'")
+            if frame.type == Type.EXITED:
+                self._ended = True
+            elif frame.type == Type.STARTED:
+                self._jail.vmm_started = messages.parse_started(frame.payload)
+            else:
+                self._jail.take(frame)
+        if channel.at_end:
+            self._ended = True
+        if self._ended:
+            raise ProtocolError(f"QEMU ended{self.last_words()}")
+
+    def last_words(self) -> str:
+        """What QEMU wrote to stderr, for an error's text; "" for nothing."""
+        try:
+            while len(self._words) < _WORDS_BYTES and (more := os.read(self._errors, _WORDS_BYTES)):
+                self._words += more
+        except BlockingIOError:
+            pass  # that was all
+        words = self._words.decode("utf-8", "replace").strip()
+        return f": {words}" if words else ""
+
+    def applied(self) -> list[Applied]:
+        """How it is jailed."""
+        started = self._jail.vmm_started
+        if started is None:
+            return []
+        own = [name for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time") if name in started.namespaces]
+        held = [value for value in started.capabilities if value & ((1 << 41) - 1)]
+        limits = {one.rule: one.effective for one in (self._jail.cgroup.in_force if self._jail.cgroup else ())}
+        jail = f"namespaces {', '.join(own)}; capabilities {'none' if not held else held}; seccomp mode {started.seccomp}"
+        if limits:
+            jail += "; " + ", ".join(f"{rule} {value}" for rule, value in limits.items())
+        return [Applied(rule="vmm jail", requested=None, effective=jail, mechanism="container level")]
+
+    def kill(self) -> None:
+        self._jail.kill()
+
+    def close(self) -> None:
+        self.channel.close()
+        self._jail.close()
+        if self._errors >= 0:
+            os.close(self._errors)
+            self._errors = -1
+
+
+def _jail_steps(spec: Machine, jail: ContainerSandbox) -> list[MountStep]:
+    """What QEMU sees beside its programs: the guest's kernel, disks and shares, and /dev/kvm where it is used."""
+    flags = RDONLY | NOSUID | NODEV | NOEXEC
+    steps = jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
+    steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
+    for number, disk in enumerate(spec.disks):
+        steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags)
+    for share in spec.shares:
+        at = b"/vm/" + share.tag.encode()
+        if share.source is None:
+            steps += [messages.directory(at), *jail.userland(at)]
+            continue
+        inside = at if os.path.isdir(share.source) else at + b"/file"
+        kept = NOSUID | NODEV | NOEXEC | (0 if share.writable else RDONLY)
+        steps += jail.host_mount(share.source, inside, kept, must=share.writable)
+    if spec.accelerator == "kvm":
+        steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
+    return steps
+
+
+def start_qemu(spec: Machine, host: Host, state: State) -> Vmm:
+    """Starts QEMU in its jail. Raises Unavailable, StartError; leaves nothing then."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    jail: ContainerSandbox | None = None
+    channel = Channel(ours, trusted=False)
+    errors, errors_of_qemu = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        os.set_blocking(errors_of_qemu, True)
+        usable = host.cgroups.controller("memory").usable
+        limits = Limits(memory=spec.memory_bytes + MEMORY_OVERHEAD_BYTES) if usable else Limits()
+        what = Spec.make(
+            [_QEMU], isolation="container", user=f"{spec.user[0]}:{spec.user[1]}", hostname="vmm", limits=limits
+        )
+        # /dev/kvm belongs to a group, and the jail's ids are nobody's: QEMU gets that group and no other.
+        group = os.stat(_KVM).st_gid if spec.accelerator == "kvm" else None
+        jail = ContainerSandbox(what, host, state, extra=lambda one: _jail_steps(spec, one), extra_gid=group)
+        argv = machine.arguments(
+            kernel=b"/vm/kernel",
+            initramfs=b"/vm/initramfs",
+            memory_bytes=spec.memory_bytes,
+            cpus=spec.cpus,
+            accel=spec.accelerator,
+            channel_fd=3,
+            shares=[(share.tag, b"/vm/" + share.tag.encode(), share.writable) for share in spec.shares],
+            disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
+            qemu=_QEMU,
+        )
+        request = messages.execute(
+            argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4
+        )
+        assert jail.channel is not None
+        jail.channel.send(request, [state.null, errors_of_qemu, errors_of_qemu, theirs.fileno()])
+        return Vmm(channel, jail, errors)
+    except BaseException:
+        channel.close()
+        os.close(errors)
+        if jail is not None:
+            jail.close()
+        raise
+    finally:
+        theirs.close()
+        os.close(errors_of_qemu)

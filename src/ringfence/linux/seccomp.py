@@ -1,0 +1,274 @@
+"""seccomp: which system calls a workload may make, compiled to the BPF program that the kernel runs at each
+one.
+
+The lists of names are in `_syscall_lists`. libseccomp compiles them, through pyseccomp, into a binary search;
+five calls that are judged by an argument come before it as a few instructions of our own, because libseccomp
+can't say "any value but these" of one argument. The program is kept, so libseccomp is needed once for a
+machine.
+
+Allowed calls run; known ones that are denied give EPERM; unknown ones give ENOSYS, so that libraries fall
+back as they do on an older kernel. A call by another architecture's convention (32-bit, x32) kills the
+process.
+Sources: seccomp(2), seccomp_rule_add(3), Documentation/userspace-api/seccomp_filter.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import sys
+
+from ringfence._value import Value
+from ringfence.errors import RingfenceError, Unmet
+from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+__all__ = ["Policy", "available", "cached", "compile", "policy"]
+
+# Flags of clone(2) that make namespaces: CLONE_NEW{CGROUP,UTS,IPC,USER,PID,NET} and CLONE_NEWNS.
+# CLONE_NEWTIME is none of them: for clone its bit is a signal's.
+_CLONE_NAMESPACES = 0x7E020000
+# Put characters into a terminal's input, as if the user outside had typed them.
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+# Plain Linux, 32 bits, either with the version number of 2.6, and the question for the present one.
+_PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+
+# include/uapi/linux/seccomp.h, filter.h and bpf_common.h.
+_KILL_PROCESS = 0x80000000
+_ALLOW = 0x7FFF0000
+_ERRNO = 0x00050000
+_LOAD, _JUMP_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
+_INSTRUCTION = struct.Struct("=HBBI")
+_MOST_INSTRUCTIONS = 4096
+# struct seccomp_data: int nr, u32 arch, u64 instruction_pointer, u64 args[6].
+_NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16
+
+# The first bytes of a kept program; its last is the version of what this module makes of a policy.
+_MAGIC = b"RFBPF\0\0\1"
+_DIGEST_SIZE = 32
+
+_in_memory: dict[Policy, bytes] = {}
+
+
+class Policy(Value):
+    """What a filter lets through.
+
+    allowed, denied: names of system calls; a name that this architecture or libseccomp doesn't know is left
+    out, and so gets ENOSYS. families: the address families of socket(2) and socketpair(2) that are allowed.
+    """
+
+    __slots__ = ("allowed", "denied", "families")
+    allowed: tuple[str, ...]
+    denied: tuple[str, ...]
+    families: tuple[int, ...]
+
+    def __init__(
+        self, *, allowed: tuple[str, ...], denied: tuple[str, ...], families: tuple[int, ...]
+    ) -> None:
+        self._set(allowed=allowed, denied=denied, families=families)
+
+
+_WITH_NETWORK = Policy(allowed=ALLOWED, denied=DENIED, families=(_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK))
+_WITHOUT_NETWORK = _WITH_NETWORK.replace(families=(_AF_UNIX,))
+
+
+def policy(network_sockets: bool) -> Policy:
+    """The default policy. network_sockets: whether sockets may be IPv4, IPv6 and netlink, or AF_UNIX only.
+
+    A sandbox with a network namespace of its own can have them whatever its network is.
+    """
+    return _WITH_NETWORK if network_sockets else _WITHOUT_NETWORK
+
+
+def cached(wanted: Policy) -> bytes:
+    """The policy's program, an array of struct sock_filter: from memory, from the cache folder, or compiled.
+
+    A file of the cache is taken only if it is this user's own, nobody else can write to it, and its digest is
+    right; any other is made anew. Without a usable cache folder it is compiled once in each process.
+    Raises Unmet where it has to be compiled and libseccomp is missing.
+    """
+    program = _in_memory.get(wanted)
+    if program is None:
+        key = _key(wanted)
+        path = _cache_path(key)
+        program = _read(path, key) if path else None
+        if program is None:
+            program = compile(wanted)
+            if path:
+                _write(path, key, program)
+        _in_memory[wanted] = program
+    return program
+
+
+def available() -> tuple[bool, str]:
+    """Whether filters can be made and used here, and by what or why not. The first call may compile them."""
+    try:
+        with open("/proc/sys/kernel/seccomp/actions_avail", encoding="ascii") as file:
+            actions = set(file.read().split())
+    except OSError:
+        return False, "this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)"
+    if not {"kill_process", "errno", "allow"} <= actions:
+        return False, "this kernel's seccomp can't kill a process (it needs Linux 4.14)"
+    try:
+        size = len(cached(_WITH_NETWORK)) // _INSTRUCTION.size
+        cached(_WITHOUT_NETWORK)
+    except Unmet as error:
+        return False, error.reason
+    return True, f"seccomp filter of {size} instructions"
+
+
+def compile(wanted: Policy) -> bytes:
+    """The policy's program for this architecture, made by libseccomp. Raises Unmet where that is missing."""
+    # Some 30 ms, and a search for the library: only where nothing is kept yet.
+    try:
+        import pyseccomp  # type: ignore[import-untyped]
+    except (ImportError, RuntimeError) as error:
+        raise Unmet(
+            "seccomp",
+            None,
+            f"the filter can't be compiled: {error}",
+            "run 'ringfence setup', or install libseccomp2 (Debian), libseccomp (Fedora, Arch, Alpine)",
+        ) from None
+    arch: int = pyseccomp.system_arch()
+
+    def number(name: str) -> int:
+        found: int = pyseccomp.resolve_syscall(arch, name)
+        # Negative: this architecture has no such call, or this libseccomp doesn't know the name.
+        return found if found >= 0 else NEWER.get(name, -1)
+
+    filter = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
+    filter.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    filter.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary search; libseccomp 2.5
+    for names, action in ((wanted.allowed, pyseccomp.ALLOW), (wanted.denied, pyseccomp.ERRNO(errno.EPERM))):
+        for name in names:
+            if number(name) >= 0:
+                filter.add_rule(action, number(name))
+    program = _by_argument(wanted, arch, number) + _exported(filter)
+    if len(program) > _MOST_INSTRUCTIONS * _INSTRUCTION.size:
+        raise RingfenceError(f"the filter has {len(program) // 8} instructions, more than the kernel takes")
+    return program
+
+
+def _by_argument(wanted: Policy, arch: int, number: Callable[[str], int]) -> bytes:
+    """The calls that are judged by an argument. All others fall through to what comes after.
+
+    The kernel takes each of these arguments as 32 bits (clone's flags too), so only those are looked at: with
+    all 64, a caller could pass a forbidden value with a bit set above, which the kernel would drop after the
+    filter.
+    """
+    allow, deny = _instruction(_RETURN, _ALLOW), _instruction(_RETURN, _ERRNO | errno.EPERM)
+    checks = (
+        ("clone", [_load_argument(0), _instruction(_JUMP_ANY_BIT, _CLONE_NAMESPACES, 0, 1), deny, allow]),
+        ("ioctl", _one_of(1, (_TIOCSTI, _TIOCLINUX), deny, allow)),
+        ("personality", _one_of(0, _PERSONALITIES, allow, deny)),
+        ("socket", _one_of(0, wanted.families, allow, deny)),
+        ("socketpair", _one_of(0, wanted.families, allow, deny)),
+    )
+    # Each check loads an argument in the place of the number, but also always returns.
+    code = [_instruction(_LOAD, _NUMBER_AT)]
+    for name, check in checks:
+        if number(name) >= 0:
+            code += [_instruction(_JUMP_EQUAL, number(name), 0, len(check)), *check]
+    # Of another architecture the numbers mean something else: libseccomp's part kills those.
+    own = [_instruction(_LOAD, _ARCH_AT), _instruction(_JUMP_EQUAL, arch, 0, len(code))]
+    return b"".join(own + code)
+
+
+def _one_of(argument: int, values: Sequence[int], then: bytes, otherwise: bytes) -> list[bytes]:
+    """Return `then` where the argument is one of the values."""
+    jumps = [_instruction(_JUMP_EQUAL, value, len(values) - index, 0) for index, value in enumerate(values)]
+    return [_load_argument(argument), *jumps, otherwise, then]
+
+
+def _load_argument(index: int) -> bytes:
+    """Load the low 32 bits of an argument."""
+    low = 0 if sys.byteorder == "little" else 4
+    return _instruction(_LOAD, _ARGUMENTS_AT + 8 * index + low)
+
+
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return _INSTRUCTION.pack(code, if_true, if_false, value)
+
+
+def _exported(filter: Any) -> bytes:
+    fd = os.memfd_create("ringfence-seccomp", os.MFD_CLOEXEC)
+    with open(fd, "w+b") as file:
+        filter.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+def _key(wanted: Policy) -> bytes:
+    """What a kept program was made of: the policy, the architecture and this module's version.
+
+    libseccomp's version isn't: names that it doesn't know have their numbers from NEWER, so each version
+    makes a program of the same meaning, and asking for it would load the library at each start.
+    """
+    text = f"{os.uname().machine} {wanted.allowed} {wanted.denied} {wanted.families} {sorted(NEWER.items())}"
+    return _sha256(_MAGIC + text.encode())
+
+
+def _cache_path(key: bytes) -> str | None:
+    """Where a program is kept, in a folder that only this user can open; None where there can't be one."""
+    from ringfence import _cache
+
+    try:
+        folder = os.path.join(_cache.root(), "seccomp")
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        about = os.lstat(folder)
+    except (OSError, RingfenceError):  # no home, read-only, or another account's
+        return None
+    private = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o077
+    return os.path.join(folder, key.hex() + ".bpf") if private else None
+
+
+def _read(path: str, key: bytes) -> bytes | None:
+    """A kept program; None where there is none, or not one to trust."""
+    header = len(_MAGIC) + _DIGEST_SIZE
+    most = header + _MOST_INSTRUCTIONS * _INSTRUCTION.size
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with open(fd, "rb") as file:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
+            return None
+        if not header < about.st_size <= most or (about.st_size - header) % _INSTRUCTION.size:
+            return None
+        kept = file.read(most)
+    digest, program = kept[len(_MAGIC) : header], kept[header:]
+    return program if kept.startswith(_MAGIC) and digest == _sha256(key + program) else None
+
+
+def _write(path: str, key: bytes, program: bytes) -> None:
+    """Keep a program: whole or not at all. That it can't be kept is no error, it is compiled again then."""
+    scratch = f"{path}.{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(_MAGIC + _sha256(key + program) + program)
+            os.rename(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+    except OSError:
+        return
+
+
+def _sha256(data: bytes) -> bytes:
+    # hashlib loads OpenSSL, some 10 ms; these are the modules that it falls back to without it.
+    try:
+        module = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
+    except ImportError:
+        module = __import__("hashlib")
+    digest: bytes = module.sha256(data).digest()
+    return digest
