@@ -57,6 +57,17 @@ static int make_parents(int dir, const char *path, uint32_t uid, uint32_t gid, s
     return 0;
 }
 
+/* A regular file to write to, with no other name: a workload may have left a FIFO, which would hold us up, or a hard
+ * link to a file elsewhere, which is not ours to change. */
+static int open_file(int dir, const char *path, mode_t mode) {
+    int fd = open_beneath(dir, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK, mode);
+    struct stat st;
+    if (fd < 0 || (fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_nlink == 1)) return fd;
+    close(fd);
+    errno = EINVAL;
+    return -1;
+}
+
 int rf_file_put(const char *workdir, const struct rf_frame *f, uint32_t uid, uint32_t gid, struct rf_transfer *t, struct rf_error *e) {
     struct rf_reader r = {f->payload, f->payload + f->length};
     struct rf_attr a;
@@ -64,9 +75,11 @@ int rf_file_put(const char *workdir, const struct rf_frame *f, uint32_t uid, uin
     uint32_t mode = 0644;
     uint64_t size = 0;
     int got;
+    unsigned seen = 0;
     while ((got = rf_attr_next(&r, &a)) > 0) {
         int ok = a.tag == 1 ? rf_attr_string(&a, &path) : a.tag == 2 ? rf_attr_u32(&a, &mode) : a.tag == 3 ? rf_attr_u64(&a, &size) : -1;
-        if (ok < 0) break;
+        if (ok < 0 || (seen & 1u << a.tag)) break;
+        seen |= 1u << a.tag;
     }
     if (got != 0 || !path || mode > 07777) return rf_fail_errno(e, EPROTO, "protocol", "put", "malformed");
     if (t->fd >= 0) return rf_fail_errno(e, EPROTO, "protocol", "put", "another one isn't finished");
@@ -74,9 +87,9 @@ int rf_file_put(const char *workdir, const struct rf_frame *f, uint32_t uid, uin
     if (dir < 0) return -1;
     int fd = -1;
     if (make_parents(dir, path, uid, gid, e) == 0) {
-        fd = open_beneath(dir, path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW, mode & 0777);
+        fd = open_file(dir, path, mode & 0777);
         if (fd < 0) fail(e, "openat2", path);
-        else if (fchown(fd, uid, gid) < 0 || fchmod(fd, mode) < 0) {
+        else if (ftruncate(fd, 0) < 0 || fchown(fd, uid, gid) < 0 || fchmod(fd, mode) < 0) {
             fail(e, "fchown", path);
             close(fd);
             fd = -1;
@@ -111,7 +124,7 @@ struct listing {
 };
 
 static int flush_listing(struct listing *l) {
-    int r = l->used ? rf_channel_send(l->ch, RF_ENTRIES, l->id, l->buf, l->used, -1) : 0;
+    int r = l->used ? rf_channel_send(l->ch, RF_ENTRIES, l->id, l->buf, l->used) : 0;
     l->used = 0;
     return r;
 }
@@ -164,7 +177,7 @@ int rf_file_list(struct rf_channel *ch, const char *workdir, uint32_t id, struct
     int dir = open_workdir(workdir, e);
     if (dir < 0 || walk(&l, dir, 0, e) < 0) return -1;
     if (flush_listing(&l) < 0) return fail(e, "send", "");
-    return rf_channel_send(ch, RF_DONE, id, NULL, 0, -1);
+    return rf_channel_send(ch, RF_DONE, id, NULL, 0);
 }
 
 int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_frame *f, struct rf_error *e) {
@@ -185,8 +198,8 @@ int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_fra
     uint8_t buf[RF_CHUNK];
     ssize_t n;
     while ((n = read(fd, buf, sizeof buf)) > 0)
-        if (rf_channel_send(ch, RF_DATA, f->id, buf, (size_t)n, -1) < 0) break;
+        if (rf_channel_send(ch, RF_DATA, f->id, buf, (size_t)n) < 0) break;
     int err = n < 0 ? fail(e, "read", path) : 0;
     close(fd);
-    return err < 0 ? -1 : rf_channel_send(ch, RF_DONE, f->id, NULL, 0, -1);
+    return err < 0 ? -1 : rf_channel_send(ch, RF_DONE, f->id, NULL, 0);
 }

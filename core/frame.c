@@ -195,16 +195,26 @@ int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, s
     return 0;
 }
 
-int rf_channel_send(struct rf_channel *ch, uint8_t type, uint32_t id, const void *payload, size_t n, int fd) {
-    return rf_send(ch->fd, ch->port, type, id, payload, n, fd);
+int rf_channel_send(struct rf_channel *ch, uint8_t type, uint32_t id, const void *payload, size_t n) {
+    return rf_send(ch->fd, ch->port, type, id, payload, n, -1);
 }
 
-int rf_channel_send_error(struct rf_channel *ch, uint32_t id, const struct rf_error *e) {
-    uint8_t buf[1024];
-    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
+/* The record as attributes; how many bytes of `buf`, which is large enough for the longest. */
+static size_t encode_error(const struct rf_error *e, uint8_t *buf, size_t capacity) {
+    struct rf_writer w = {.buf = buf, .capacity = capacity};
     rf_put_u32(&w, 1, (uint32_t)e->err);
     rf_put_string(&w, 2, e->step);
     rf_put_string(&w, 3, e->call);
     rf_put_string(&w, 4, e->detail);
-    return rf_channel_send(ch, RF_ERROR, id, buf, w.length, -1);
+    return w.length;
+}
+
+int rf_send_error(int fd, uint32_t id, const struct rf_error *e) {
+    uint8_t buf[sizeof *e + 64];
+    return rf_send(fd, false, RF_ERROR, id, buf, encode_error(e, buf, sizeof buf), -1);
+}
+
+int rf_channel_send_error(struct rf_channel *ch, uint32_t id, const struct rf_error *e) {
+    uint8_t buf[sizeof *e + 64];
+    return rf_channel_send(ch, RF_ERROR, id, buf, encode_error(e, buf, sizeof buf));
 }

@@ -3,12 +3,10 @@
 #include "rf.h"
 
 #include <fcntl.h>
-#include <linux/if.h>
-#include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdio.h>
-#include <sys/ioctl.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/reboot.h>
@@ -39,9 +37,10 @@ struct command {
 
 struct init {
     enum rf_where where;
-    int signals;
+    int signals, go;
+    struct rf_launch launch;
     int cgroup_dir; /* the guest's cgroup of the commands, or -1 */
-    bool planned, leaving;
+    bool planned, leaving, announced;
     struct rf_channel channel;
     struct rf_plan plan;
     struct rf_exec exec;
@@ -57,7 +56,7 @@ struct init {
 static void note_exit(struct init *s, pid_t pid, int status) {
     for (unsigned i = 0; i < COMMANDS_MAX; i++) {
         struct command *c = &s->commands[i];
-        if (!c->used || c->pid != pid) continue;
+        if (!c->used || !c->running || c->pid != pid) continue; /* its number may be another one's by now */
         c->running = false;
         c->status = status;
     }
@@ -71,7 +70,7 @@ static void reap_ready(struct init *s) {
 static void kill_everything(struct init *s) {
     struct rf_error ignored;
     if (s->where != RF_IN_PROCESS) kill(-1, SIGKILL); /* all of the PID namespace but ourselves */
-    else if (s->plan.has_kill_uid) rf_kill_uid(s->plan.kill_uid, &ignored);
+    else if (s->launch.has_kill_uid) rf_kill_uid(s->launch.kill_uid, &ignored);
     else rf_kill_children();
 }
 
@@ -96,6 +95,21 @@ static void end_for(struct init *s, uint32_t reason) {
 }
 
 /* ---- reports ---- */
+
+/* Before the first report: our own pidfd, by which Python waits for our end (a number would be another one's outside).
+ * Not earlier: it would only wake Python once more. */
+static void announce(struct init *s) {
+    if (s->announced || s->where == RF_IN_GUEST) return;
+    s->announced = true;
+    int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    rf_send(s->channel.fd, false, RF_LAUNCHED, 0, NULL, 0, pidfd);
+    if (pidfd >= 0) close(pidfd);
+}
+
+static void send_error(struct init *s, uint32_t id, const struct rf_error *e) {
+    announce(s);
+    rf_channel_send_error(&s->channel, id, e);
+}
 
 static uint64_t nanoseconds(struct timeval now, struct timeval before) {
     int64_t us = (int64_t)(now.tv_sec - before.tv_sec) * 1000000 + (now.tv_usec - before.tv_usec);
@@ -128,10 +142,11 @@ static void send_exited(struct init *s, struct command *c) {
         rf_put_u64(&w, 7, guest_number(s, "memory.events", "oom_kill "));
         rf_put_u64(&w, 8, guest_number(s, "memory.peak", NULL)); /* Linux 5.19 */
     }
-    rf_channel_send(&s->channel, RF_EXITED, c->id, buf, w.length, -1);
+    rf_channel_send(&s->channel, RF_EXITED, c->id, buf, w.length);
 }
 
 static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf_readback *rb) {
+    announce(s);
     uint8_t buf[2048];
     struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
     rf_put_u32(&w, 1, (uint32_t)pid);
@@ -150,7 +165,7 @@ static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf
     rf_put_u32(&w, 8, rb->landlock);
     rf_put_string(&w, 9, rb->hostname);
     rf_put_string(&w, 10, rb->release);
-    rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length, -1);
+    rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length);
 }
 
 /* ---- commands ---- */
@@ -174,7 +189,7 @@ static void close_command(struct command *c) {
 static bool pump_output(struct init *s, struct command *c, int i) {
     ssize_t n = read(c->out[i], s->chunk, sizeof s->chunk);
     if (n < 0) return errno == EINTR;
-    rf_channel_send(&s->channel, (uint8_t)(RF_STDOUT + i), c->id, s->chunk, (size_t)n, -1);
+    rf_channel_send(&s->channel, (uint8_t)(RF_STDOUT + i), c->id, s->chunk, (size_t)n);
     if (n == 0) close_fd(&c->out[i]);
     return n > 0;
 }
@@ -209,7 +224,7 @@ static void pump_input(struct init *s, struct command *c) {
         credit += (uint32_t)n;
     }
     if (c->in_used == 0 && c->eof_in) close_fd(&c->in);
-    if (credit) rf_channel_send(&s->channel, RF_CREDIT, c->id, &credit, sizeof credit, -1);
+    if (credit) rf_channel_send(&s->channel, RF_CREDIT, c->id, &credit, sizeof credit);
 }
 
 static int take_stdin(struct init *s, const struct rf_frame *f, struct rf_error *e) {
@@ -223,7 +238,7 @@ static int take_stdin(struct init *s, const struct rf_frame *f, struct rf_error 
         if (c->in < 0) { /* closed already: give the credit back, so that the sender can go on to its end */
             uint32_t credit = (uint32_t)c->in_used;
             c->in_used = 0;
-            if (credit) rf_channel_send(&s->channel, RF_CREDIT, c->id, &credit, sizeof credit, -1);
+            if (credit) rf_channel_send(&s->channel, RF_CREDIT, c->id, &credit, sizeof credit);
         } else {
             pump_input(s, c);
         }
@@ -287,13 +302,24 @@ static void signal_command(struct init *s, const struct rf_frame *f) {
 
 /* ---- PLAN ---- */
 
-static int loopback_up(struct rf_error *e) {
-    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd < 0) return rf_fail(e, "network", "socket", "AF_INET");
-    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING | IFF_LOOPBACK};
-    int r = ioctl(fd, SIOCSIFFLAGS, &request) < 0 ? rf_fail(e, "network", "ioctl", "SIOCSIFFLAGS lo") : 0;
-    close(fd);
-    return r;
+int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e) {
+    /* In a PID namespace the kernel kills all with init; elsewhere init has to do it, so it must be told. */
+    int number = (l->clone_flags & CLONE_NEWPID) ? SIGKILL : SIGTERM;
+    return prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) < 0 ? rf_fail(e, "launch", "prctl", "PR_SET_PDEATHSIG") : 0;
+}
+
+/* Becomes id 0 of the user namespace, once the launcher has written its maps: what is made from here on has owners. */
+static int take_ids(struct init *s, struct rf_error *e) {
+    if (s->go < 0) return 0;
+    char ready;
+    if (read(s->go, &ready, 1) != 1) return rf_fail_errno(e, ECANCELED, "user namespace", "read", "the launcher gave up");
+    close(s->go);
+    s->go = -1;
+    /* The first id that the maps have inside: 0, or the only one. */
+    unsigned long uid = strtoul(s->launch.uid_map, NULL, 10), gid = strtoul(s->launch.gid_map, NULL, 10);
+    if (syscall(SYS_setresgid, gid, gid, gid) < 0) return rf_fail(e, "user namespace", "setresgid", s->launch.gid_map);
+    if (syscall(SYS_setresuid, uid, uid, uid) < 0) return rf_fail(e, "user namespace", "setresuid", s->launch.uid_map);
+    return rf_die_with_parent(&s->launch, e);
 }
 
 static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error *e) {
@@ -307,7 +333,8 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
         if (rf_guest_limits(&s->plan, &s->cgroup_dir, e) < 0) return -1;
     }
     if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);
-    if (p->loopback && loopback_up(e) < 0) return -1;
+    if (p->loopback && !s->launch.network_ready && rf_loopback_up(e) < 0) return -1;
+    if (take_ids(s, e) < 0) return -1;
     if (p->flags & RF_P_ENTER) {
         int root = rf_tree_build(p->mounts, p->nmounts, s->where == RF_IN_GUEST ? "/new" : "/proc", "mode=0755", e);
         if (root < 0) return -1;
@@ -328,7 +355,7 @@ static int send_ready(struct init *s) {
         rf_put_u64(&w, 2, guest_number(s, "pids.max", NULL));
         rf_put_u64(&w, 3, guest_number(s, "cpu.max", NULL) * 1000);
     }
-    return rf_channel_send(&s->channel, RF_READY, 0, buf, w.length, -1);
+    return rf_channel_send(&s->channel, RF_READY, 0, buf, w.length);
 }
 
 /* ---- requests ---- */
@@ -356,7 +383,8 @@ static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     if (!s->planned && f->type != RF_PLAN && f->type != RF_SHUTDOWN) return rf_fail_errno(e, EPROTO, "protocol", "request", "before the plan");
     switch (f->type) {
     case RF_PLAN:
-        return apply_plan(s, f, e) < 0 ? -1 : send_ready(s);
+        if (apply_plan(s, f, e) < 0) return -1;
+        return s->where == RF_IN_GUEST ? send_ready(s) : 0; /* elsewhere STARTED says it soon enough */
     case RF_EXEC: return start_command(s, f, e);
     case RF_STDIN: return take_stdin(s, f, e);
     case RF_SIGNAL: signal_command(s, f); return 0;
@@ -377,10 +405,10 @@ static int serve_all(struct init *s) {
     while (!s->leaving && (got = rf_channel_next(&s->channel, &f, &e)) > 0) {
         int r = serve(s, &f, &e);
         take_fds(s, &f);
-        if (r < 0) rf_channel_send_error(&s->channel, f.id, &e);
+        if (r < 0) send_error(s, f.id, &e);
     }
     if (s->leaving || got == 0) return 0;
-    rf_channel_send_error(&s->channel, 0, &e);
+    send_error(s, 0, &e);
     return -1;
 }
 
@@ -461,12 +489,13 @@ static int wait_and_serve(struct init *s) {
     return s->leaving ? -1 : 0;
 }
 
-int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l) {
+int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l, int go) {
     struct init *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (s == MAP_FAILED) return 1;
     s->where = where;
     s->cgroup_dir = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = -1;
-    if (l) s->plan.has_kill_uid = l->has_kill_uid, s->plan.kill_uid = l->kill_uid;
+    s->go = go;
+    if (l) s->launch = *l;
     s->channel.fd = channel_fd;
     s->channel.port = where == RF_IN_GUEST;
     s->channel.in = s->in;

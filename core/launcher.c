@@ -28,7 +28,8 @@ enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3 };
 struct owned { enum owned_kind kind; int parent; char name[256]; };
 
 struct launcher {
-    int socket, signals, proc, host_mounts, host_root;
+    int socket, signals, proc, host_mounts, host_root, host_network;
+    int next_network; /* a network namespace in which nothing has run yet, or -1 */
     bool own_mounts;
     struct sandbox live[SANDBOXES_MAX];
     unsigned nlive;
@@ -50,7 +51,8 @@ static int own_mount_namespace(struct launcher *s, struct rf_error *e) {
     };
     s->host_mounts = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
     s->host_root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (s->host_mounts < 0 || s->host_root < 0) return rf_fail(e, "launcher", "open", "the host's mount namespace");
+    s->host_network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    if (s->host_mounts < 0 || s->host_root < 0 || s->host_network < 0) return rf_fail(e, "launcher", "open", "the host's namespaces");
     if (unshare(CLONE_NEWNS) < 0) return rf_fail(e, "launcher", "unshare", "CLONE_NEWNS");
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) return rf_fail(e, "launcher", "mount", "MS_PRIVATE");
     int root = rf_tree_build(steps, RF_LEN(steps), "/proc", "mode=0755", e);
@@ -65,6 +67,37 @@ static int enter_host_mounts(const struct launcher *s, struct rf_error *e) {
     if (setns(s->host_mounts, CLONE_NEWNS) < 0) return rf_fail(e, "launch", "setns", "the host's mount namespace");
     if (fchdir(s->host_root) < 0 || chroot(".") < 0) return rf_fail(e, "launch", "chroot", "the caller's root");
     return 0;
+}
+
+/* ---- network namespaces ---- */
+
+/* Making one is the dearest step of a launch, so the next sandbox's is made while this one's command runs. Nobody has
+ * been in it, and it belongs to the host's user namespace: not even root inside can change it. */
+static void prepare_network(struct launcher *s) {
+    struct rf_error ignored; /* without one in stock, clone3 makes it */
+    if (!s->own_mounts || s->next_network >= 0 || unshare(CLONE_NEWNET) < 0) return;
+    if (rf_loopback_up(&ignored) == 0) s->next_network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+    setns(s->host_network, CLONE_NEWNET);
+}
+
+/* clone3, with the network namespace that is in stock where there is one. */
+static pid_t clone_sandbox(struct launcher *s, struct rf_launch *l, int *pidfd, struct rf_error *e) {
+    uint64_t flags = l->clone_flags;
+    int network = (flags & CLONE_NEWNET) ? s->next_network : -1;
+    if (network >= 0) {
+        if (setns(network, CLONE_NEWNET) < 0) return rf_fail(e, "launch", "setns", "the next network namespace");
+        flags &= ~(uint64_t)CLONE_NEWNET;
+        l->network_ready = true;
+    }
+    pid_t pid = rf_clone(flags, pidfd);
+    if (pid < 0) rf_fail(e, "launch", "clone3", "");
+    if (pid != 0 && network >= 0) {
+        /* Never two sandboxes in one: it is given up whatever became of the clone. */
+        close(network);
+        s->next_network = -1;
+        if (setns(s->host_network, CLONE_NEWNET) < 0) return rf_fail(e, "launch", "setns", "the host's network namespace");
+    }
+    return pid;
 }
 
 /* ---- LAUNCH ---- */
@@ -87,22 +120,15 @@ static int write_maps(const struct launcher *s, pid_t pid, const struct rf_launc
     return write_proc(s, pid, "gid_map", l->gid_map, e);
 }
 
-/* Everything from clone3 to init's loop, in the child. `go` tells that the id maps are written. */
+/* From clone3 to init's loop, in the child. */
 static int become_init(const struct launcher *s, const struct rf_launch *l, int control, int go, struct rf_error *e) {
-    char ready;
-    if (read(go, &ready, 1) != 1) return rf_fail_errno(e, ECANCELED, "user namespace", "read", "the launcher gave up");
-    close(go);
-    if (l->clone_flags & CLONE_NEWUSER) {
-        if (syscall(SYS_setresgid, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "setresgid", "0");
-        if (syscall(SYS_setresuid, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "setresuid", "0");
-    }
     if (l->host_mounts && enter_host_mounts(s, e) < 0) return -1;
-    /* After the change of ids, which clears both. In a PID namespace the kernel kills all with init; elsewhere init
-     * has to do it, so it must be told. */
-    if (prctl(PR_SET_PDEATHSIG, (l->clone_flags & CLONE_NEWPID) ? SIGKILL : SIGTERM, 0, 0, 0) < 0) return rf_fail(e, "launch", "prctl", "PR_SET_PDEATHSIG");
     if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "launch", "prctl", "PR_SET_DUMPABLE");
-    if (dup2(control, 3) < 0) return rf_fail(e, "launch", "dup2", "");
-    if (syscall(SYS_close_range, 4, ~0U, 0) < 0) return rf_fail(e, "launch", "close_range", "");
+    if (rf_die_with_parent(l, e) < 0) return -1;
+    /* 3 is the channel, 4 what tells that the id maps are written. Nothing else of the launcher's stays. */
+    int high = go < 0 ? -1 : fcntl(go, F_DUPFD_CLOEXEC, 10);
+    if (dup2(control, 3) < 0 || (high >= 0 && dup2(high, 4) < 0)) return rf_fail(e, "launch", "dup2", "");
+    if (syscall(SYS_close_range, go < 0 ? 4 : 5, ~0U, 0) < 0) return rf_fail(e, "launch", "close_range", "");
     return 0;
 }
 
@@ -110,41 +136,23 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     struct rf_launch l;
     if (rf_launch_parse(f->payload, f->length, &l, e) < 0) return -1;
     if (s->nlive == SANDBOXES_MAX) return rf_fail_errno(e, EAGAIN, "launch", "sandboxes", "too many at once");
-    int go[2], pidfd = -1;
-    if (pipe2(go, O_CLOEXEC) < 0) return rf_fail(e, "launch", "pipe2", "");
+    int go[2] = {-1, -1}, pidfd = -1;
+    if (l.uid_map && pipe2(go, O_CLOEXEC) < 0) return rf_fail(e, "launch", "pipe2", "");
     int control = f->fds[0];
-    pid_t pid = rf_clone(l.clone_flags, &pidfd);
+    pid_t pid = clone_sandbox(s, &l, &pidfd, e);
     if (pid == 0) {
-        close(go[1]);
         if (become_init(s, &l, control, go[0], e) == 0)
-            _exit(rf_init_main(3, (l.clone_flags & CLONE_NEWPID) ? RF_IN_CONTAINER : RF_IN_PROCESS, &l));
-        uint8_t buf[1024];
-        struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
-        rf_put_u32(&w, 1, (uint32_t)e->err);
-        rf_put_string(&w, 2, e->step);
-        rf_put_string(&w, 3, e->call);
-        rf_put_string(&w, 4, e->detail);
-        rf_send(control, false, RF_ERROR, 0, buf, w.length, -1);
+            _exit(rf_init_main(3, (l.clone_flags & CLONE_NEWPID) ? RF_IN_CONTAINER : RF_IN_PROCESS, &l, go[0] < 0 ? -1 : 4));
+        rf_send_error(control, 0, e);
         _exit(1);
     }
-    close(go[0]);
-    if (pid < 0) {
-        close(go[1]);
-        return rf_fail(e, "launch", "clone3", "");
-    }
-    s->live[s->nlive++] = (struct sandbox){.pid = pid, .has_uid = l.has_kill_uid, .uid = l.kill_uid};
-    int r = write_maps(s, pid, &l, e);
-    if (r == 0) {
-        uint8_t buf[16];
-        struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
-        rf_put_u32(&w, 1, (uint32_t)pid);
-        /* Before the go, so that this is the first frame on the socket. That Python is gone already is not our error:
-         * the end of its own socket tells. */
-        rf_send(control, false, RF_LAUNCHED, 0, buf, w.length, pidfd);
-        if (write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
-    }
-    close(go[1]); /* without the go, the child ends by itself */
-    close(pidfd);
+    int r = pid < 0 ? -1 : 0;
+    if (r == 0) s->live[s->nlive++] = (struct sandbox){.pid = pid, .has_uid = l.has_kill_uid, .uid = l.kill_uid};
+    if (r == 0) r = write_maps(s, pid, &l, e);
+    if (r == 0 && go[1] >= 0 && write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
+    if (go[0] >= 0) close(go[0]), close(go[1]); /* without its byte the child ends by itself */
+    if (pidfd >= 0) close(pidfd);
+    if (r == 0 && (l.clone_flags & CLONE_NEWNET)) prepare_network(s);
     return r;
 }
 
@@ -179,8 +187,11 @@ static int user_namespace(struct launcher *s, const struct rf_frame *f, int *res
     int pidfd = -1;
     pid_t pid = rf_clone(CLONE_NEWUSER, &pidfd);
     if (pid < 0) return rf_fail(e, "user namespace", "clone3", "");
-    if (pid == 0)
+    if (pid == 0) {
+        /* Not to be left behind with our socket, should we be killed just now. */
+        if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) _exit(1);
         for (;;) pause();
+    }
     int r = write_maps(s, pid, &l, e);
     if (r == 0) {
         char path[64];
@@ -333,9 +344,8 @@ static void serve(struct launcher *s, struct rf_frame *f) {
     case RF_OWN: r = own(s, f, &e); break;
     default: r = rf_fail_errno(&e, EPROTO, "protocol", "request", "of no known type");
     }
-    struct rf_channel answer = {.fd = f->fds[0]};
-    if (r < 0) rf_channel_send_error(&answer, 0, &e);
-    else if (f->type != RF_LAUNCH) rf_channel_send(&answer, RF_DONE, 0, NULL, 0, result);
+    if (r < 0) rf_send_error(f->fds[0], 0, &e);
+    else if (f->type != RF_LAUNCH) rf_send(f->fds[0], false, RF_DONE, 0, NULL, 0, result);
     if (result >= 0) close(result);
 }
 
@@ -374,8 +384,12 @@ int rf_launcher_main(int socket_fd) {
     if (s == MAP_FAILED) return 1;
     struct rf_error e = {0};
     s->socket = socket_fd;
+    s->next_network = -1;
     fcntl(socket_fd, F_SETFD, FD_CLOEXEC);
     syscall(SYS_close_range, (unsigned)socket_fd + 1, ~0U, 0); /* whatever Python's extensions left inheritable */
+    /* Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec: undone once, for all that is
+     * started from here. */
+    for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);
     sigset_t all;
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
@@ -389,8 +403,7 @@ int rf_launcher_main(int socket_fd) {
     if (geteuid() == 0 && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return 1;
     if (geteuid() == 0 && own_mount_namespace(s, &e) < 0) {
         /* Told to the first request: Python sees the end of its answer socket and reads this from ours. */
-        struct rf_channel ch = {.fd = socket_fd};
-        rf_channel_send_error(&ch, 0, &e);
+        rf_send_error(socket_fd, 0, &e);
         return 1;
     }
     s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);

@@ -1,10 +1,22 @@
 /* Reads the payloads that tell what to do. They come from Python, which is trusted, and are checked as if they didn't. */
 #include "rf.h"
 
+#include <linux/sched.h>
 #include <unistd.h>
+
+/* What LAUNCH may ask of clone3. Another flag, CLONE_VM above all, would let init run in the launcher's own memory. */
+#define NAMESPACES \
+    (CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP | CLONE_NEWTIME)
 
 static int malformed(struct rf_error *e, const char *what, const char *detail) {
     return rf_fail_errno(e, EPROTO, "protocol", what, detail);
+}
+
+/* Whether a tag (at most 63) was met before. */
+static bool again(uint64_t *seen, uint16_t tag) {
+    bool before = *seen & 1ull << tag;
+    *seen |= 1ull << tag;
+    return before;
 }
 
 /* An index into the frame's descriptors. */
@@ -36,9 +48,12 @@ int rf_mount_parse(const struct rf_attr *a, const int *fds, unsigned nfds, struc
 }
 
 static int parse_rlimit(const struct rf_attr *a, struct rf_plan *p) {
+    uint32_t zero;
     if (a->length != 24 || p->nrlimits == RF_RLIMITS_MAX) return -1;
     struct rf_rlimit *r = &p->rlimits[p->nrlimits++];
     memcpy(&r->resource, a->data, 4);
+    memcpy(&zero, a->data + 4, 4);
+    if (zero != 0) return -1;
     memcpy(&r->soft, a->data + 8, 8);
     memcpy(&r->hard, a->data + 16, 8);
     return 0;
@@ -61,13 +76,16 @@ static int parse_guest_limits(const struct rf_attr *a, struct rf_plan *p) {
     return 0;
 }
 
+/* An id to become or to kill. -1 is none: to setresuid(2) it means "as it is", which here is root. */
+static int attr_id(const struct rf_attr *a, uint32_t *id) { return rf_attr_u32(a, id) < 0 || *id == UINT32_MAX ? -1 : 0; }
+
 static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, struct rf_plan *p) {
     switch (a->tag) {
     case 1: return rf_attr_string(a, &p->hostname);
     case 2: p->loopback = true; return a->length ? -1 : 0;
     case 3: return p->nmounts == RF_MOUNTS_MAX ? -1 : rf_mount_parse(a, fds, nfds, &p->mounts[p->nmounts++]);
-    case 4: p->has_ids = true; return rf_attr_u32(a, &p->uid);
-    case 5: p->has_ids = true; return rf_attr_u32(a, &p->gid);
+    case 4: p->has_ids = true; return attr_id(a, &p->uid);
+    case 5: p->has_ids = true; return attr_id(a, &p->gid);
     case 6: return parse_filter(a, p);
     case 7: return parse_rlimit(a, p);
     case 8: return attr_fd(a, fds, nfds, &p->landlock_fd);
@@ -75,7 +93,6 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 10: return rf_attr_u64(a, &p->cpu_limit_ns);
     case 11: return attr_fd(a, fds, nfds, &p->cpu_fd);
     case 12: return rf_attr_u32(a, &p->flags) < 0 || (p->flags & ~(uint32_t)RF_P_ALL) ? -1 : 0;
-    case 13: p->has_kill_uid = true; return rf_attr_u32(a, &p->kill_uid);
     case 14: return rf_attr_string(a, &p->workdir);
     case 15: return rf_attr_u64(a, &p->capabilities);
     case 16: return rf_attr_u64(a, &p->realtime_ns);
@@ -97,12 +114,10 @@ int rf_plan_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfd
     int got;
     while ((got = rf_attr_next(&r, &a)) > 0) {
         char tag[21];
-        if (a.tag > 63 || (!repeats(a.tag) && (seen & (1ull << a.tag))) || plan_attr(&a, fds, nfds, p) < 0)
-            return malformed(e, "plan attribute", rf_decimal(tag, a.tag));
-        seen |= 1ull << a.tag;
+        if (plan_attr(&a, fds, nfds, p) < 0 || (again(&seen, a.tag) && !repeats(a.tag))) return malformed(e, "plan attribute", rf_decimal(tag, a.tag));
     }
     if (got < 0) return malformed(e, "plan", "an attribute passes the end");
-    if (p->has_kill_uid && p->kill_uid == 0) return malformed(e, "plan", "root can't be killed by uid");
+    if (!(seen & 1ull << 4) != !(seen & 1ull << 5)) return malformed(e, "plan", "a uid without a gid, or the other way");
     return 0;
 }
 
@@ -125,6 +140,7 @@ int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf
     x->flags = 0;
     struct rf_reader r = {payload, payload + n};
     struct rf_attr a;
+    uint64_t seen = 0;
     int got;
     while ((got = rf_attr_next(&r, &a)) > 0) {
         int ok;
@@ -136,7 +152,7 @@ int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf
         default: ok = -1;
         }
         char tag[21];
-        if (ok < 0) return malformed(e, "exec attribute", rf_decimal(tag, a.tag));
+        if (ok < 0 || again(&seen, a.tag)) return malformed(e, "exec attribute", rf_decimal(tag, a.tag));
     }
     if (got < 0 || !x->argv[0]) return malformed(e, "exec", "no argv, or an attribute passes the end");
     return 0;
@@ -146,21 +162,23 @@ int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struc
     memset(l, 0, sizeof *l);
     struct rf_reader r = {payload, payload + n};
     struct rf_attr a;
+    uint64_t seen = 0;
     int got;
     while ((got = rf_attr_next(&r, &a)) > 0) {
         int ok;
         switch (a.tag) {
-        case 1: ok = rf_attr_u64(&a, &l->clone_flags); break;
+        case 1: ok = rf_attr_u64(&a, &l->clone_flags) < 0 || (l->clone_flags & ~(uint64_t)NAMESPACES) ? -1 : 0; break;
         case 2: ok = rf_attr_string(&a, &l->uid_map); break;
         case 3: ok = rf_attr_string(&a, &l->gid_map); break;
-        case 5: ok = rf_attr_u32(&a, &l->kill_uid); l->has_kill_uid = true; break;
+        case 5: ok = attr_id(&a, &l->kill_uid); l->has_kill_uid = true; break;
         case 6: ok = a.length ? -1 : 0; l->host_mounts = true; break;
         default: ok = -1;
         }
         char tag[21];
-        if (ok < 0) return malformed(e, "launch attribute", rf_decimal(tag, a.tag));
+        if (ok < 0 || again(&seen, a.tag)) return malformed(e, "launch attribute", rf_decimal(tag, a.tag));
     }
     if (got < 0) return malformed(e, "launch", "an attribute passes the end");
     if (l->has_kill_uid && l->kill_uid == 0) return malformed(e, "launch", "root can't be killed by uid");
+    if (!l->uid_map != !l->gid_map) return malformed(e, "launch", "one id map without the other");
     return 0;
 }

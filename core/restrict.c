@@ -8,8 +8,8 @@
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/utsname.h>
@@ -27,12 +27,15 @@ static int join_cgroups(const struct rf_plan *p, struct rf_error *e) {
     return 0;
 }
 
+/* struct rlimit64 of the kernel. setrlimit(3) takes an enum with glibc and an int with musl. */
+struct kernel_limit { uint64_t soft, hard; };
+
 static int set_rlimits(const struct rf_plan *p, struct rf_error *e) {
     for (unsigned i = 0; i < p->nrlimits; i++) {
         const struct rf_rlimit *r = &p->rlimits[i];
         char n[21];
-        struct rlimit limit = {.rlim_cur = r->soft, .rlim_max = r->hard};
-        if (setrlimit((__rlimit_resource_t)r->resource, &limit) < 0) return fail(e, "rlimits", "setrlimit", rf_decimal(n, r->resource));
+        struct kernel_limit limit = {r->soft, r->hard};
+        if (syscall(SYS_prlimit64, 0, r->resource, &limit, NULL) < 0) return fail(e, "rlimits", "prlimit", rf_decimal(n, r->resource));
     }
     return 0;
 }
@@ -54,12 +57,6 @@ static int place_fds(const int *fds, unsigned nfds, struct rf_error *e) {
 static int seal_fds(unsigned from, struct rf_error *e) {
     if (syscall(SYS_close_range, from, ~0U, CLOSE_RANGE_CLOEXEC) < 0) return fail(e, "descriptors", "close_range", "");
     return 0;
-}
-
-static int last_capability(void) {
-    for (int c = 0; c < 64; c++)
-        if (prctl(PR_CAPBSET_READ, c, 0, 0, 0) < 0) return c - 1;
-    return 63;
 }
 
 static int drop_bounding(const struct rf_plan *p, struct rf_error *e) {
@@ -98,9 +95,8 @@ static int set_capabilities(const struct rf_plan *p, struct rf_error *e) {
     return 0;
 }
 
-/* The dispositions that were ignored stay ignored over exec, and Python ignores SIGPIPE and SIGXFSZ. */
-static int reset_signals(struct rf_error *e) {
-    for (int s = 1; s < NSIG; s++) signal(s, SIG_DFL);
+/* The dispositions are the default ones already: the launcher saw to that, and clone3's CLONE_CLEAR_SIGHAND. */
+static int unblock_signals(struct rf_error *e) {
     sigset_t none;
     sigemptyset(&none);
     return sigprocmask(SIG_SETMASK, &none, NULL) < 0 ? fail(e, "signals", "sigprocmask", "") : 0;
@@ -121,30 +117,37 @@ static void read_namespaces(struct rf_readback *rb) {
     }
 }
 
-/* What the kernel says of this task, after the last restriction but seccomp. Nothing here is copied from the plan. */
+/* A field of /proc/self/status: the number, in `base`, that follows `name`. False where it isn't there. */
+static bool status_field(const char *status, const char *name, int base, uint64_t *v) {
+    const char *at = strstr(status, name);
+    if (!at) return false;
+    char *end;
+    *v = strtoull(at + strlen(name), &end, base);
+    return end != at + strlen(name);
+}
+
+/* What the kernel says of this task, after its last restriction. Nothing here is copied from the plan, and what can't
+ * be read looks like no restriction at all. */
 static void read_back(const struct rf_plan *p, struct rf_readback *rb) {
-    struct __user_cap_header_struct h = {.version = _LINUX_CAPABILITY_VERSION_3};
-    struct __user_cap_data_struct d[2] = {{0, 0, 0}, {0, 0, 0}};
-    memset(rb->caps, 0xff, sizeof rb->caps); /* a failed read must never look like an empty set */
-    if (syscall(SYS_capget, &h, d) == 0) {
-        rb->caps[0] = d[0].effective | (uint64_t)d[1].effective << 32;
-        rb->caps[1] = d[0].permitted | (uint64_t)d[1].permitted << 32;
-        rb->caps[2] = d[0].inheritable | (uint64_t)d[1].inheritable << 32;
-    }
-    rb->caps[3] = rb->caps[4] = 0;
-    for (int c = 0, last = last_capability(); c <= last; c++) {
-        if (prctl(PR_CAPBSET_READ, c, 0, 0, 0) == 1) rb->caps[3] |= 1ull << c;
-        if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_IS_SET, c, 0, 0) == 1) rb->caps[4] |= 1ull << c;
-    }
+    static const char *const sets[] = {"\nCapEff:", "\nCapPrm:", "\nCapInh:", "\nCapBnd:", "\nCapAmb:"};
+    char status[4096];
+    int fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, status, sizeof status - 1);
+    if (fd >= 0) close(fd);
+    status[n < 0 ? 0 : n] = 0;
+    for (size_t i = 0; i < RF_LEN(sets); i++)
+        if (!status_field(status, sets[i], 16, &rb->caps[i])) rb->caps[i] = UINT64_MAX;
+    uint64_t v;
+    rb->no_new_privs = status_field(status, "\nNoNewPrivs:", 10, &v) ? (uint32_t)v : 0;
+    rb->seccomp = status_field(status, "\nSeccomp:", 10, &v) ? (uint32_t)v : 0;
     syscall(SYS_getresuid, &rb->ids[0], &rb->ids[1], &rb->ids[2]);
     syscall(SYS_getresgid, &rb->ids[3], &rb->ids[4], &rb->ids[5]);
     rb->pid = (uint32_t)syscall(SYS_getpid);
-    rb->no_new_privs = prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1;
     rb->nrlimits = 0;
     for (unsigned i = 0; i < p->nrlimits; i++) {
-        struct rlimit limit;
-        if (getrlimit((__rlimit_resource_t)p->rlimits[i].resource, &limit) < 0) continue;
-        rb->rlimits[rb->nrlimits++] = (struct rf_rlimit){p->rlimits[i].resource, limit.rlim_cur, limit.rlim_max};
+        struct kernel_limit limit;
+        if (syscall(SYS_prlimit64, 0, p->rlimits[i].resource, NULL, &limit) < 0) continue;
+        rb->rlimits[rb->nrlimits++] = (struct rf_rlimit){p->rlimits[i].resource, limit.soft, limit.hard};
     }
     struct utsname u;
     rb->hostname[0] = rb->release[0] = 0;
@@ -163,12 +166,9 @@ static int enter_landlock(const struct rf_plan *p, struct rf_readback *rb, struc
     return 0;
 }
 
-static int enter_seccomp(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
-    rb->seccomp = 0;
+static int enter_seccomp(const struct rf_plan *p, struct rf_error *e) {
     if (p->filter.len == 0) return 0;
     if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &p->filter) < 0) return fail(e, "seccomp", "seccomp", "SECCOMP_SET_MODE_FILTER");
-    int mode = prctl(PR_GET_SECCOMP, 0, 0, 0, 0);
-    rb->seccomp = mode < 0 ? 0 : (uint32_t)mode;
     return 0;
 }
 
@@ -189,10 +189,11 @@ int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) return fail(e, "signals", "prctl", "PR_SET_PDEATHSIG");
     if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
-    if (reset_signals(e) < 0) return -1;
-    read_back(p, rb);
+    if (unblock_signals(e) < 0) return -1;
     if (enter_landlock(p, rb, e) < 0) return -1;
-    return enter_seccomp(p, rb, e); /* last: what comes before may need calls that the filter denies */
+    if (enter_seccomp(p, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
+    read_back(p, rb);
+    return 0;
 }
 
 static const char *variable(char *const *envp, const char *name) {

@@ -105,10 +105,11 @@ struct rf_channel {
 int rf_channel_fill(struct rf_channel *ch, struct rf_error *e);
 /* 1 with the next whole frame, 0 where more must be read first, -1 where the peer broke the protocol. */
 int rf_channel_next(struct rf_channel *ch, struct rf_frame *f, struct rf_error *e);
-/* Sends one frame, waiting as long as it takes. `fd` travels along unless it is -1. */
-int rf_channel_send(struct rf_channel *ch, uint8_t type, uint32_t id, const void *payload, size_t n, int fd);
+/* Sends one frame, waiting as long as it takes. */
+int rf_channel_send(struct rf_channel *ch, uint8_t type, uint32_t id, const void *payload, size_t n);
 int rf_channel_send_error(struct rf_channel *ch, uint32_t id, const struct rf_error *e);
-/* The same for one frame on any socket, as the launcher answers. */
+/* The same on any socket, as the launcher answers. `passed` travels along unless it is -1. */
+int rf_send_error(int fd, uint32_t id, const struct rf_error *e);
 int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, size_t n, int passed);
 
 /* ---- plan.c: what PLAN says ---------------------------------------------------------------------------------- */
@@ -137,8 +138,8 @@ struct rf_rlimit { uint32_t resource; uint64_t soft, hard; };
 
 struct rf_plan {
     const char *hostname, *workdir;
-    bool loopback, has_ids, has_kill_uid;
-    uint32_t uid, gid, flags, kill_uid;
+    bool loopback, has_ids;
+    uint32_t uid, gid, flags;
     uint64_t capabilities, cpu_limit_ns, realtime_ns;
     struct sock_fprog filter;
     int landlock_fd, cpu_fd;
@@ -171,6 +172,7 @@ struct rf_launch {
     uint64_t clone_flags;
     const char *uid_map, *gid_map;
     bool has_kill_uid, host_mounts;
+    bool network_ready; /* the network namespace was made before, its loopback is up, and it isn't ours to change */
     uint32_t kill_uid;
 };
 int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struct rf_error *e);
@@ -216,10 +218,16 @@ int rf_kill_children(void);
 /* clone3 without CLONE_VM: returns 0 in the child, the pid in the parent. */
 pid_t rf_clone(uint64_t flags, int *pidfd);
 
+/* Brings up lo of this process's network namespace. */
+int rf_loopback_up(struct rf_error *e);
+
 /* ---- init.c, launcher.c, guest.c, files.c -------------------------------------------------------------------- */
 
 enum rf_where { RF_IN_PROCESS, RF_IN_CONTAINER, RF_IN_GUEST };
-int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l);
+/* `go`: where a byte tells that the id maps are written, or -1 where there are none. */
+int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l, int go);
+/* A signal at the launcher's death. To be asked for anew after each change of ids, which clears it. */
+int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e);
 int rf_launcher_main(int socket_fd);
 int rf_guest_main(void);
 /* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */

@@ -3,11 +3,15 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/if.h>
 #include <linux/sched.h>
+#include <netinet/in.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -100,4 +104,13 @@ int rf_kill_children(void) {
     }
     closedir(proc);
     return killed;
+}
+
+int rf_loopback_up(struct rf_error *e) {
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return rf_fail(e, "network", "socket", "AF_INET");
+    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING | IFF_LOOPBACK};
+    int r = ioctl(fd, SIOCSIFFLAGS, &request) < 0 ? rf_fail(e, "network", "ioctl", "SIOCSIFFLAGS lo") : 0;
+    close(fd);
+    return r;
 }

@@ -14,7 +14,6 @@ from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox
 from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
-from ringfence.levels.workdir import WorkDirectory
 from ringfence.linux import ids, mounts, seccomp
 from ringfence.result import Applied
 from ringfence.wire import messages
@@ -128,33 +127,33 @@ class ContainerSandbox(LocalSandbox):
 
     def _open(self) -> None:
         spec, host = self.spec, self._host
+        uid, gid = resolve(spec.user, spec.image) if spec.user is not None else _USER
         if host.privileged:
-            self.slot = ids.slots().take()
-            base = ids.container_base(self.slot)
-            uid, gid = resolve(spec.user, spec.image) if spec.user is not None else _USER
-            uid_map = gid_map = b"0 %d %d" % (base, ids.CONTAINER_IDS)
+            group = min(gid, ids.CONTAINER_IDS - 1)
+            self.berth = self.state.berth(
+                f"container {uid}:{group}",
+                lambda slot: (ids.container_base(slot) + uid, ids.container_base(slot) + group),
+            )
+            self._base = ids.container_base(self.berth.slot or 0)
+            uid_map = gid_map = b"0 %d %d" % (self._base, ids.CONTAINER_IDS)
             if self._extra_gid is not None:
                 # A group of the host's, which nothing but the command itself is in: for /dev/kvm.
                 gid = ids.CONTAINER_IDS
                 gid_map += b"\n%d %d 1" % (gid, self._extra_gid)
             self._maps = (uid_map, gid_map)
-            owner = (base + uid, base + min(gid, ids.CONTAINER_IDS - 1))
         else:
             # One id, which is the caller's own outside. The workload isn't root inside unless that was asked for.
-            uid, gid = resolve(spec.user, spec.image) if spec.user is not None else _USER
+            self.berth = self.state.berth("container", None)
             self._maps = (b"%d %d 1" % (uid, os.geteuid()), b"%d %d 1" % (gid, os.getegid()))
-            owner = None
         self.user = (uid, gid)
-        name = self.state.next_name()
-        self.workdir = WorkDirectory(self.state.run_fd, name, owner)
-        self.workdir.put(spec.files)
+        self.berth.workdir.put(spec.files)
         self.home = _HOME
         self.make_cgroup()
         plan = messages.Plan()
         plan.hostname(self._hostname.encode("ascii"))
         if spec.network.mode == "none":
             plan.loopback()
-        plan.mounts(self._tree(name))
+        plan.mounts(self._tree(self.berth.name))
         plan.ids(uid, gid)
         plan.flags(cgroup_namespace=True, enter=True, no_new_privs=True)
         plan.workdir(_HOME)
@@ -173,7 +172,7 @@ class ContainerSandbox(LocalSandbox):
         spec = self.spec
         own = self._host.privileged
         if own and spec.image == "host":
-            self.state.template(_TEMPLATE, host_template())
+            self.state.template(_TEMPLATE, host_template)
         if own and spec.image == "host" and not spec.mounts and self._extra is None:
             steps = [messages.bind(b"/", b"/t/" + _TEMPLATE, RECURSIVE)]
             sealed = True
@@ -265,10 +264,9 @@ class ContainerSandbox(LocalSandbox):
             if owner is None:
                 maps = self._maps
             else:
-                base = ids.container_base(self.slot or 0)
                 maps = (
-                    b"%d %d 1" % (owner[0], base + self.user[0]),
-                    b"%d %d 1" % (owner[1], base + min(self.user[1], ids.CONTAINER_IDS - 1)),
+                    b"%d %d 1" % (owner[0], self._base + self.user[0]),
+                    b"%d %d 1" % (owner[1], self._base + min(self.user[1], ids.CONTAINER_IDS - 1)),
                 )
             self._namespaces[owner] = self.keep_fd(self.state.launcher.user_namespace(*maps))
         return self._namespaces[owner]

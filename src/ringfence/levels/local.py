@@ -11,8 +11,7 @@ import time
 from ringfence.errors import KernelError, ProtocolError, StartError
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
-from ringfence.levels.state import State
-from ringfence.linux import ids
+from ringfence.levels.state import Berth, State
 from ringfence.result import Applied
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
@@ -21,7 +20,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ringfence.levels.workdir import WorkDirectory
     from ringfence.linux.cgroups import Cgroup
     from ringfence.spec import Spec
     from ringfence.wire.channel import Channel
@@ -54,21 +52,20 @@ class LocalSandbox(Sandbox):
     def __init__(self, spec: Spec, state: State) -> None:
         self.spec = spec
         self.state = state
-        self.slot: int | None = None
-        self.workdir: WorkDirectory | None = None
+        self.berth: Berth | None = None
         self.cgroup: Cgroup | None = None
         self.channel: Channel | None = None
         self.pidfd = -1
-        self.pid = 0
         self._next_id = 1
         self._owned_fds: list[int] = []
-        self._oom_before = 0
+        limits = spec.limits
+        self._cgroup_limits = (limits.memory_bytes, limits.cpus, limits.pids)
 
     # ---- starting ----
 
     def make_cgroup(self) -> None:
-        limits = self.spec.limits
-        self.cgroup = self.state.cgroup(memory_bytes=limits.memory_bytes, cpus=limits.cpus, pids=limits.pids)
+        memory_bytes, cpus, pids = self._cgroup_limits
+        self.cgroup = self.state.cgroup(memory_bytes=memory_bytes, cpus=cpus, pids=pids)
 
     def keep_fd(self, fd: int) -> int:
         """A descriptor that the sandbox closes at its end."""
@@ -134,10 +131,7 @@ class LocalSandbox(Sandbox):
         """A frame that isn't of the command."""
         if frame.type == Type.LAUNCHED and len(frame.fds) == 1 and self.pidfd < 0:
             self.pidfd = frame.fds[0]
-            for tag, data in frames.attributes(frame.payload):
-                if tag == 1:
-                    self.pid = int.from_bytes(data, "little")
-        elif frame.type != Type.READY:
+        else:
             raise ProtocolError(f"init sent a frame of type {frame.type}")
 
     def kill(self) -> None:
@@ -149,8 +143,8 @@ class LocalSandbox(Sandbox):
                 pass  # it ended in this moment
 
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
-        assert self.workdir is not None
-        return self.workdir.collect(patterns, limit_bytes)
+        assert self.berth is not None
+        return self.berth.workdir.collect(patterns, limit_bytes)
 
     # ---- telling ----
 
@@ -241,7 +235,7 @@ class LocalSandbox(Sandbox):
         if not poll.poll(_END_LIMIT_MS):
             self.kill()
             if not poll.poll(_END_LIMIT_MS):
-                raise ProtocolError(f"init (pid {self.pid}) of the sandbox doesn't end")
+                raise ProtocolError("the sandbox doesn't end: one of its processes hangs in the kernel")
 
     def close(self) -> None:
         channel, self.channel = self.channel, None
@@ -254,18 +248,15 @@ class LocalSandbox(Sandbox):
             if self.pidfd >= 0:
                 os.close(self.pidfd)
                 self.pidfd = -1
-            cgroup, self.cgroup = self.cgroup, None
-            if cgroup is not None and not cgroup.remove():
-                cgroup.kill()
-                cgroup.remove()
-            if self.workdir is not None:
-                self.workdir.remove()
             for fd in self._owned_fds:
                 os.close(fd)
             self._owned_fds.clear()
-            slot, self.slot = self.slot, None
-            if slot is not None:
-                ids.slots().give_back(slot)
+            cgroup, self.cgroup = self.cgroup, None
+            if cgroup is not None:
+                self.state.leave_cgroup(cgroup, self._cgroup_limits)
+            berth, self.berth = self.berth, None
+            if berth is not None:
+                self.state.leave(berth)
 
     def _await_pidfd(self, channel: Channel) -> None:
         """Without init's pidfd its end can't be waited for. It is the first frame, so only a start that failed at

@@ -13,8 +13,7 @@ from ringfence.errors import Unmet
 from ringfence.levels.base import Ability, Level, Outcome
 from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox
-from ringfence.levels.state import State, state
-from ringfence.levels.workdir import WorkDirectory
+from ringfence.levels.state import Berth, State, state
 from ringfence.linux import ids, landlock, seccomp
 from ringfence.result import Applied
 from ringfence.wire import messages
@@ -91,6 +90,10 @@ class ProcessLevel(Level):
         return ProcessSandbox(spec, host, state())
 
 
+def _slot_owner(slot: int) -> tuple[int, int]:
+    return ids.process_uid(slot), ids.process_uid(slot)
+
+
 def _anyone_writes(path: bytes) -> bool:
     return bool(os.stat(path).st_mode & stat.S_IWOTH)
 
@@ -111,41 +114,49 @@ class ProcessSandbox(LocalSandbox):
         spec, host = self.spec, self._host
         uid: int | None = None
         user = spec.user if isinstance(spec.user, tuple) else None
-        if host.privileged and user is None:
-            self.slot = ids.slots().take()
-            uid = ids.process_uid(self.slot)
+        if not host.privileged:
+            self.berth = self.state.berth("process", None)
+        elif user is None:
+            self.berth = self.state.berth("process", _slot_owner)
+            uid = ids.process_uid(self.berth.slot or 0)
             user = (uid, uid)
-        name = self.state.next_name()
-        self.workdir = WorkDirectory(self.state.run_fd, name, user if host.privileged else None)
-        self.workdir.put(spec.files)
-        self.home = os.path.join(self.state.run_path, name)
+        else:
+            given = user
+            self.berth = self.state.berth(f"process {given}", lambda _: given)
+        self.berth.workdir.put(spec.files)
+        self.home = os.path.join(self.state.run_path, self.berth.name)
         self.make_cgroup()
         plan = messages.Plan()
         if host.privileged and user is not None:
             plan.ids(*user)
         plan.flags(no_new_privs=True)
         plan.workdir(self.home)
-        self._restrict_files(plan)
+        self._restrict_files(plan, self.berth)
         if not host.seccomp:
             plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=spec.network.mode != "none")))
-        if uid is not None:
-            plan.kill_uid(uid)
         self.common_plan(plan)
         self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True), plan)
 
-    def _restrict_files(self, plan: messages.Plan) -> None:
+    def _restrict_files(self, plan: messages.Plan, berth: Berth) -> None:
         """The host read-only, by Landlock; what is writable by the work directory and the spec's mounts."""
         self.landlock = ""
         if not self._host.landlock_abi:
             return
-        assert self.workdir is not None
-        writable = [self.workdir.fd]
-        for mount in self.spec.mounts:
-            if mount.writable:
-                writable.append(self.keep_fd(os.open(mount.source, os.O_PATH | os.O_CLOEXEC)))
-        ruleset = landlock.host_read_only(writable, deny_network=self.spec.network.mode == "none")
-        self.landlock = ruleset.describe()
-        plan.landlock(self.keep_fd(ruleset.detach()))
+        no_network = self.spec.network.mode == "none"
+        writable = [os.open(one.source, os.O_PATH | os.O_CLOEXEC) for one in self.spec.mounts if one.writable]
+        if writable:
+            for fd in writable:
+                self.keep_fd(fd)
+            ruleset = landlock.host_read_only([berth.workdir.fd, *writable], deny_network=no_network)
+            self.landlock = ruleset.describe()
+            plan.landlock(self.keep_fd(ruleset.detach()))
+            return
+        # A ruleset stays good for as long as its work directory.
+        key = "no network" if no_network else "network"
+        if key not in berth.rulesets:
+            berth.rulesets[key] = landlock.host_read_only([berth.workdir.fd], deny_network=no_network).detach()
+        self.landlock = landlock.describe(deny_network=no_network)
+        plan.landlock(berth.rulesets[key])
 
     def why_no_seccomp(self) -> str:
         return self._host.seccomp

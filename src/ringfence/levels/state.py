@@ -8,17 +8,37 @@ from __future__ import annotations
 import os
 import threading
 
+from ringfence.levels.workdir import WorkDirectory
 from ringfence.linux import cgroups, ids, mounts
 from ringfence.wire import messages
 from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_TREE, Launcher, launcher
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ringfence.linux.cgroups import Cgroup, Manager
 
-__all__ = ["State", "state"]
+__all__ = ["Berth", "State", "state"]
+
+# Berths kept of each kind, cgroups kept of each set of limits.
+_MOST_KEPT = 64
+
+
+class Berth:
+    """What a sandbox occupies on the host, and the next one can have after it: ids and an empty work directory.
+
+    slot: of ids, or None. rulesets: Landlock rulesets made for this work directory, by what else they say.
+    """
+
+    __slots__ = ("kind", "name", "rulesets", "slot", "workdir")
+
+    def __init__(self, kind: str, name: bytes, slot: int | None, workdir: WorkDirectory) -> None:
+        self.kind = kind
+        self.name = name
+        self.slot = slot
+        self.workdir = workdir
+        self.rulesets: dict[str, int] = {}
 
 
 class State:
@@ -31,6 +51,8 @@ class State:
         self.pid = os.getpid()
         self._count = 0
         self._manager: Manager | None = None
+        self._berths: dict[str, list[Berth]] = {}
+        self._cgroups: dict[tuple[int | None, float | None, int | None], list[Cgroup]] = {}
         parent = os.environb.get(b"TMPDIR", b"/tmp")
         if not os.path.isabs(parent) or not os.path.isdir(parent):
             parent = b"/tmp"
@@ -54,28 +76,89 @@ class State:
             finally:
                 os.close(tree)
 
-    def next_name(self) -> bytes:
-        """A name that no other sandbox of this process has."""
+    # ---- berths ----
+
+    def berth(self, kind: str, owner_of: Callable[[int], tuple[int, int]] | None) -> Berth:
+        """A place for a sandbox: one that an earlier sandbox left clean, or a new one.
+
+        kind: berths are used again for the same kind only. owner_of: who owns the work directory, by the slot of ids;
+        None where ringfence isn't privileged: then there is no slot, and the owner is the caller.
+        """
         with self.lock:
+            free = self._berths.setdefault(kind, [])
+            if free:
+                return free.pop()
             self._count += 1
-            return b"w%d" % self._count
+            name = b"w%d" % self._count
+        slot = ids.slots().take() if owner_of is not None else None
+        try:
+            owner = owner_of(slot) if owner_of is not None and slot is not None else None
+            return Berth(kind, name, slot, WorkDirectory(self.run_fd, name, owner))
+        except BaseException:
+            if slot is not None:
+                ids.slots().give_back(slot)
+            raise
+
+    def leave(self, berth: Berth) -> None:
+        """The sandbox is gone. Its berth is kept where nothing of it shows, and removed otherwise."""
+        if berth.workdir.is_pristine():
+            with self.lock:
+                free = self._berths.setdefault(berth.kind, [])
+                if len(free) < _MOST_KEPT:
+                    free.append(berth)
+                    return
+        berth.workdir.remove()
+        for fd in berth.rulesets.values():
+            os.close(fd)
+        if berth.slot is not None:
+            ids.slots().give_back(berth.slot)
+
+    # ---- cgroups ----
 
     def cgroup(self, *, memory_bytes: int | None, cpus: float | None, pids: int | None) -> Cgroup | None:
-        """A new sandbox's cgroup; None where nothing is limited and nothing can be measured here."""
+        """A sandbox's cgroup; None where nothing is limited and nothing can be measured here."""
+        limits = (memory_bytes, cpus, pids)
         with self.lock:
+            free = self._cgroups.get(limits)
+            if free:
+                return free.pop()
             if self._manager is None:
-                self._manager = cgroups.open_manager(cgroups.layout())
-                for base in self._manager.bases():
-                    self.launcher.own(OWN_CGROUP, base.parent_fd, base.name)
+                self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup)
             if not any(one.usable for one in self._manager.layout.controllers):
                 return None
             return self._manager.create(memory_bytes=memory_bytes, cpus=cpus, pids=pids)
 
-    def template(self, name: bytes, steps: Sequence[messages.MountStep]) -> None:
-        """Makes a tree in the launcher's namespace, unless it is there."""
+    def _claim_cgroup(self, parent_fd: int, name: bytes) -> None:
+        self.launcher.own(OWN_CGROUP, parent_fd, name)
+
+    def leave_cgroup(self, cgroup: Cgroup, limits: tuple[int | None, float | None, int | None]) -> None:
+        """The sandbox is gone. Its cgroup is kept for another one under the same limits, or removed."""
         with self.lock:
-            if name not in self.launcher.templates:
+            free = self._cgroups.setdefault(limits, [])
+            room = len(free) < _MOST_KEPT and len(self._cgroups) <= _MOST_KEPT
+        if room and cgroup.reset():
+            with self.lock:
+                free.append(cgroup)
+        elif not cgroup.remove():
+            cgroup.kill()
+            cgroup.remove()
+
+    def template(self, name: bytes, make: Callable[[], Sequence[messages.MountStep]]) -> None:
+        """Makes a tree in the launcher's namespace, unless it is there. `make` opens what the steps refer to; it is
+        closed here.
+        """
+        if name in self.launcher.templates:
+            return
+        with self.lock:
+            if name in self.launcher.templates:
+                return
+            steps = make()
+            try:
                 self.launcher.template(name, steps)
+            finally:
+                for step in steps:
+                    if step.fd is not None:
+                        os.close(step.fd)
 
 
 _state: State | None = None

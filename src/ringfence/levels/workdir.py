@@ -25,6 +25,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 # Deeper than any honest tree; a descriptor is held for each level.
 _MOST_DEEP = 64
 _MOST_ENTRIES = 65536
+_PRISTINE_BYTES = 4096
 
 
 class WorkDirectory:
@@ -115,6 +116,14 @@ class WorkDirectory:
                         os.close(below)
             except (FileNotFoundError, PermissionError, NotADirectoryError):
                 continue  # not ours to read, or not there any more
+
+    def is_pristine(self) -> bool:
+        """Whether nothing of a workload shows in it: it is empty, and as it was made."""
+        about = os.fstat(self.fd)
+        owned = self._owner is None or (about.st_uid, about.st_gid) == self._owner
+        # A directory that held much stays large on disk, and slow. An ACL is an extended attribute.
+        plain = stat.S_IMODE(about.st_mode) == 0o700 and about.st_size <= _PRISTINE_BYTES
+        return owned and plain and not os.listdir(self.fd) and not os.listxattr(self.fd)
 
     def remove(self) -> None:
         """Removes it with all that the workload left in it, and closes `fd`. May be called twice."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["ALL_FILES", "READ_ONLY", "WRITABLE_TREE", "Ruleset", "abi", "available", "gaps", "host_read_only"]
+__all__ = ["ALL_FILES", "READ_ONLY", "WRITABLE_TREE", "Ruleset", "abi", "available", "describe", "gaps", "host_read_only"]
 
 # Rights on files, of include/uapi/linux/landlock.h.
 EXECUTE = 1 << 0
@@ -147,12 +147,7 @@ class Ruleset:
 
     def describe(self) -> str:
         """What it takes away, in a line: "Landlock ABI 7: files, TCP, signals, abstract UNIX sockets"."""
-        parts = ["files"]
-        if self.handled_network:
-            parts.append("TCP")
-        if self.scoped:
-            parts += ["signals", "abstract UNIX sockets"]
-        return f"Landlock ABI {self.version}: {', '.join(parts)}"
+        return _describe(self.version, bool(self.handled_network), bool(self.scoped))
 
     def detach(self) -> int:
         """The file descriptor, which is the caller's to close from now on."""
@@ -192,6 +187,21 @@ def host_read_only(
         ruleset.close()
         raise
     return ruleset
+
+
+def describe(*, deny_network: bool) -> str:
+    """`Ruleset.describe` of what `host_read_only` makes here."""
+    version = abi()
+    return _describe(version, deny_network and version >= _NETWORK_ABI, version >= _SCOPES_ABI)
+
+
+def _describe(version: int, network: bool, scoped: bool) -> str:
+    parts = ["files"]
+    if network:
+        parts.append("TCP")
+    if scoped:
+        parts += ["signals", "abstract UNIX sockets"]
+    return f"Landlock ABI {version}: {', '.join(parts)}"
 
 
 def _files(version: int) -> int:

@@ -143,9 +143,6 @@ class Plan:
     def flags(self, *, cgroup_namespace: bool = False, enter: bool = False, no_new_privs: bool = True) -> None:
         self._parts.append(frames.u32(12, cgroup_namespace * 1 | enter * 2 | no_new_privs * 4))
 
-    def kill_uid(self, uid: int) -> None:
-        self._parts.append(frames.u32(13, uid))
-
     def workdir(self, path: bytes) -> None:
         self._parts.append(frames.string(14, path))
 

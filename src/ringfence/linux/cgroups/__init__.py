@@ -6,6 +6,10 @@ import os
 
 from ringfence.linux.cgroups.base import Base, Cgroup, Controller, InForce, Layout, Manager, Usage, layout
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = [
     "Base",
     "Cgroup",
@@ -30,12 +34,12 @@ def manager() -> Manager:
     return _known_manager
 
 
-def open_manager(found: Layout) -> Manager:
+def open_manager(found: Layout, claim: Callable[[int, bytes], None] | None = None) -> Manager:
     """A manager for a layout. Where no controller is usable it can still say why, by `usable`."""
     if found.kind == "v2":
         from ringfence.linux.cgroups.v2 import V2Manager
 
-        return V2Manager(found)
+        return V2Manager(found, claim=claim)
     from ringfence.linux.cgroups.v1 import V1Manager
 
-    return V1Manager(found)
+    return V1Manager(found, claim)

@@ -21,7 +21,7 @@ from ringfence.errors import KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import Self
 
@@ -173,9 +173,13 @@ class Manager(abc.ABC):
 
     version: int
 
-    def __init__(self, found: Layout) -> None:
+    def __init__(self, found: Layout, claim: Callable[[int, bytes], None] | None = None) -> None:
+        """claim: called with (parent directory, name) before each base is made, so that whoever removes it after a
+        crash knows of it before it is there.
+        """
         self.layout = found
         self.pid = os.getpid()
+        self._claim = claim
         self._count = 0
 
     def usable(self, controller: str) -> Controller:
@@ -208,6 +212,14 @@ class Manager(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Remove the base and its sandboxes. Raises KernelError EBUSY where one still has processes."""
+
+    def _new_base(self, parent_fd: int) -> bytes:
+        """Makes a base, claimed before; its name."""
+        name = f"ringfence-{self.pid}-{os.urandom(4).hex()}".encode()
+        if self._claim is not None:
+            self._claim(parent_fd, name)
+        make_directory(name, parent_fd)
+        return name
 
     def _next_name(self) -> str:
         self._count += 1
@@ -250,6 +262,13 @@ class Cgroup(abc.ABC):
     @abc.abstractmethod
     def usage(self) -> Usage:
         """What it used until now; to be asked before `remove`."""
+
+    def reset(self) -> bool:
+        """Make it ready for another sandbox under the same limits, its counters at their beginning; False where that
+        can't be done, and it is to be removed instead.
+        """
+        # Version 2 can't reset memory.peak before Linux 6.12, and its directory is one, not four.
+        return False
 
     @abc.abstractmethod
     def processes(self) -> set[int]:

@@ -11,12 +11,16 @@ from ringfence.linux.cgroups.base import Base, Cgroup, Controller, InForce, Layo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["V1Cgroup", "V1Manager", "judge"]
 
 # Also in the message of an absent limit: PAGE_COUNTER_MAX, in bytes.
 _NO_LIMIT = 2**63 - 4096
+# A cgroup is used again only where no more is charged to it than what the kernel frees late (it is some 300 KiB), and
+# not under a limit for which that counts.
+_LEFT_OVER_BYTES = 1 << 20
+_REUSED_FROM_BYTES = 16 << 20
 
 
 def judge(name: str, path: bytes) -> Controller:
@@ -31,19 +35,18 @@ class V1Manager(Manager):
 
     version = 1
 
-    def __init__(self, found: Layout) -> None:
-        super().__init__(found)
+    def __init__(self, found: Layout, claim: Callable[[int, bytes], None] | None = None) -> None:
+        super().__init__(found, claim)
         # Controllers that are mounted together have one path, and so one base.
         self._paths = {one.name: one.path for one in found.controllers if one.version == 1 and one.usable}
         self._bases: dict[bytes, Base] = {}
 
     def bases(self) -> tuple[Base, ...]:
         if not self._bases:
-            name = f"ringfence-{self.pid}-{os.urandom(4).hex()}".encode()
             for path in dict.fromkeys(self._paths.values()):
                 parent_fd = base.open_directory(path)
                 try:
-                    base.make_directory(name, parent_fd)
+                    name = self._new_base(parent_fd)
                     fd = base.open_directory(name, parent_fd)
                 except BaseException:
                     os.close(parent_fd)
@@ -104,6 +107,11 @@ class V1Cgroup(Cgroup):
         self._parents: dict[str, int] = {}  # controller to the base that has its directory
         self._join: tuple[int, ...] = ()
         self._cpu_fd = -1
+        # Files that were read once: (controller, name) to descriptor, or None where this kernel has none.
+        self._files: dict[tuple[str, str], int | None] = {}
+        self._limited: tuple[int | None, float | None, int | None] = (None, None, None)
+        self._refused_before = 0
+        self._used_before = False
 
     def add(self, controllers: Iterable[str], parent_fd: int) -> None:
         """There is a directory of it in that base now, which serves those controllers."""
@@ -113,6 +121,7 @@ class V1Cgroup(Cgroup):
     def limit(self, memory_bytes: int | None, cpus: float | None, pids: int | None) -> None:
         """Set each limit that isn't None, and read it back."""
         found = []
+        self._limited = (memory_bytes, cpus, pids)
         if memory_bytes is not None:
             found.append(self._limit_memory(memory_bytes))
         if cpus is not None:
@@ -172,17 +181,35 @@ class V1Cgroup(Cgroup):
         return None if fd is None else int(os.pread(fd, 64, 0))
 
     def usage(self) -> Usage:
+        refused = self._keyed("pids", "pids.events", "max")
         return Usage(
             memory_peak_bytes=self._number("memory", "memory.max_usage_in_bytes"),
             memory_bytes=self._number("memory", "memory.usage_in_bytes"),
             cpu_ns=self.cpu_ns(),
             oom_kills=self._keyed("memory", "memory.oom_control", "oom_kill"),
-            # pids.peak needs Linux 6.1, pids.events 4.4.
-            pids_peak=self._number("pids", "pids.peak"),
-            pids_refused=self._keyed("pids", "pids.events", "max"),
+            # pids.peak needs Linux 6.1, pids.events 4.4. The peak can't be reset.
+            pids_peak=None if self._used_before else self._number("pids", "pids.peak"),
+            pids_refused=None if refused is None else refused - self._refused_before,
             throttled_ns=self._keyed("cpu", "cpu.stat", "throttled_time"),
             source="cgroup v1",
         )
+
+    def reset(self) -> bool:
+        memory_bytes, cpus, pids = self._limited
+        if cpus is not None or (memory_bytes is not None and memory_bytes < _REUSED_FROM_BYTES):
+            return False  # the quota's counters can't be reset; what is left would weigh on a small limit
+        used = self.usage()
+        if used.oom_kills or (used.memory_bytes or 0) > _LEFT_OVER_BYTES or self.processes():
+            return False
+        if pids is not None and self._number("pids", "pids.max") != pids:
+            return False
+        if "memory" in self._parents:
+            self._set("memory", "memory.max_usage_in_bytes", "0")
+        if "cpuacct" in self._parents:
+            self._set("cpuacct", "cpuacct.usage", "0")
+        self._refused_before += used.pids_refused or 0
+        self._used_before = True
+        return True
 
     def processes(self) -> set[int]:
         found: set[int] = set()
@@ -201,9 +228,10 @@ class V1Cgroup(Cgroup):
             base.rmdir_if_there(self.name, fd)
 
     def _close(self) -> None:
-        for fd in (*self._join, *([self._cpu_fd] if self._cpu_fd >= 0 else [])):
+        read = [fd for fd in self._files.values() if fd is not None]
+        for fd in (*self._join, *read, *([self._cpu_fd] if self._cpu_fd >= 0 else [])):
             os.close(fd)
-        self._join, self._parents, self._cpu_fd = (), {}, -1
+        self._join, self._parents, self._files, self._cpu_fd = (), {}, {}, -1
 
     def _directories(self) -> Iterable[int]:
         """The bases that have a directory of it, each once."""
@@ -212,10 +240,25 @@ class V1Cgroup(Cgroup):
     def _set(self, controller: str, name: str, value: str) -> str:
         return base.set_and_read(self._parents[controller], self._prefix + name, value)
 
+    def _read(self, controller: str, name: str) -> str | None:
+        """A file's text, by a descriptor that is kept: it is read after each command. None where there is none."""
+        where = (controller, name)
+        if where not in self._files:
+            parent_fd = self._parents.get(controller)
+            try:
+                self._files[where] = None if parent_fd is None else base.open_to_read(self._prefix + name, parent_fd)
+            except FileNotFoundError:
+                self._files[where] = None
+        fd = self._files[where]
+        return None if fd is None else os.pread(fd, 4096, 0).decode()
+
     def _number(self, controller: str, name: str) -> int | None:
-        fd = self._parents.get(controller)
-        return None if fd is None else base.read_number(fd, self._prefix + name)
+        text = self._read(controller, name)
+        return None if text is None or text.startswith("max") else int(text)
 
     def _keyed(self, controller: str, name: str, key: str) -> int | None:
-        fd = self._parents.get(controller)
-        return None if fd is None else base.read_keyed(fd, self._prefix + name).get(key)
+        for line in (self._read(controller, name) or "").splitlines():
+            word, _, number = line.partition(" ")
+            if word == key:
+                return int(number)
+        return None

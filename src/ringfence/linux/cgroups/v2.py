@@ -22,7 +22,7 @@ from ringfence.linux.cgroups.base import Base, Cgroup, Controller, InForce, Layo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Home", "V2Cgroup", "V2Manager", "find_home", "judge"]
 
@@ -102,8 +102,8 @@ class V2Manager(Manager):
 
     version = 2
 
-    def __init__(self, found: Layout, home: Home | None = None) -> None:
-        super().__init__(found)
+    def __init__(self, found: Layout, home: Home | None = None, claim: Callable[[int, bytes], None] | None = None) -> None:
+        super().__init__(found, claim)
         self._home = home if home is not None else find_home(found.unified)
         self._base: Base | None = None
         self._moved = False
@@ -117,19 +117,20 @@ class V2Manager(Manager):
                 raise KernelError("mkdir", ("cgroup",), errno.EACCES, self._home.reason)
             wanted = [name for name in _WANTED if name in self._home.controllers]
             parent_fd = base.open_directory(self._home.path)
-            name = f"ringfence-{self.pid}-{os.urandom(4).hex()}".encode()
+            name = b""
             made = -1
             try:
                 if self._home.move and wanted:
                     self._move_to_leaf(parent_fd)
                 _hand_out(parent_fd, wanted)
-                base.make_directory(name, parent_fd)
+                name = self._new_base(parent_fd)
                 made = base.open_directory(name, parent_fd)
                 _hand_out(made, wanted)
             except BaseException:
                 if made >= 0:
                     os.close(made)
-                base.remove_directory(name, parent_fd)
+                if name:
+                    base.remove_directory(name, parent_fd)
                 self._move_back(parent_fd)
                 os.close(parent_fd)
                 raise
