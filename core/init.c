@@ -319,6 +319,7 @@ static int take_ids(struct init *s, struct rf_error *e) {
     unsigned long uid = strtoul(s->launch.uid_map, NULL, 10), gid = strtoul(s->launch.gid_map, NULL, 10);
     if (syscall(SYS_setresgid, gid, gid, gid) < 0) return rf_fail(e, "user namespace", "setresgid", s->launch.gid_map);
     if (syscall(SYS_setresuid, uid, uid, uid) < 0) return rf_fail(e, "user namespace", "setresuid", s->launch.uid_map);
+    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "prctl", "PR_SET_DUMPABLE");
     return rf_die_with_parent(&s->launch, e);
 }
 

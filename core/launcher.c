@@ -123,7 +123,8 @@ static int write_maps(const struct launcher *s, pid_t pid, const struct rf_launc
 /* From clone3 to init's loop, in the child. */
 static int become_init(const struct launcher *s, const struct rf_launch *l, int control, int go, struct rf_error *e) {
     if (l->host_mounts && enter_host_mounts(s, e) < 0) return -1;
-    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "launch", "prctl", "PR_SET_DUMPABLE");
+    /* With id maps to come init does so once it has them: until then /proc/PID/uid_map must be its user's to write. */
+    if (go < 0 && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "launch", "prctl", "PR_SET_DUMPABLE");
     if (rf_die_with_parent(l, e) < 0) return -1;
     /* 3 is the channel, 4 what tells that the id maps are written. Nothing else of the launcher's stays. */
     int high = go < 0 ? -1 : fcntl(go, F_DUPFD_CLOEXEC, 10);

@@ -17,6 +17,7 @@
 #endif
 #define RF_AT_RECURSIVE 0x8000 /* AT_RECURSIVE, which older headers lack */
 #define RF_MNT_DETACH 2
+#define RF_MS_PRIVATE (1 << 18)
 
 static int fail(struct rf_error *e, const char *call, const char *detail) { return rf_fail(e, "mounts", call, detail); }
 
@@ -25,17 +26,32 @@ static int open_in(int root, const char *path, int flags) {
     return (int)syscall(SYS_openat2, root, path, &how, sizeof how);
 }
 
+static int attributes(int fd, const struct mount_attr *attr, bool recursive) {
+    unsigned how = AT_EMPTY_PATH | (recursive ? RF_AT_RECURSIVE : 0);
+    return (int)syscall(SYS_mount_setattr, fd, "", how, attr, sizeof *attr);
+}
+
+/* A clone of a shared mount is its peer: what is then mounted below would appear on the host too. Never that. */
+static int make_private(int fd, bool recursive) {
+    struct mount_attr attr = {.propagation = RF_MS_PRIVATE};
+    return attributes(fd, &attr, recursive);
+}
+
+/* A detached, private copy of the mount at a path. */
 static int clone_tree(int dir, const char *path, bool recursive) {
     unsigned flags = OPEN_TREE_CLONE | O_CLOEXEC | (path[0] ? 0 : AT_EMPTY_PATH) | (recursive ? RF_AT_RECURSIVE : 0);
-    return (int)syscall(SYS_open_tree, dir, path, flags);
+    int fd = (int)syscall(SYS_open_tree, dir, path, flags);
+    if (fd < 0 || make_private(fd, recursive) == 0) return fd;
+    int err = errno;
+    close(fd);
+    errno = err;
+    return -1;
 }
 
 /* The flags that we hand in have the values of MOUNT_ATTR_RDONLY, NOSUID, NODEV and NOEXEC. */
 static int set_attributes(int fd, uint16_t flags) {
-    if (!(flags & RF_M_ATTRS)) return 0;
     struct mount_attr attr = {.attr_set = flags & RF_M_ATTRS};
-    unsigned how = AT_EMPTY_PATH | ((flags & RF_M_RECURSIVE) ? RF_AT_RECURSIVE : 0);
-    return (int)syscall(SYS_mount_setattr, fd, "", how, &attr, sizeof attr);
+    return attr.attr_set ? attributes(fd, &attr, flags & RF_M_RECURSIVE) : 0;
 }
 
 static int attach(int mount, int target) {
@@ -126,6 +142,7 @@ static int bind(int root, const struct rf_mount *m, struct rf_error *e) {
     int target = open_in(root, m->target, O_PATH);
     int r = 0;
     if (target < 0) r = fail(e, "openat2", m->target);
+    else if (make_private(mount, m->flags & RF_M_RECURSIVE) < 0) r = fail(e, "mount_setattr private", m->target); /* one from Python */
     else if (set_attributes(mount, m->flags) < 0) r = fail(e, "mount_setattr", m->target);
     else if (attach(mount, target) < 0) r = fail(e, "move_mount", m->target);
     if (target >= 0) close(target);
@@ -212,10 +229,12 @@ int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const ch
     if (n > 0 && tree[0].kind == RF_BIND && strcmp(tree[0].target, "/") == 0) {
         root = tree[0].fd;
         first = 1;
+        if (root >= 0 && make_private(root, tree[0].flags & RF_M_RECURSIVE) < 0) return fail(e, "mount_setattr private", "/");
+        if (root >= 0 && set_attributes(root, tree[0].flags) < 0) return fail(e, "mount_setattr", "/");
     } else {
         root = new_mount("tmpfs", "", options, RF_M_NOSUID | RF_M_NODEV, e);
     }
-    if (root < 0) return -1;
+    if (root < 0) return e->err ? -1 : rf_fail_errno(e, ENOENT, "mounts", "open_tree", "/");
     int hang = open(at, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (hang < 0) return fail(e, "open", at);
     if (attach(root, hang) < 0) return fail(e, "move_mount", at);

@@ -19,17 +19,28 @@ _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_IDMAP = 0x00100000
+_MS_PRIVATE = 1 << 18
 
 _known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
 
 
 def clone_tree(path: bytes, *, recursive: bool = True) -> int:
-    """A detached copy of the mount at `path`, with those below it; a descriptor that the caller closes.
+    """A detached, private copy of the mount at `path`, with those below it; a descriptor that the caller closes.
 
-    Needs CAP_SYS_ADMIN and Linux 5.2. Raises KernelError.
+    Needs CAP_SYS_ADMIN and Linux 5.12. Raises KernelError.
     """
-    open_tree, _ = _calls()
-    return open_tree(_AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0))
+    open_tree, mount_setattr = _calls()
+    below = _AT_RECURSIVE if recursive else 0
+    fd = open_tree(_AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC | below)
+    try:
+        # A copy of a shared mount, as every mount is under systemd, is its peer: what is mounted below the copy would
+        # appear on the host too.
+        attributes = struct.pack("=QQQQ", 0, 0, _MS_PRIVATE, 0)
+        mount_setattr(fd, b"", _AT_EMPTY_PATH | below, attributes, len(attributes))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def set_idmap(mount: int, user_namespace: int) -> bool:
