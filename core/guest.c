@@ -169,6 +169,7 @@ int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e) {
     if (procs < 0 || p->ncgroups == RF_CGROUPS_MAX) return rf_fail(e, "cgroup", "open", "cgroup.procs");
     p->cgroup_fds[p->ncgroups++] = procs;
     p->cpu_fd = openat(dir, "cpu.stat", O_RDONLY | O_CLOEXEC);
+    if (p->cpu_fd < 0) return rf_fail(e, "cgroup", "open", "cpu.stat");
     *cgroup_dir = dir;
     return 0;
 }

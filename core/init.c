@@ -323,11 +323,25 @@ static int take_ids(struct init *s, struct rf_error *e) {
     return rf_die_with_parent(&s->launch, e);
 }
 
+/* A plan may only change what is this sandbox's own. The same request in a namespace of the host's would rename the host
+ * or mount over its /proc. */
+static int check_plan(const struct init *s, struct rf_error *e) {
+    const struct rf_plan *p = &s->plan;
+    bool guest = s->where == RF_IN_GUEST;
+    uint64_t own = guest ? ~0ull : s->launch.clone_flags;
+    if ((p->hostname && !(own & CLONE_NEWUTS)) || (p->loopback && !(own & CLONE_NEWNET)) || ((p->flags & RF_P_ENTER) && !(own & CLONE_NEWNS)))
+        return rf_fail_errno(e, EPROTO, "protocol", "plan", "it would change a namespace of the host's");
+    if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
+    if (!guest && p->cpu_limit_ns && p->cpu_fd < 0) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a CPU time limit, and nothing to read it by");
+    return 0;
+}
+
 static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     if (s->planned) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a second one");
     memcpy(s->plan_payload, f->payload, f->length);
     static_assert(sizeof s->plan_payload >= RF_PAYLOAD_MAX, "a payload fits");
     if (rf_plan_parse(s->plan_payload, f->length, f->fds, f->nfds, &s->plan, e) < 0) return -1;
+    if (check_plan(s, e) < 0) return -1;
     const struct rf_plan *p = &s->plan;
     if (s->where == RF_IN_GUEST) {
         rf_guest_clock(p);

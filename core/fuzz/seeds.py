@@ -119,7 +119,9 @@ def seeds() -> dict[str, bytes]:
         "files/put": _put(b"a/b/c.txt", b"x" * 40) + _requests(frames.encode(Type.LIST)),
         "files/read": _put(b"f", b"data") + _requests(messages.read(b"f", id=1)),
         "files/planted": b"".join(_put(path, b"!") for path in (b"l", b"d/secret", b"h", b"p", b"../secret", b"/x")),
-        "files/planted-read": b"".join(_requests(messages.read(path, id=1)) for path in (b"l", b"d/secret", b"p", b"..")),
+        "files/planted-read": b"".join(
+            _requests(messages.read(path, id=1)) for path in (b"l", b"d/secret", b"p", b"..")
+        ),
     }
     # What must be refused, where a fuzzer would take long to find it.
     unset = messages.Plan()

@@ -96,7 +96,7 @@ def _write_in(parent: int, name: bytes, data: bytes, replace: bool) -> None:
 
 
 def _open_parent(top: int, path: bytes, *, make: bool) -> int:
-    """The folder that a file is to be in, one component at a time: openat2(2) with RESOLVE_NO_SYMLINKS has no Python."""
+    """The folder that a file is to be in, opened one component at a time, so that no symlink is followed."""
     at = os.dup(top)
     for part in path.split(b"/")[:-1]:
         try:

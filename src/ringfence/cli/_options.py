@@ -93,9 +93,7 @@ class Options:
     The first word that is no option ends them, and so does "--": what follows is the operands, untouched.
     """
 
-    def __init__(
-        self, program: str, operands: str, summary: str, options: Sequence[Option], details: str = ""
-    ) -> None:
+    def __init__(self, program: str, operands: str, summary: str, options: Sequence[Option], details: str = "") -> None:
         self.program = program
         self.operands = operands
         self.summary = summary

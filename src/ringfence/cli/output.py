@@ -15,15 +15,18 @@ __all__ = [
     "STDOUT",
     "columns",
     "complain",
+    "duration",
     "open_standard_streams",
     "printable",
     "progress",
+    "size",
     "write",
     "write_json",
     "write_line",
 ]
 
 STDIN, STDOUT, STDERR = 0, 1, 2
+_NAMES = {STDIN: "stdin", STDOUT: "stdout", STDERR: "stderr"}
 
 
 def open_standard_streams() -> None:
@@ -38,7 +41,9 @@ def open_standard_streams() -> None:
 
 
 def write(fd: int, data: bytes | memoryview) -> None:
-    """All of it. Raises OSError; also waits where a descriptor that somebody made non-blocking is full."""
+    """All of it. Raises OSError, whose filename says which stream; waits where one that somebody made non-blocking is
+    full.
+    """
     left = memoryview(data)
     while left:
         try:
@@ -47,6 +52,9 @@ def write(fd: int, data: bytes | memoryview) -> None:
             import select
 
             select.select([], [fd], [])
+        except OSError as error:
+            error.filename = _NAMES[fd]
+            raise
 
 
 def write_line(fd: int, text: str) -> None:
@@ -84,8 +92,8 @@ def columns(rows: Sequence[Sequence[str]], *, indent: int = 0) -> str:
     widths = [max((len(row[at]) for row in safe if at < len(row)), default=0) for at in range(count)]
     lines = []
     for row in safe:
-        line = "  ".join(cell.ljust(widths[at]) for at, cell in enumerate(row)).rstrip()
-        lines.append(" " * indent + line)
+        line = "  ".join(cell.ljust(widths[at]) for at, cell in enumerate(row))
+        lines.append((" " * indent + line).rstrip())
     return "\n".join(lines)
 
 
@@ -98,3 +106,19 @@ def progress() -> Callable[[str], None] | None:
         complain(f"{text} ...")
 
     return tell
+
+
+def size(count: int) -> str:
+    """Bytes in the largest unit that they are a whole number of: 268435456 is "256M", 1000 is "1000"."""
+    for unit, bytes_in_it in (("T", 1 << 40), ("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if count and count % bytes_in_it == 0:
+            return f"{count // bytes_in_it}{unit}"
+    return str(count)
+
+
+def duration(ns: int) -> str:
+    """Nanoseconds as people write them: "1.5s", "81.2ms", "3us"."""
+    for unit, ns_in_it in (("s", 10**9), ("ms", 10**6), ("us", 10**3)):
+        if ns >= ns_in_it:
+            return f"{ns / ns_in_it:.3g}{unit}" if ns < 1000 * ns_in_it else f"{ns / ns_in_it:.0f}{unit}"
+    return f"{ns}ns"

@@ -25,6 +25,8 @@ __all__ = ["OPTIONS", "main"]
 
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _READ_BYTES = 1 << 20
+# What the numbers of `Applied` are in, where that isn't plain from the rule.
+_UNITS = {"memory": "bytes", "output": "bytes", "disk": "bytes", "wall_time": "ns", "cpu_time": "ns"}
 
 
 def _name_and_path(word: str) -> tuple[str, str]:
@@ -70,7 +72,7 @@ OPTIONS = Options(
         Option("disk", "how much it may write", metavar="SIZE"),
         Option(
             "env",
-            "set a variable; NAME alone passes the caller's on. It has only PATH, HOME, LANG and TERM otherwise",
+            "set a variable, over PATH, HOME, LANG and TERM, which are all it has; NAME alone passes ours on",
             short="e",
             metavar="NAME[=VALUE]",
             repeatable=True,
@@ -109,9 +111,9 @@ OPTIONS = Options(
         Option("applied", "list on stderr which rules were in force, and by what", short="v"),
     ],
     """
-Streams: stdin is read to its end before the command starts, unless it is a terminal, and then is empty. Where
-something holds stdin open for good (cron, ssh, some CI runners) that would wait for ever: use --no-stdin.
-The command's stdout and stderr are written when it has ended, byte for byte.
+Streams: stdin is read to its end before the command starts; where it is a terminal, the command gets an
+empty one. Where something holds stdin open for good (cron, ssh, some CI runners) that would wait for
+ever: use --no-stdin. The command's stdout and stderr are written when it has ended, byte for byte.
 
 With --json the collected files are in the JSON, and are written only where --collect-to says so.
 
@@ -120,7 +122,7 @@ Exit status:
   128+N                      signal N ended it
   124                        a time limit ended it (--timeout, --cpu-time)
   137                        another limit ended it
-  125                        ringfence refused or failed; one line on stderr says why
+  125                        ringfence refused or failed; a line on stderr says why
   126                        the command was found and can't be executed
   127                        the command was not found
   130                        interrupted by Ctrl-C; the sandbox is gone
@@ -212,7 +214,7 @@ def _stdin() -> bytes | None:
     """All of stdin, or None where nobody could have meant it: a terminal."""
     if os.isatty(output.STDIN):
         return None
-    chunks = []
+    chunks: list[bytes] = []
     while True:
         try:
             chunk = os.read(output.STDIN, _READ_BYTES)
@@ -241,23 +243,37 @@ def _print(given: Parsed, result: Result) -> None:
         output.write_json(result.to_json())
     else:
         output.write(output.STDOUT, result.stdout)
-        output.write(output.STDERR, result.stderr)
+        _pass_on_stderr(result.stderr)
     if result.termination_reason not in (TerminationReason.EXITED, TerminationReason.SIGNALED):
         output.complain(result.describe())
     if given["applied"]:
         output.write_line(output.STDERR, applied_table(result.applied))
 
 
+def _pass_on_stderr(data: bytes) -> None:
+    try:
+        output.write(output.STDERR, data)
+    except OSError as error:
+        if error.errno != errno.EBADF:  # closed by a caller who doesn't want it: no reason to hide the exit status
+            raise
+
+
 def applied_table(applied: Sequence[Applied]) -> str:
     """Rule by rule what was asked for, what was in force, and by what, as lines."""
     rows = [("rule", "asked for", "in force", "by")]
-    rows += [(one.rule, _cell(one.requested), _cell(one.effective), one.mechanism) for one in applied]
+    for one in applied:
+        unit = _UNITS.get(one.rule, "")
+        rows.append((one.rule, _cell(one.requested, unit), _cell(one.effective, unit), one.mechanism))
     return output.columns(rows)
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, unit: str = "") -> str:
     if value is None:
         return "-"
+    if unit == "bytes" and isinstance(value, int):
+        return output.size(value)
+    if unit == "ns" and isinstance(value, int):
+        return output.duration(value)
     if isinstance(value, dict):
         return " ".join(f"{name}={_cell(item)}" for name, item in value.items())
     if isinstance(value, (list, tuple)):

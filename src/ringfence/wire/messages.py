@@ -433,7 +433,7 @@ def parse_exited(payload: bytes) -> Exited:
             raise ProtocolError(f"EXITED has the unknown attribute {tag}")
         (values[tag],) = _unpack("<I" if tag in (1, 2, 6) else "<Q", data, "an attribute of EXITED")
     how, status = values.get(1), values.get(2, 0)
-    if how not in (1, 2) or not 0 <= status <= 255:
+    if not ((how == 1 and status <= 255) or (how == 2 and 1 <= status <= 64)):
         raise ProtocolError("EXITED says neither an exit status nor a signal")
     return Exited(
         exit_code=status if how == 1 else None,

@@ -1,0 +1,104 @@
+"""What the probe sees inside each level, and what it is let do there.
+
+The probe is one static program, so the same instructions look around everywhere. It runs as the workload of an ordinary
+`run`, and once more without any boundary: what it finds there is both what the levels are compared with and the
+positive control of every attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+
+from ringfence.api import run
+from ringfence.errors import ProtocolError
+from ringfence.spec import DEFAULT_ENV, File, Limits
+from ringfence.wire.launcher import probe_path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["ATTEMPTS", "bare_facts", "level_facts", "parse"]
+
+_PROBE = "ringfence-probe"
+# Each is bounded and changes nothing where it succeeds. VICTIM is this process.
+ATTEMPTS: tuple[tuple[str, str], ...] = (
+    ("kill", "try-kill VICTIM 0"),
+    ("procmem", "try-procmem VICTIM"),
+    ("environ", "try-environ VICTIM"),
+    ("ptrace", "try-ptrace VICTIM"),
+    ("write_etc", "try-open-write /etc/passwd"),
+    ("write_usr", "try-create /usr/.ringfence-compare"),
+    ("socket", "try-socket inet stream"),
+    ("sethostname", "try-sethostname"),
+    ("settime", "try-settime"),
+    ("mount", "try-mount"),
+    ("unshare_user", "try-unshare user"),
+    ("keyctl", "try-keyctl"),
+    ("bpf", "try-bpf"),
+    ("perf", "try-perf"),
+    ("io_uring", "try-io_uring"),
+    ("userfaultfd", "try-userfaultfd"),
+    ("module", "try-module"),
+    ("reboot", "try-reboot"),
+)
+
+
+def _script() -> list[str]:
+    """The facts on the first line, then an attempt a line: "ok", or "ERRNO call"."""
+    lines = [f"./{_PROBE} facts || exit"]
+    for _, attempt in ATTEMPTS:
+        verb = attempt.replace("VICTIM", str(os.getpid()))
+        # A probe that is killed prints nothing, and the next line must not be taken for its.
+        lines.append(f'said=$(./{_PROBE} {verb} 2>/dev/null); echo "${{said:-died $?}}"')
+    return ["/bin/sh", "-c", "\n".join(lines)]
+
+
+def parse(output: bytes) -> dict[str, Any]:
+    """The probe's facts, with the attempts' answers under "attempts". Raises ProtocolError."""
+    first, *rest = output.decode("utf-8", "replace").splitlines() or [""]
+    try:
+        facts = json.loads(first)
+    except ValueError:
+        raise ProtocolError(f"the probe printed no facts but {first[:80]!r}") from None
+    if not isinstance(facts, dict) or len(rest) != len(ATTEMPTS):
+        raise ProtocolError(f"the probe printed {len(rest)} lines for {len(ATTEMPTS)} attempts")
+    facts["attempts"] = {name: said.strip() for (name, _), said in zip(ATTEMPTS, rest, strict=True)}
+    return facts
+
+
+def bare_facts() -> dict[str, Any]:
+    """Without any boundary: as a child of this process, like any other program that it starts."""
+    with tempfile.TemporaryDirectory(prefix="ringfence-bare-") as folder:
+        os.symlink(probe_path(), os.path.join(folder, _PROBE))
+        done = subprocess.run(
+            _script(),
+            cwd=folder,
+            env={**dict(DEFAULT_ENV), b"HOME": os.fsencode(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+    return parse(done.stdout)
+
+
+def level_facts(isolation: str, *, limits: Limits | None = None) -> dict[str, Any]:
+    """Inside a level, with these limits' memory and CPUs; what `Result.applied` read back is under "applied", by rule.
+
+    Raises what `run` raises, and ProtocolError where the probe didn't answer.
+    """
+    with open(probe_path(), "rb") as file:
+        probe = File(file.read(), 0o755)
+    # The command's own time, processes and output say nothing of what the probe needs.
+    kept = None if limits is None else Limits(memory=limits.memory_bytes, cpus=limits.cpus)
+    done = run(_script(), isolation=isolation, files={_PROBE: probe}, limits=kept)
+    if not done.ok:
+        raise ProtocolError(f"the probe gave no facts at the {isolation} level: {done.describe()}")
+    facts = parse(done.stdout)
+    facts["applied"] = {one.rule: one.effective for one in done.applied}
+    facts["accelerator"] = done.accelerator
+    return facts

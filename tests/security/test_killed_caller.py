@@ -1,0 +1,181 @@
+"""A caller that is killed with SIGKILL in the middle of a run leaves nothing behind, within 2 seconds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from support import leaks
+from support.sandboxes import LEVELS, python
+
+# A daemon that left its session and its parent, deaf to SIGTERM, holding stdout; files in the work directory.
+CALLER = """
+import sys
+from support.sandboxes import PROBE_FILE
+import ringfence as rf
+script = "mkdir -p deep/er && echo x > deep/er/f && ./probe orphan 600"
+limits = rf.Limits(memory="96M", pids=30, cpus=1)
+rf.run(["sh", "-c", script], isolation=sys.argv[1], files=PROBE_FILE, limits=limits)
+print("it ended by itself", flush=True)
+"""
+
+
+def running_probes(caller: int) -> list[leaks.Process]:
+    return [one for one in leaks.descendants(caller) if one.name in ("probe", "qemu-system-x86")]
+
+
+def wait_until_it_runs(caller: subprocess.Popen[bytes], isolation: str) -> list[leaks.Process]:
+    """Until the workload is there: two probes (itself and its daemon), or a guest that uses CPU no more."""
+    wanted = 1 if isolation == "vm" else 2
+    deadline = time.monotonic() + 60
+    while len(running_probes(caller.pid)) < wanted:
+        assert caller.poll() is None, "the caller ended early"
+        assert time.monotonic() < deadline, leaks.descendants(caller.pid)
+        time.sleep(0.02)
+    if isolation == "vm":
+        while cpu_ticks(running_probes(caller.pid)[0].pid) < 100:  # booted, or nearly: in the middle either way
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    return leaks.descendants(caller.pid)
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def what_is_left(caller: int, before: list[leaks.Process], sockets: set[int]) -> dict[str, object]:
+    everyone = leaks.processes()
+    alive = [one for one in before if one.pid in everyone and everyone[one.pid].start == one.start]
+    open_sockets = sockets & leaks.unix_sockets().keys()
+    found: dict[str, object] = {
+        "processes": alive,
+        "cgroups": leaks.cgroups_of(caller),
+        "folders": leaks.run_folders_of(caller),
+        "sockets": open_sockets,
+    }
+    return {kind: what for kind, what in found.items() if what}
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.3], ids=["at once", "a little later"])
+@pytest.mark.parametrize("isolation", LEVELS)
+def test_sigkill_in_the_middle_of_a_run(isolation: str, delay_s: float) -> None:
+    mounts, interfaces = leaks.host_mounts(), leaks.interfaces()
+    caller = python(CALLER, isolation)
+    try:
+        before = wait_until_it_runs(caller, isolation)
+        time.sleep(delay_s)
+        before = leaks.descendants(caller.pid) or before
+        # There is something to be left behind: launcher, init and workload, cgroups, a folder, sockets.
+        assert len(before) >= 3
+        assert leaks.cgroups_of(caller.pid)
+        folders = leaks.run_folders_of(caller.pid)
+        assert folders
+        sockets = {inode for one in before for inode in leaks.socket_inodes(one.pid)} & leaks.unix_sockets().keys()
+        assert sockets
+    finally:
+        caller.kill()
+        killed = time.monotonic()
+        printed, _ = caller.communicate(timeout=10)
+    assert (caller.returncode, printed) == (-signal.SIGKILL, b"")
+    left = leaks.settled(lambda: what_is_left(caller.pid, before, sockets), leaks.GRACE_S)
+    assert not left, f"{time.monotonic() - killed:.1f} s after SIGKILL: {left}"
+    assert leaks.host_mounts() == mounts
+    assert leaks.interfaces() == interfaces
+
+
+MANY = """
+import sys, threading
+import ringfence as rf
+from support.sandboxes import PROBE_FILE
+def go(level):
+    while True:
+        rf.run(["sh", "-c", "./probe orphan-exit 60 detached; echo > f"], isolation=level, files=PROBE_FILE)
+for number in range(8):
+    threading.Thread(target=go, args=(("process", "container")[number % 2],), daemon=True).start()
+print("started", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.011, 0.05, 0.2, 0.35, 0.5])
+def test_sigkill_at_any_moment_of_many_runs(delay_s: float) -> None:
+    """While sandboxes are being made, run and removed in 8 threads."""
+    caller = python(MANY)
+    try:
+        assert caller.stdout is not None
+        assert caller.stdout.readline() == b"started\n"
+        time.sleep(delay_s)
+        launchers = [one for one in leaks.descendants(caller.pid) if one.is_launcher]
+    finally:
+        caller.kill()
+        caller.communicate(timeout=10)
+
+    def left() -> list[object]:
+        everyone = leaks.processes()
+        alive = [one for one in launchers if one.pid in everyone and everyone[one.pid].start == one.start]
+        return [*alive, *leaks.cgroups_of(caller.pid), *leaks.run_folders_of(caller.pid)]
+
+    assert not leaks.settled(left, leaks.GRACE_S)
+
+
+@pytest.mark.parametrize("isolation", ["process", "container"])
+def test_sigkill_of_the_launcher(isolation: str) -> None:
+    """Its sandboxes die with it; the caller's run tells so, and the next one starts a new launcher."""
+    code = """
+import sys, os, signal, threading, time
+import ringfence as rf
+from ringfence.wire.launcher import launcher
+from support.sandboxes import PROBE_FILE, run_probe, ended
+def kill():
+    time.sleep(0.5)
+    os.kill(launcher().pid, signal.SIGKILL)
+threading.Thread(target=kill).start()
+begin = time.monotonic()
+try:
+    ended_as = str(run_probe(sys.argv[1], "orphan", "30").termination_reason)
+except rf.RingfenceError as error:
+    ended_as = type(error).__name__
+assert time.monotonic() - begin < 15, "the run waited for its end"
+for _ in range(2):
+    try:
+        after = ended(run_probe(sys.argv[1], "exit", "3"))
+        break
+    except rf.ProtocolError as error:
+        after = repr(error)
+print(ended_as, after, flush=True)
+"""
+    caller = python(code, isolation)
+    printed, _ = caller.communicate(timeout=60)
+    assert caller.returncode == 0
+    assert printed.decode().split()[0] in ("killed", "ProtocolError")
+    assert printed.decode().split(" ", 1)[1] == "('exited', 3, None)\n"
+    assert not leaks.settled(lambda: leaks.run_folders_of(caller.pid) | leaks.cgroups_of(caller.pid), leaks.GRACE_S)
+
+
+def test_an_exception_in_the_middle_of_a_run_leaves_nothing() -> None:
+    """KeyboardInterrupt, say: by a signal to a caller that waits for its workload."""
+    code = """
+import sys, os, signal, threading
+import ringfence as rf
+from support.sandboxes import run_probe
+from support import leaks
+run_probe("process", "exit", "0"); run_probe("container", "exit", "0")
+before = leaks.snapshot()
+for isolation in ("process", "container"):
+    threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        run_probe(isolation, "orphan", "60")
+    except KeyboardInterrupt:
+        print("interrupted", isolation)
+print(leaks.leaked(before))
+"""
+    caller = python(code)
+    printed, _ = caller.communicate(timeout=60)
+    assert (caller.returncode, printed.decode()) == (0, "interrupted process\ninterrupted container\n{}\n")
+    assert not os.path.exists(f"/proc/{caller.pid}")

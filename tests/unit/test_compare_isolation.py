@@ -1,0 +1,156 @@
+"""The verdicts, on facts that the probe recorded at each level (compare_facts.json: as root, Linux 6.18, cgroup v1)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ringfence.compare.isolation import RESOURCES, Isolation, judge_all, other_kernel
+
+RECORDED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("compare_facts.json").read_text())
+HOST = RECORDED["bare"]
+
+# process, container, vm
+EXPECTED = {
+    "kernel": ("shared", "shared", "own"),
+    "memory": ("restricted", "restricted", "own"),
+    "CPUs": ("shared", "shared", "own"),
+    "processes": ("shared", "own", "own"),
+    "signals": ("restricted", "own", "own"),
+    "others' memory": ("restricted", "own", "own"),
+    "users": ("restricted", "own", "own"),
+    "capabilities": ("restricted", "restricted", "restricted"),
+    "system calls": ("restricted", "restricted", "restricted"),
+    "new privileges": ("restricted", "restricted", "restricted"),
+    "mounts": ("shared", "own", "own"),
+    "files": ("restricted", "restricted", "restricted"),
+    "devices": ("restricted", "restricted", "own"),
+    "kernel settings": ("restricted", "restricted", "own"),
+    "network": ("restricted", "own", "own"),
+    "IPC": ("shared", "own", "own"),
+    "keyrings": ("restricted", "restricted", "own"),
+    "host name": ("restricted", "own", "own"),
+    "cgroups": ("restricted", "own", "own"),
+    "clock": ("restricted", "restricted", "own"),
+}
+
+
+def changed(level: str, **facts: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(RECORDED[level]), **facts}
+
+
+def with_attempts(level: str, **said: str) -> dict[str, Any]:
+    return changed(level, attempts={**RECORDED[level]["attempts"], **said})
+
+
+@pytest.mark.parametrize(("at", "level"), [(0, "process"), (1, "container"), (2, "vm")])
+def test_the_verdicts_on_recorded_facts(at: int, level: str) -> None:
+    found = {name: str(one.isolation) for name, one in judge_all(HOST, RECORDED[level]).items()}
+    assert found == {name: words[at] for name, words in EXPECTED.items()}
+
+
+def test_every_verdict_has_evidence() -> None:
+    for level in RECORDED:
+        assert all(one.evidence for one in judge_all(HOST, RECORDED[level]).values())
+
+
+def test_the_host_against_itself_is_shared_in_everything() -> None:
+    assert {one.isolation for one in judge_all(HOST, HOST).values()} == {Isolation.SHARED}
+
+
+def test_nothing_is_claimed_of_what_was_not_seen() -> None:
+    assert {one.isolation for one in judge_all(HOST, {}).values()} == {Isolation.UNKNOWN}
+
+
+@pytest.mark.parametrize("resource", RESOURCES, ids=lambda one: one.name)
+@pytest.mark.parametrize("fact", sorted(HOST))
+def test_a_missing_fact_never_makes_a_verdict_better(resource: Any, fact: str) -> None:
+    """Less known inside may make a verdict unknown or weaker, but never stronger."""
+    rank = {Isolation.UNKNOWN: 0, Isolation.SHARED: 1, Isolation.RESTRICTED: 2, Isolation.OWN: 3}
+    for level in ("process", "container", "vm"):
+        seen = resource.judge(HOST, RECORDED[level]).isolation
+        unseen = resource.judge(HOST, changed(level, **{fact: None})).isolation
+        assert rank[unseen] <= rank[seen]
+
+
+def test_a_denial_whose_control_fails_proves_nothing() -> None:
+    denied = {name: "EPERM" for name in HOST["attempts"]}
+    host = {**HOST, "attempts": denied}
+    found = judge_all(host, RECORDED["process"])
+    for name in ("signals", "others' memory", "files", "keyrings", "clock", "network"):
+        assert found[name].isolation is Isolation.UNKNOWN, name
+        assert "no control" in found[name].evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "attempt"),
+    [
+        ("signals", "kill"),
+        ("others' memory", "procmem"),
+        ("keyrings", "keyctl"),
+        ("clock", "settime"),
+        ("network", "socket"),
+        ("host name", "sethostname"),
+    ],
+)
+def test_an_attempt_that_succeeds_is_told(name: str, attempt: str) -> None:
+    found = judge_all(HOST, with_attempts("process", **{attempt: "ok"}))[name]
+    assert "ok" in found.evidence
+    if name != "others' memory":  # the two other ways to it are still denied
+        assert found.isolation is Isolation.SHARED
+
+
+def test_reaching_the_caller_from_another_pid_namespace_is_not_own() -> None:
+    found = judge_all(HOST, with_attempts("container", kill="ok", procmem="ok"))
+    assert found["signals"].isolation is Isolation.SHARED
+    assert found["others' memory"].isolation is Isolation.RESTRICTED
+
+
+def test_another_kernel_decides_where_inodes_cannot() -> None:
+    # Both kernels number their first namespaces alike.
+    inside = changed("vm", namespaces=HOST["namespaces"])
+    assert judge_all(HOST, inside)["IPC"].isolation is Isolation.OWN
+    assert other_kernel(HOST, inside) is True
+    assert other_kernel(HOST, RECORDED["container"]) is False
+    assert other_kernel(HOST, changed("vm", boot_id=None)) is True  # its release is another
+    assert other_kernel(HOST, changed("container", boot_id=None)) is None
+
+
+def test_each_namespace_shared_is_told_as_shared() -> None:
+    names = {"pid": "processes", "user": "users", "mnt": "mounts", "ipc": "IPC", "net": "network", "uts": "host name"}
+    for kind, name in names.items():
+        inside = changed("container", namespaces={**RECORDED["container"]["namespaces"], kind: HOST["namespaces"][kind]})
+        assert judge_all(HOST, inside)[name].isolation is not Isolation.OWN, kind
+
+
+def test_capabilities_in_any_set_are_counted() -> None:
+    sets = {**RECORDED["process"]["capabilities"], "bounding": "0000000000000400"}
+    found = judge_all(HOST, changed("process", capabilities=sets))["capabilities"]
+    assert found.evidence == "bounding 1"
+
+
+def test_limits_and_missing_limits_on_memory() -> None:
+    found = judge_all(HOST, changed("container", applied={}))["memory"]
+    assert found.isolation is Isolation.SHARED
+    assert "at most 256 MiB" in judge_all(HOST, RECORDED["container"])["memory"].evidence
+
+
+def test_a_writable_host_tree_is_shared() -> None:
+    found = judge_all(HOST, with_attempts("process", write_etc="ok", write_usr="ok"))["files"]
+    assert found.isolation is Isolation.SHARED
+    half = judge_all(HOST, with_attempts("process", write_etc="ok"))["files"]
+    assert half.isolation is Isolation.RESTRICTED
+    assert "but writing /etc: ok" in half.evidence
+
+
+def test_a_tree_without_host_files_is_own() -> None:
+    inside = changed("container", mounts=[["/", "tmpfs", "ro", "none"], ["/proc", "proc", "rw", "proc"]])
+    assert judge_all(HOST, inside)["files"].isolation is Isolation.OWN
+
+
+def test_the_id_outside_is_told() -> None:
+    inside = changed("container", uid_map="0 1000000 65536", uids={"effective": 5})
+    assert judge_all(HOST, inside)["users"].evidence == "uid 5 is 1000005 outside"
