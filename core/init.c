@@ -51,6 +51,12 @@ struct init {
     uint8_t chunk[RF_CHUNK];
 };
 
+int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e) {
+    /* In a PID namespace the kernel kills all with init; elsewhere init has to do it, so it must be told. */
+    int number = (l->clone_flags & CLONE_NEWPID) ? SIGKILL : SIGTERM;
+    return prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) < 0 ? rf_fail(e, "launch", "prctl", "PR_SET_PDEATHSIG") : 0;
+}
+
 /* ---- killing and reaping ---- */
 
 static void note_exit(struct init *s, pid_t pid, int status) {
@@ -69,9 +75,14 @@ static void reap_ready(struct init *s) {
 
 static void kill_everything(struct init *s) {
     struct rf_error ignored;
-    if (s->where != RF_IN_PROCESS) kill(-1, SIGKILL); /* all of the PID namespace but ourselves */
-    else if (s->launch.has_kill_uid) rf_kill_uid(s->launch.kill_uid, &ignored);
-    else rf_kill_children();
+    if (s->where != RF_IN_PROCESS) {
+        kill(-1, SIGKILL); /* all of the PID namespace but ourselves */
+    } else if (s->launch.has_kill_uid) {
+        rf_kill_uid(s->launch.kill_uid, &ignored);
+        rf_die_with_parent(&s->launch, &ignored); /* the changes of ids have cleared it */
+    } else {
+        rf_kill_descendants();
+    }
 }
 
 /* Kills all that runs in the sandbox and waits until nothing is left of it. Every descendant is our child in the end,
@@ -301,12 +312,6 @@ static void signal_command(struct init *s, const struct rf_frame *f) {
 }
 
 /* ---- PLAN ---- */
-
-int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e) {
-    /* In a PID namespace the kernel kills all with init; elsewhere init has to do it, so it must be told. */
-    int number = (l->clone_flags & CLONE_NEWPID) ? SIGKILL : SIGTERM;
-    return prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) < 0 ? rf_fail(e, "launch", "prctl", "PR_SET_PDEATHSIG") : 0;
-}
 
 /* Becomes id 0 of the user namespace, once the launcher has written its maps: what is made from here on has owners. */
 static int take_ids(struct init *s, struct rf_error *e) {

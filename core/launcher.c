@@ -322,7 +322,7 @@ static void end_all(struct launcher *s) {
         pid_t pid = waitpid(-1, NULL, WNOHANG);
         if (pid < 0 && errno == ECHILD) break;
         if (pid > 0) continue;
-        rf_kill_children();
+        rf_kill_descendants();
         struct timespec pause = {.tv_nsec = 200000};
         nanosleep(&pause, NULL);
     }

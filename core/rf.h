@@ -213,8 +213,8 @@ int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, u
              struct rf_error *e);
 /* SIGKILL to every process of `uid`, at once. */
 int rf_kill_uid(uint32_t uid, struct rf_error *e);
-/* SIGKILL to every child of this process; how many there were. For a subreaper that has no better means. */
-int rf_kill_children(void);
+/* SIGKILL to every descendant of this process, by /proc. For a subreaper that has no better means. */
+void rf_kill_descendants(void);
 /* clone3 without CLONE_VM: returns 0 in the child, the pid in the parent. */
 pid_t rf_clone(uint64_t flags, int *pidfd);
 

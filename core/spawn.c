@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -61,21 +62,17 @@ int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, u
     return -1;
 }
 
-struct killer { uint32_t uid; int err; };
+/* A real uid that no process but a killer has, and for that only while it kills: the last of the process level's. */
+#define RF_KILLER_UID 0x70ffffffu
 
-static int kill_all_of_uid(void *arg) {
-    struct killer *k = arg;
-    if (syscall(SYS_setresuid, k->uid, k->uid, k->uid) < 0 || (kill(-1, SIGKILL) < 0 && errno != ESRCH)) k->err = errno;
-    _exit(0);
-}
-
-/* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. */
+/* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. No new process
+ * is needed for it, which at a pids limit there couldn't be. The effective uid selects whom the signal reaches; the real
+ * one must match nobody, and the saved one, root, keeps the workload from signalling us meanwhile (kill(2)). */
 int rf_kill_uid(uint32_t uid, struct rf_error *e) {
-    struct killer k = {.uid = uid};
-    pid_t pid;
-    if (run_child(kill_all_of_uid, &k, &pid, e) < 0) return -1;
-    waitpid(pid, NULL, 0);
-    return k.err ? rf_fail_errno(e, k.err, "kill", "kill", "by uid") : 0;
+    if (syscall(SYS_setresuid, RF_KILLER_UID, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
+    int r = kill(-1, SIGKILL) < 0 && errno != ESRCH ? rf_fail(e, "kill", "kill", "by uid") : 0;
+    if (syscall(SYS_setresuid, 0, 0, 0) < 0) return rf_fail(e, "kill", "setresuid", "0");
+    return r;
 }
 
 static pid_t parent_of(const char *pid) {
@@ -92,18 +89,60 @@ static pid_t parent_of(const char *pid) {
     return end && sscanf(end + 1, " %*c %d", &parent) == 1 ? parent : -1;
 }
 
-int rf_kill_children(void) {
-    pid_t self = getpid();
+#define PROCESSES_MAX 65536
+
+struct process { pid_t pid, parent; bool ours; };
+
+/* All processes, as /proc lists them now; how many. */
+static unsigned list_processes(struct process *p) {
     DIR *proc = opendir("/proc");
     if (!proc) return 0;
-    int killed = 0;
-    for (struct dirent *d; (d = readdir(proc));) {
-        if (d->d_name[0] < '1' || d->d_name[0] > '9' || parent_of(d->d_name) != self) continue;
-        kill((pid_t)strtol(d->d_name, NULL, 10), SIGKILL);
-        killed++;
+    unsigned n = 0;
+    for (struct dirent *d; n < PROCESSES_MAX && (d = readdir(proc));) {
+        if (d->d_name[0] < '1' || d->d_name[0] > '9') continue;
+        p[n++] = (struct process){.pid = (pid_t)strtol(d->d_name, NULL, 10), .parent = parent_of(d->d_name)};
     }
     closedir(proc);
-    return killed;
+    return n;
+}
+
+static int by_pid(const void *a, const void *b) {
+    pid_t x = ((const struct process *)a)->pid, y = ((const struct process *)b)->pid;
+    return (x > y) - (x < y);
+}
+
+/* Marks the descendants of this process. A child may be listed before its parent, so until nothing changes. */
+static void mark_descendants(struct process *p, unsigned n) {
+    pid_t self = getpid();
+    qsort(p, n, sizeof *p, by_pid);
+    for (bool changed = true; changed;) {
+        changed = false;
+        for (unsigned i = 0; i < n; i++) {
+            if (p[i].ours) continue;
+            struct process key = {.pid = p[i].parent};
+            const struct process *parent = bsearch(&key, p, n, sizeof *p, by_pid);
+            if (p[i].parent == self || (parent && parent->ours)) p[i].ours = changed = true;
+        }
+    }
+}
+
+static unsigned signal_descendants(struct process *p, int number) {
+    unsigned n = list_processes(p), found = 0;
+    mark_descendants(p, n);
+    for (unsigned i = 0; i < n; i++)
+        if (p[i].ours && kill(p[i].pid, number) == 0) found++;
+    return found;
+}
+
+/* Those that are stopped can't fork, and still count where their number is limited: so a bomb comes to a stand before it
+ * is killed. Without any limit it might outrun us, so a sandbox without a uid of its own always gets one. */
+void rf_kill_descendants(void) {
+    struct process *p = mmap(NULL, PROCESSES_MAX * sizeof *p, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return;
+    unsigned before = 0, now;
+    for (int round = 0; round < 100 && (now = signal_descendants(p, SIGSTOP)) > before; round++) before = now;
+    signal_descendants(p, SIGKILL);
+    munmap(p, PROCESSES_MAX * sizeof *p);
 }
 
 int rf_loopback_up(struct rf_error *e) {

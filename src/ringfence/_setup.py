@@ -201,7 +201,7 @@ def _seccomp() -> Step:
     usable, reason = seccomp.available()
     if not usable:
         return Step(name=name, state="failed", detail=reason)
-    sizes = [len(seccomp.cached(seccomp.policy(network_sockets=sockets))) // 8 for sockets in (True, False)]
+    sizes = [len(seccomp.cached(seccomp.policy(namespaces=own))) // 8 for own in (True, False)]
     state: State = "present" if _names(folder) == before else "done"
     return Step(
         name=name, state=state, detail=f"{len(sizes)} filters of {sizes[0]} and {sizes[1]} instructions"

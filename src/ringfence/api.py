@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-__all__ = ["level", "run", "run_spec"]
+__all__ = ["check_spec", "level", "run", "run_spec"]
 
 # All that `collect` may bring back of one run, bytes.
 _COLLECT_BYTES = 1 << 30
@@ -94,15 +94,24 @@ def run(
     return run_spec(spec)
 
 
-def run_spec(spec: Spec, on: Host | None = None) -> Result:
-    """Runs a spec that was made before. `on`: another view of this host than the probed one, for tests."""
-    called_ns = time.monotonic_ns()
+def check_spec(spec: Spec, on: Host | None = None) -> tuple[Level, Host]:
+    """The level and the host on which a spec can be run as it asks. Starts nothing.
+
+    `on`: another view of this host than the probed one, for tests. Raises Unavailable, CannotEnforce.
+    """
     machine = on if on is not None else host()
     boundary = level(spec.isolation)
     missing = boundary.unavailable(machine)
     if missing is not None:
         raise Unavailable(spec.isolation, *missing)
     boundary.check(spec, machine)
+    return boundary, machine
+
+
+def run_spec(spec: Spec, on: Host | None = None) -> Result:
+    """Runs a spec that was made before. `on`: as for `check_spec`."""
+    called_ns = time.monotonic_ns()
+    boundary, machine = check_spec(spec, on)
     with boundary.open(spec, machine) as sandbox:
         command = Command(
             argv=spec.argv,

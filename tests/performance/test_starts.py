@@ -1,8 +1,8 @@
 """What SPECIFICATION.md promises of starts, as ratios of medians that were measured interleaved.
 
-A machine that does other things at the same time is the usual one. So a promise is broken only where that is certain and
-matters: the whole 95 % interval of the ratio is above what is promised, and the median is more than ALLOWANCE_NS above;
-and it is broken in each of three measurements.
+A machine that does other things at the same time is the usual one. So a promise is broken only where that is certain
+and matters: the whole 95 % interval of the ratio is above what is promised, and the median is more than ALLOWANCE_NS
+above; and it is broken in each of three measurements.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 
 import pytest
+
 from ringfence.compare.bench import TARGETS, Measurement, Target, measure
 from ringfence.compare.statistics import interval
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import ringfence as rf
 from ringfence.compare import BARE, Comparison, Isolation, LevelReport, compare
 from ringfence.compare.cost import Run, bare_memory, bare_run, differences
@@ -156,9 +157,7 @@ def test_a_probe_that_says_something_else_is_an_error(output: bytes) -> None:
 def compared() -> Comparison:
     script = "cat; echo made >out.txt; exit 3"
     limits = rf.Limits(memory="64M")
-    return compare(
-        ["sh", "-c", script], levels=LOCAL, input="given\n", collect=["*.txt"], limits=limits, repeat=3
-    )
+    return compare(["sh", "-c", script], levels=LOCAL, input="given\n", collect=["*.txt"], limits=limits, repeat=3)
 
 
 def test_a_command_does_the_same_at_every_level(compared: Comparison) -> None:

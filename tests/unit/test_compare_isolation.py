@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ringfence.compare.isolation import RESOURCES, Isolation, judge_all, other_kernel
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("compare_facts.json").read_text())
@@ -77,7 +78,7 @@ def test_a_missing_fact_never_makes_a_verdict_better(resource: Any, fact: str) -
 
 
 def test_a_denial_whose_control_fails_proves_nothing() -> None:
-    denied = {name: "EPERM" for name in HOST["attempts"]}
+    denied = dict.fromkeys(HOST["attempts"], "EPERM")
     host = {**HOST, "attempts": denied}
     found = judge_all(host, RECORDED["process"])
     for name in ("signals", "others' memory", "files", "keyrings", "clock", "network"):
@@ -122,7 +123,9 @@ def test_another_kernel_decides_where_inodes_cannot() -> None:
 def test_each_namespace_shared_is_told_as_shared() -> None:
     names = {"pid": "processes", "user": "users", "mnt": "mounts", "ipc": "IPC", "net": "network", "uts": "host name"}
     for kind, name in names.items():
-        inside = changed("container", namespaces={**RECORDED["container"]["namespaces"], kind: HOST["namespaces"][kind]})
+        inside = changed(
+            "container", namespaces={**RECORDED["container"]["namespaces"], kind: HOST["namespaces"][kind]}
+        )
         assert judge_all(HOST, inside)[name].isolation is not Isolation.OWN, kind
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 
-from ringfence.api import run_spec
+from ringfence.api import check_spec, run_spec
 from ringfence.cli import output
 from ringfence.cli._options import Option, Options
 from ringfence.cli.main import REFUSED
@@ -139,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
     # Everything that can be wrong is found before stdin is read, which may take as long as its writer likes.
     spec = _spec(given)
     folder = _folder(given)
+    check_spec(spec)
     if not given["no-stdin"]:
         spec = spec.replace(input=_stdin())
     try:

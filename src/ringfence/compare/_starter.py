@@ -29,9 +29,8 @@ _kept: list[mmap.mmap] = []
 
 def main() -> int:
     kind, number, folder = sys.argv[1:]
-    prepare = {"resident": _resident, "mounts": _mounts, "crun": _crun}[kind]
     try:
-        start = prepare(int(number), folder)
+        start = {"resident": _resident, "mounts": _mounts, "crun": _crun}[kind](int(number), folder)
         start()
     except Exception as error:
         # One line, whatever it was: the parent tells it as the reason.

@@ -54,7 +54,7 @@ def bubblewrap(command: Sequence[str], folder: str) -> Peer:
     if not host().seccomp:
         path = os.path.join(folder, "filter.bpf")
         with open(path, "wb") as file:
-            file.write(seccomp.cached(seccomp.policy(network_sockets=True)))
+            file.write(seccomp.cached(seccomp.policy(namespaces=True)))
         fds = (os.open(path, os.O_RDONLY | os.O_CLOEXEC),)
         words += ["--seccomp", str(fds[0])]
     words += ["--", *command]

@@ -158,7 +158,7 @@ class ContainerSandbox(LocalSandbox):
         plan.flags(cgroup_namespace=True, enter=True, no_new_privs=True)
         plan.workdir(_HOME)
         if not host.seccomp:
-            plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=True)))
+            plan.seccomp(seccomp.cached(seccomp.policy(namespaces=True)))
         self.common_plan(plan)
         flags = _NAMESPACES | (0 if spec.network.mode == "host" else _NEWNET)
         self.start(messages.launch(clone_flags=flags, uid_map=self._maps[0], gid_map=self._maps[1]), plan)

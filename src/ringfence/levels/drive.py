@@ -79,25 +79,21 @@ class Pipes:
 
 
 class _Kept:
-    """The first `limit` bytes of a stream."""
+    """The first `limit` bytes of a stream. One buffer: a guest may send it in frames of a byte each."""
 
-    __slots__ = ("chunks", "left", "over")
+    __slots__ = ("buffer", "limit", "over")
 
     def __init__(self, limit: int) -> None:
-        self.chunks: list[bytes] = []
-        self.left = limit
+        self.buffer = bytearray()
+        self.limit = limit
         self.over = False
 
     def add(self, data: bytes) -> None:
-        if len(data) > self.left:
-            data = data[: self.left]
+        room = self.limit - len(self.buffer)
+        if len(data) > room:
+            data = data[:room]
             self.over = True
-        if data:
-            self.chunks.append(data)
-            self.left -= len(data)
-
-    def value(self) -> bytes:
-        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        self.buffer += data
 
 
 class _Drive:
@@ -126,6 +122,7 @@ class _Drive:
         self.poll = select.poll()
         self.deadline: int | None = time.monotonic_ns() + start_limit_ns
         self.killing = False
+        self.gone = False
         self.streams: dict[int, tuple[_Kept, str]] = {}
         # Of a command whose stdin travels as frames.
         self.input = memoryview(command.input or b"") if pipes is None else memoryview(b"")
@@ -147,14 +144,12 @@ class _Drive:
             self._step()
         self._drain()
         outcome = self.outcome
-        outcome.stdout, outcome.stderr = self.out.value(), self.err.value()
+        outcome.stdout, outcome.stderr = bytes(self.out.buffer), bytes(self.err.buffer)
         outcome.truncated = self.out.over or self.err.over
         return outcome
 
     def _over(self) -> bool:
-        if self.channel.at_end:
-            return True
-        return self.outcome.exited is not None
+        return self.channel.at_end or self.gone or self.outcome.exited is not None
 
     def _step(self) -> None:
         timeout = None
@@ -175,9 +170,18 @@ class _Drive:
             elif self.pipes is not None and fd == self.pipes.in_:
                 self._write_stdin()
             elif fd in self.watch:
-                self.watch[fd]()
+                self._watched(fd)
         if self.deadline is not None and time.monotonic_ns() >= self.deadline:
             self._deadline_passed()
+
+    def _watched(self, fd: int) -> None:
+        """What else the sandbox consists of has something to tell, such as its end."""
+        try:
+            self.watch[fd]()
+        except ProtocolError:
+            if not self.killing:
+                raise
+            self.gone = True  # it was killed for not ending by itself: what was printed until then is kept
 
     # ---- the clock ----
 
@@ -208,12 +212,16 @@ class _Drive:
         if kind == Type.STDOUT or kind == Type.STDERR:
             self._output(self.out if kind == Type.STDOUT else self.err, frame.payload)
         elif kind == Type.STARTED and frame.id == self.id:
+            if outcome.started is not None:
+                raise ProtocolError("the command was reported as started twice")  # each would set the clock anew
             outcome.started = messages.parse_started(frame.payload)
             outcome.started_ns = time.monotonic_ns()
             wall = self.command.wall_time_ns
             if not self.killing:
                 self.deadline = None if wall is None else outcome.started_ns + wall
         elif kind == Type.EXITED and frame.id == self.id:
+            if outcome.started is None:
+                raise ProtocolError("the command was reported as ended before it had started")
             outcome.ended_ns = time.monotonic_ns()
             outcome.exited = messages.parse_exited(frame.payload)
         elif kind == Type.CREDIT and frame.id == self.id and self.pipes is None:
@@ -224,7 +232,10 @@ class _Drive:
                 raise ProtocolError("a guest gave more credit than it has room for")
             self._feed()
         elif kind == Type.ERROR:
-            raise messages.parse_error(frame.payload)
+            error = messages.parse_error(frame.payload)
+            if outcome.started is not None:
+                raise ProtocolError(f"an error came while the command ran: {error}")
+            raise error
         else:
             self.on_frame(frame)
 

@@ -33,6 +33,11 @@ _END_LIMIT_MS = 10_000
 CAPABILITIES_ALL = (1 << 41) - 1
 _SET_NAMES = ("effective", "permitted", "inheritable", "bounding", "ambient")
 _INFINITY = 2**64 - 1
+_RLIMIT_NAMES = {
+    resource.RLIMIT_CORE: "rlimit core",
+    resource.RLIMIT_CPU: "rlimit cpu",
+    resource.RLIMIT_NPROC: "rlimit nproc",
+}
 
 
 def rlimits(spec: Spec) -> list[tuple[int, int]]:
@@ -165,8 +170,9 @@ class LocalSandbox(Sandbox):
         for rule in ("memory", "cpus", "pids"):
             if rule in in_force:
                 one = in_force[rule]
+                wanted = one.requested if rule in spec.asked else None
                 found.append(
-                    Applied(rule=rule, requested=one.requested, effective=one.effective, mechanism=one.mechanism)
+                    Applied(rule=rule, requested=wanted, effective=one.effective, mechanism=one.mechanism)
                 )
         if spec.limits.wall_time_ns is not None:
             wall = spec.limits.wall_time_ns
@@ -210,7 +216,7 @@ class LocalSandbox(Sandbox):
             )
         )
         for which, (soft, hard) in started.rlimits.items():
-            name = "rlimit core" if which == resource.RLIMIT_CORE else "rlimit cpu"
+            name = _RLIMIT_NAMES.get(which, f"rlimit {which}")
             shown = [None if one == _INFINITY else one for one in (soft, hard)]
             found.append(Applied(rule=name, requested=None, effective=shown, mechanism="getrlimit"))
         return found

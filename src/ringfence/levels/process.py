@@ -7,6 +7,7 @@ account has takes away everybody's files and processes, and a subreaper catches 
 from __future__ import annotations
 
 import os
+import resource
 import stat
 
 from ringfence.errors import Unmet
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProcessLevel"]
 
+# Processes and threads of a sandbox whose caller set no limit and that has no id of its own.
+_MOST_PROCESSES = 1024
 _NO_LANDLOCK_HELP = "use a kernel with Landlock, or isolation='container'"
 
 
@@ -51,7 +54,7 @@ class ProcessLevel(Level):
         found["network=none"] = (
             Ability(rule="network=none", reason=host.seccomp, help="install libseccomp: 'ringfence setup'")
             if host.seccomp
-            else Ability(rule="network=none", mechanism="seccomp: no sockets but AF_UNIX")
+            else Ability(rule="network=none", mechanism="seccomp: no socket(2)")
         )
         found["network=nat"] = Ability(
             rule="network=nat", reason="a process has no network stack of its own", help=container
@@ -90,6 +93,18 @@ class ProcessLevel(Level):
         return ProcessSandbox(spec, host, state())
 
 
+def _threads_of(uid: int) -> int:
+    count = 0
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                about = os.stat(f"/proc/{name}/task")
+            except FileNotFoundError:
+                continue  # it has ended
+            count += about.st_nlink - 2 if about.st_uid == uid else 0
+    return count
+
+
 def _slot_owner(slot: int) -> tuple[int, int]:
     return ids.process_uid(slot), ids.process_uid(slot)
 
@@ -125,17 +140,33 @@ class ProcessSandbox(LocalSandbox):
             self.berth = self.state.berth(f"process {given}", lambda _: given)
         self.berth.workdir.put(spec.files)
         self.home = os.path.join(self.state.run_path, self.berth.name)
-        self.make_cgroup()
         plan = messages.Plan()
+        if uid is None:
+            self._bound_processes(plan, user)
+        self.make_cgroup()
         if host.privileged and user is not None:
             plan.ids(*user)
         plan.flags(no_new_privs=True)
         plan.workdir(self.home)
         self._restrict_files(plan, self.berth)
         if not host.seccomp:
-            plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=spec.network.mode != "none")))
+            plan.seccomp(seccomp.cached(seccomp.policy(namespaces=False, network=spec.network.mode != "none")))
         self.common_plan(plan)
         self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True), plan)
+
+    def _bound_processes(self, plan: messages.Plan, user: tuple[int, int] | None) -> None:
+        """Without an id of its own a sandbox is killed process by process, which only ends where their number does."""
+        memory_bytes, cpus, pids = self._cgroup_limits
+        if pids is not None:
+            return
+        if self._host.cgroups.controller("pids").usable:
+            self._cgroup_limits = (memory_bytes, cpus, _MOST_PROCESSES)
+            return
+        # The kernel counts all threads of the user, wherever they run. It doesn't count root's.
+        most = _threads_of(user[0] if user is not None else os.geteuid()) + _MOST_PROCESSES
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        plan.rlimit(resource.RLIMIT_NPROC, most, most)
 
     def _restrict_files(self, plan: messages.Plan, berth: Berth) -> None:
         """The host read-only, by Landlock; what is writable by the work directory and the spec's mounts."""
@@ -186,7 +217,7 @@ class ProcessSandbox(LocalSandbox):
             )
         mode = self.spec.network.mode
         enforced = mode == "host" or started.seccomp == 2
-        mechanism = "nothing is taken away" if mode == "host" else "seccomp: no sockets but AF_UNIX"
+        mechanism = "nothing is taken away" if mode == "host" else "seccomp: no socket(2)"
         if mode == "none" and started.landlock and self._host.landlock_abi >= 4:
             mechanism += ", and Landlock: no TCP"
         found.append(

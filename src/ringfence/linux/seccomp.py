@@ -61,30 +61,51 @@ class Policy(Value):
     """What a filter lets through.
 
     allowed, denied: names of system calls; a name that this architecture or libseccomp doesn't know is left
-    out, and so gets ENOSYS. families: the address families of socket(2) and socketpair(2) that are allowed.
+    out, and so gets ENOSYS. families, pair_families: the address families of socket(2) and of socketpair(2)
+    that are allowed.
     """
 
-    __slots__ = ("allowed", "denied", "families")
+    __slots__ = ("allowed", "denied", "families", "pair_families")
     allowed: tuple[str, ...]
     denied: tuple[str, ...]
     families: tuple[int, ...]
+    pair_families: tuple[int, ...]
 
     def __init__(
-        self, *, allowed: tuple[str, ...], denied: tuple[str, ...], families: tuple[int, ...]
+        self,
+        *,
+        allowed: tuple[str, ...],
+        denied: tuple[str, ...],
+        families: tuple[int, ...],
+        pair_families: tuple[int, ...],
     ) -> None:
-        self._set(allowed=allowed, denied=denied, families=families)
+        self._set(allowed=allowed, denied=denied, families=families, pair_families=pair_families)
 
 
-_WITH_NETWORK = Policy(allowed=ALLOWED, denied=DENIED, families=(_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK))
-_WITHOUT_NETWORK = _WITH_NETWORK.replace(families=(_AF_UNIX,))
+# Objects of these outlive their processes, so without an IPC namespace one sandbox would leave them to the next.
+_SHARED_IPC = ("shmget", "msgget", "semget", "mq_open")
+_NAMESPACED = Policy(
+    allowed=ALLOWED,
+    denied=DENIED,
+    families=(_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
+    pair_families=(_AF_UNIX,),
+)
+_HOST_NETWORK = _NAMESPACED.replace(
+    allowed=tuple(name for name in ALLOWED if name not in _SHARED_IPC), denied=(*DENIED, *_SHARED_IPC)
+)
+_NO_NETWORK = _HOST_NETWORK.replace(families=())
 
 
-def policy(network_sockets: bool) -> Policy:
-    """The default policy. network_sockets: whether sockets may be IPv4, IPv6 and netlink, or AF_UNIX only.
+def policy(*, namespaces: bool, network: bool = True) -> Policy:
+    """The default policy.
 
-    A sandbox with a network namespace of its own can have them whatever its network is.
+    namespaces: of a sandbox with network and IPC namespaces of its own, which may use what is in them. Without: no
+    System V IPC and POSIX message queues, which outlive a process; and without `network` no socket(2) at all, as an
+    AF_UNIX one reaches the host's services by their paths (the system bus, a resolver, an agent). socketpair(2) stays.
     """
-    return _WITH_NETWORK if network_sockets else _WITHOUT_NETWORK
+    if namespaces:
+        return _NAMESPACED
+    return _HOST_NETWORK if network else _NO_NETWORK
 
 
 def cached(wanted: Policy) -> bytes:
@@ -117,8 +138,9 @@ def available() -> tuple[bool, str]:
     if not {"kill_process", "errno", "allow"} <= actions:
         return False, "this kernel's seccomp can't kill a process (it needs Linux 4.14)"
     try:
-        size = len(cached(_WITH_NETWORK)) // _INSTRUCTION.size
-        cached(_WITHOUT_NETWORK)
+        size = len(cached(_NAMESPACED)) // _INSTRUCTION.size
+        cached(_HOST_NETWORK)
+        cached(_NO_NETWORK)
     except Unmet as error:
         return False, error.reason
     return True, f"seccomp filter of {size} instructions"
@@ -169,7 +191,7 @@ def _by_argument(wanted: Policy, arch: int, number: Callable[[str], int]) -> byt
         ("ioctl", _one_of(1, (_TIOCSTI, _TIOCLINUX), deny, allow)),
         ("personality", _one_of(0, _PERSONALITIES, allow, deny)),
         ("socket", _one_of(0, wanted.families, allow, deny)),
-        ("socketpair", _one_of(0, wanted.families, allow, deny)),
+        ("socketpair", _one_of(0, wanted.pair_families, allow, deny)),
     )
     # Each check loads an argument in the place of the number, but also always returns.
     code = [_instruction(_LOAD, _NUMBER_AT)]
@@ -211,7 +233,7 @@ def _key(wanted: Policy) -> bytes:
     libseccomp's version isn't: names that it doesn't know have their numbers from NEWER, so each version
     makes a program of the same meaning, and asking for it would load the library at each start.
     """
-    text = f"{os.uname().machine} {wanted.allowed} {wanted.denied} {wanted.families} {sorted(NEWER.items())}"
+    text = f"{os.uname().machine} {wanted.allowed} {wanted.denied} {wanted.families} {wanted.pair_families} {sorted(NEWER.items())}"
     return _sha256(_MAGIC + text.encode())
 
 

@@ -18,17 +18,17 @@ from ringfence.levels.drive import drive
 from ringfence.levels.local import CAPABILITIES_ALL, rlimits
 from ringfence.levels.state import state
 from ringfence.levels.users import resolve
-from ringfence.levels.vm.vmm import MEMORY_OVERHEAD_BYTES, Machine, Share, Vmm, start_qemu
+from ringfence.levels.vm.vmm import Machine, Share, Vmm, start_qemu
 from ringfence.linux import ids, seccomp
 from ringfence.result import Applied
 from ringfence.spec.parse import match_pattern
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
-from ringfence.wire.messages import INSIDE, NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
+from ringfence.wire.messages import INSIDE, NODEV, NOEXEC, NOSUID, RDONLY, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ringfence.levels.host import Host
     from ringfence.levels.vm.kernel import GuestKernel
@@ -42,7 +42,9 @@ _USER = (1000, 1000)
 # Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
 _BOOT_LIMIT_NS = 120_000_000_000
 _START_LIMIT_NS = 60_000_000_000
-_ANSWER_LIMIT_NS = 60_000_000_000
+# All that is brought back of one run: 1 GiB at some 15 MB/s, and as much again.
+_COLLECT_LIMIT_NS = 150_000_000_000
+_MOST_ENTRIES = 65536
 # What the guest's own kernel and init take, on top of what the workload may use.
 _KERNEL_BYTES = 128 << 20
 _DEFAULT_MEMORY_BYTES = 512 << 20
@@ -139,7 +141,7 @@ class VmSandbox(Sandbox):
         self._user = resolve(spec.user, spec.image) if spec.user is not None else _USER
         self._ready: dict[str, int] | None = None
         self._next_id = 1
-        self._sent_files = False
+        self._collect_until = 0
         shares, disks = [], []
         if spec.image == "host":
             shares.append(Share(tag="image", source=None, writable=False))
@@ -204,7 +206,7 @@ class VmSandbox(Sandbox):
     def _take(self, frame: frames.Frame) -> None:
         if frame.type == Type.READY:
             self._ready = messages.parse_ready(frame.payload)
-        elif frame.type != Type.DONE and frame.type not in (Type.CREDIT, Type.DATA, Type.ENTRIES):
+        elif frame.type not in (Type.DONE, Type.CREDIT):  # the end of a file put in; credit for a stdin that is through
             raise ProtocolError(f"the guest sent a frame of type {frame.type}")
 
     def _died(self, when: str) -> Exception:
@@ -246,7 +248,7 @@ class VmSandbox(Sandbox):
                 return found
         if channel.at_end:
             raise self._died(f"({what})")
-        raise ProtocolError(f"{what} in {limit_ns // 10**9} s{self._vmm.last_words()}")
+        raise ProtocolError(f"{what} in time{self._vmm.last_words()}")
 
     # ---- the plan ----
 
@@ -268,7 +270,7 @@ class VmSandbox(Sandbox):
         plan.flags(enter=True, no_new_privs=True)
         plan.workdir(_HOME)
         if not self._host.seccomp:
-            plan.seccomp(seccomp.cached(seccomp.policy(network_sockets=True)))
+            plan.seccomp(seccomp.cached(seccomp.policy(namespaces=True)))
         for which, limit in rlimits(spec):
             plan.rlimit(which, limit, limit)
         if limits.cpu_time_ns is not None:
@@ -319,53 +321,58 @@ class VmSandbox(Sandbox):
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
         left = limit_bytes
+        self._collect_until = time.monotonic_ns() + _COLLECT_LIMIT_NS
         for entry in self._list():
             if entry.kind != "f" or not any(match_pattern(pattern, entry.path) for pattern in patterns):
                 continue
             try:
                 data = self._read(entry.path, left)
             except StartError:
-                continue  # not a file, or not there, any more
+                continue  # not a file, or not there, any more: the guest said so
             left -= len(data)
             found[os.fsdecode(entry.path)] = data
         return found
 
     def _list(self) -> list[messages.Entry]:
-        entries: list[messages.Entry] = []
-        for frame in self._answer(frames.encode(Type.LIST, id=self._id())):
-            if frame.type == Type.ENTRIES:
-                entries += messages.parse_entries(frame.payload)
-                if len(entries) > 65536:
-                    raise ProtocolError("the guest lists more files than it may")
-        for entry in entries:
-            # The names become keys of Result.files, and then perhaps paths of the caller's.
-            if entry.path.startswith(b"/") or b".." in entry.path.split(b"/") or not entry.path:
-                raise ProtocolError("the guest lists a file outside its work directory")
-        return sorted(entries, key=lambda entry: entry.path)
+        entries: dict[bytes, messages.Entry] = {}
+
+        def take(frame: frames.Frame) -> None:
+            for entry in messages.parse_entries(frame.payload):
+                # The names become keys of Result.files, and then perhaps paths of the caller's.
+                if entry.path.startswith(b"/") or b".." in entry.path.split(b"/") or not entry.path:
+                    raise ProtocolError("the guest lists a file outside its work directory")
+                entries[entry.path] = entry
+            if len(entries) > _MOST_ENTRIES:
+                raise ProtocolError("the guest lists more files than it may")
+
+        self._answer(frames.encode(Type.LIST, id=self._id()), Type.ENTRIES, take)
+        return [entries[path] for path in sorted(entries)]
 
     def _read(self, path: bytes, limit_bytes: int) -> bytes:
-        chunks, left = [], limit_bytes
-        for frame in self._answer(messages.read(path, id=self._id())):
-            if frame.type == Type.DATA:
-                left -= len(frame.payload)
-                if left < 0:
-                    raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
-                chunks.append(frame.payload)
-        return b"".join(chunks)
+        data = bytearray()
 
-    def _answer(self, request: bytes) -> list[frames.Frame]:
-        """All frames up to the DONE of a request."""
+        def take(frame: frames.Frame) -> None:
+            data.extend(frame.payload)
+            if len(data) > limit_bytes:
+                raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
+
+        self._answer(messages.read(path, id=self._id()), Type.DATA, take)
+        return bytes(data)
+
+    def _answer(self, request: bytes, kind: int, take: Callable[[frames.Frame], None]) -> None:
+        """Hands on the frames of an answer up to its DONE. The guest is hostile: what it sends must get on."""
         self._vmm.channel.send(request)
-        answer: list[frames.Frame] = []
-        size = 0
+        empty = 0
         while True:
-            for frame in self._frames(_ANSWER_LIMIT_NS, "the guest did not answer"):
+            for frame in self._frames(self._collect_until - time.monotonic_ns(), "the guest did not hand over its files"):
                 if frame.type == Type.DONE:
-                    return answer
-                answer.append(frame)
-                size += len(frame.payload)
-                if size > 1 << 30:
-                    raise SpecError("collect: the files that match are more than 1 GiB together")
+                    return
+                if frame.type != kind:
+                    raise ProtocolError(f"the guest answered with a frame of type {frame.type}")
+                empty += not frame.payload
+                if empty > 1:
+                    raise ProtocolError("the guest sends frames with nothing in them")
+                take(frame)
 
     # ---- telling ----
 
