@@ -178,7 +178,8 @@ int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struc
         if (ok < 0 || again(&seen, a.tag)) return malformed(e, "launch attribute", rf_decimal(tag, a.tag));
     }
     if (got < 0) return malformed(e, "launch", "an attribute passes the end");
-    if (l->has_kill_uid && l->kill_uid == 0) return malformed(e, "launch", "root can't be killed by uid");
+    /* Never root, nor an account: all that such a uid runs would be killed. */
+    if (l->has_kill_uid && (l->kill_uid < RF_UIDS || l->kill_uid >= RF_UIDS + 0x00800000u)) return malformed(e, "launch", "not a sandbox's own uid");
     if (!l->uid_map != !l->gid_map) return malformed(e, "launch", "one id map without the other");
     return 0;
 }

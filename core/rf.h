@@ -168,6 +168,9 @@ struct rf_exec {
 enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_ALL = 3 };
 int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e);
 
+/* Where the uids of process sandboxes begin (ringfence.linux.ids). */
+#define RF_UIDS 0x70000000u
+
 struct rf_launch {
     uint64_t clone_flags;
     const char *uid_map, *gid_map;

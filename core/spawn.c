@@ -62,14 +62,15 @@ int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, u
     return -1;
 }
 
-/* A real uid that no process but a killer has, and for that only while it kills: the last of the process level's. */
-#define RF_KILLER_UID 0x70ffffffu
+/* The real uid of a killer, for as long as it kills: one of its own for each sandbox, as a killer's signal also reaches
+ * whoever has its real uid, which must not be another killer. The slots of process sandboxes end far below this bit. */
+#define RF_KILLER_BIT 0x00800000u
 
 /* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. No new process
  * is needed for it, which at a pids limit there couldn't be. The effective uid selects whom the signal reaches; the real
- * one must match nobody, and the saved one, root, keeps the workload from signalling us meanwhile (kill(2)). */
+ * one matches nobody, and the saved one, root, keeps the workload from signalling us meanwhile (kill(2)). */
 int rf_kill_uid(uint32_t uid, struct rf_error *e) {
-    if (syscall(SYS_setresuid, RF_KILLER_UID, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
+    if (syscall(SYS_setresuid, uid | RF_KILLER_BIT, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
     int r = kill(-1, SIGKILL) < 0 && errno != ESRCH ? rf_fail(e, "kill", "kill", "by uid") : 0;
     if (syscall(SYS_setresuid, 0, 0, 0) < 0) return rf_fail(e, "kill", "setresuid", "0");
     return r;

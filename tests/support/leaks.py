@@ -1,7 +1,7 @@
 """Snapshots of this machine, to assert that a sandbox left nothing behind.
 
 Other test runs and other users of ringfence may be at work on the same machine. So what counts is what belongs to this
-process or to nobody alive: its descendants, and processes, cgroups and folders of ringfence's whose Python is gone.
+process: its descendants, the cgroups and folders that bear its number, and those of the callers that the tests started.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ringfence.levels import state as state_module
+from ringfence.wire import launcher as launcher_module
 
 # A launcher that has just lost its Python is still cleaning up; the promise is 2 s.
 GRACE_S = 2.0
-_FIRST_ID = 0x70000000
-_CORE_NAMES = ("ringfence-core", "ringfence-probe", "probe", "qemu-system-x86")
 _PREFIX = "ringfence-"
 _Found = TypeVar("_Found")
+
+# The processes of their own that tests started to be callers of ringfence.
+callers: set[int] = set()
 
 
 class Process(NamedTuple):
@@ -83,44 +85,27 @@ def descendants(pid: int) -> list[Process]:
 
 
 def _own_processes() -> set[tuple[int, int, str]]:
-    """Ours but for our launcher; and ringfence's that nobody has any more."""
+    """All that this process or a caller of these tests has below it, but for our own launcher. A workload that found
+    its way out from under it is still in its cgroup, and shows there.
+    """
     everyone = processes()
-    me = everyone[os.getpid()]
-    # Whoever loses its parent becomes a child of PID 1, or of the nearest ancestor that is a subreaper.
-    adopters = {1, *(one.pid for one in _ancestors(me, everyone))}
-    found = set()
-    for one in everyone.values():
-        ours = any(above.pid == me.pid for above in _ancestors(one, everyone))
-        orphan = one.parent in adopters and (one.name.startswith(_CORE_NAMES) or one.uid >= _FIRST_ID)
-        if (ours and not (one.is_launcher and one.parent == me.pid)) or orphan:
-            found.add((one.pid, one.start, one.name))
-    return found
+    me = os.getpid()
+    running = launcher_module._launcher
+    ours = (one for one in everyone.values() if any(above.pid == me for above in _ancestors(one, everyone)))
+    return {(one.pid, one.start, one.name) for one in ours if running is None or one.pid != running.pid}
 
 
 def run_folder_parent() -> Path:
     return Path(os.environ.get("TMPDIR", "/tmp"))
 
 
-def _alive(pid: str) -> bool:
-    return pid.isdigit() and os.path.exists(f"/proc/{pid}")
-
-
 def _below(base: Path, pid: int) -> set[str]:
-    """Of the entries ringfence-<pid>-<random> in a folder: what is in ours, and those whose process is gone."""
+    """What is in our own folders ringfence-<pid>-<random>, and the whole folders of callers that have ended."""
     found = set()
-    try:
-        bases = [one for one in base.iterdir() if one.name.startswith(_PREFIX) and one.is_dir()]
-    except FileNotFoundError:
-        return found
-    for one in bases:
-        owner = one.name.split("-")[1]
-        if owner == str(pid):
-            try:
-                found |= {str(below) for below in one.iterdir() if below.is_dir() or base == run_folder_parent()}
-            except FileNotFoundError:
-                continue
-        elif not _alive(owner):
-            found.add(str(one))
+    for one in base.glob(f"{_PREFIX}{pid}-*"):
+        found |= {str(below) for below in one.iterdir() if below.is_dir() or base == run_folder_parent()}
+    for caller in callers:
+        found |= {str(one) for one in base.glob(f"{_PREFIX}{caller}-*")}
     return found
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import ringfence as rf
 from ringfence.levels.host import Host
 from ringfence.linux.cgroups import Layout
 from ringfence.wire.launcher import probe_path
+from support import leaks
 
 LEVELS = ("process", "container", "vm")
 LOCAL_LEVELS = ("process", "container")  # on the host's kernel, where a start costs next to nothing
@@ -131,11 +133,11 @@ def host_without(*controllers: str) -> Host:
 
 def python(code: str, *args: str, **options: Any) -> subprocess.Popen[bytes]:
     """Another Python process that can import ringfence and support, as a caller with a life of its own."""
-    import sys
-
     paths = os.pathsep.join([str(SOURCES), str(Path(__file__).resolve().parents[1])])
     env = {**os.environ, "PYTHONPATH": paths}
-    return subprocess.Popen([sys.executable, "-c", code, *args], env=env, stdout=subprocess.PIPE, **options)
+    caller = subprocess.Popen([sys.executable, "-c", code, *args], env=env, stdout=subprocess.PIPE, **options)
+    leaks.callers.add(caller.pid)
+    return caller
 
 
 def python_json(code: str, *args: str, timeout: float = 120) -> Any:

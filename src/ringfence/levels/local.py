@@ -8,7 +8,7 @@ import select
 import signal
 import time
 
-from ringfence.errors import KernelError, ProtocolError, StartError
+from ringfence.errors import KernelError, ProtocolError
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
 from ringfence.levels.state import Berth, State
@@ -232,24 +232,31 @@ class LocalSandbox(Sandbox):
 
     # ---- ending ----
 
-    def wait_end(self) -> None:
-        """Waits until init, and with it all that ran, is gone."""
-        if self.pidfd < 0:
-            return
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        if not poll.poll(_END_LIMIT_MS):
-            self.kill()
+    def _end(self) -> bool:
+        """Has init end everything, and waits for it. Whether its end was seen."""
+        channel, self.channel = self.channel, None
+        if channel is None:
+            return True
+        try:
+            channel.finish()  # its end is init's sign
+            self._await_pidfd(channel)
+            if self.pidfd < 0:
+                # It ended without a report, or was never started. That its end of the channel is closed tells.
+                return channel.at_end
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
             if not poll.poll(_END_LIMIT_MS):
-                raise ProtocolError("the sandbox doesn't end: one of its processes hangs in the kernel")
+                self.kill()
+                if not poll.poll(_END_LIMIT_MS):
+                    raise ProtocolError("the sandbox doesn't end: one of its processes hangs in the kernel")
+            return True
+        finally:
+            channel.close()
 
     def close(self) -> None:
-        channel, self.channel = self.channel, None
+        ended = False
         try:
-            if channel is not None:
-                self._await_pidfd(channel)
-                channel.close()  # its end is init's sign to end everything
-                self.wait_end()
+            ended = self._end()
         finally:
             if self.pidfd >= 0:
                 os.close(self.pidfd)
@@ -258,16 +265,16 @@ class LocalSandbox(Sandbox):
                 os.close(fd)
             self._owned_fds.clear()
             cgroup, self.cgroup = self.cgroup, None
-            if cgroup is not None:
-                self.state.leave_cgroup(cgroup, self._cgroup_limits)
             berth, self.berth = self.berth, None
-            if berth is not None:
-                self.state.leave(berth)
+            # What something may still run in is left to the launcher, which removes it in the end.
+            if ended:
+                if cgroup is not None:
+                    self.state.leave_cgroup(cgroup, self._cgroup_limits)
+                if berth is not None:
+                    self.state.leave(berth)
 
     def _await_pidfd(self, channel: Channel) -> None:
-        """Without init's pidfd its end can't be waited for. It is the first frame, so only a start that failed at
-        once may be without.
-        """
+        """Init hands over its pidfd with its first report; one that ends before, ends the channel instead."""
         poll = select.poll()
         poll.register(channel.fileno(), select.POLLIN)
         deadline = time.monotonic() + _END_LIMIT_MS / 1000
@@ -276,9 +283,3 @@ class LocalSandbox(Sandbox):
             for frame in channel.receive():
                 if frame.type == Type.LAUNCHED:
                     self.take(frame)
-                elif frame.type == Type.ERROR:
-                    return
-
-    def failed(self, error: StartError) -> StartError:
-        """The error as the caller should see it; a level may know more of it."""
-        return error

@@ -136,6 +136,14 @@ class Channel:
         del self._in[:at]
         return found
 
+    def finish(self) -> None:
+        """Sends no more, which the other side sees as the end; what it still sends can be received."""
+        self._out.clear()
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # it is gone already
+
     def close(self) -> None:
         self._socket.close()
         for fd in self._fds:

@@ -288,7 +288,9 @@ class VmSandbox(Sandbox):
             steps.append(_share(b"image", _IMAGE, writable=False))
         else:
             entries = tree.entries(spec.image)
-            steps.append(messages.filesystem(_IMAGE, b"erofs", source=b"/dev/vda", flags=RDONLY | NOSUID | NODEV))
+            flags = RDONLY | NOSUID | NODEV
+            # "ro" too: a file system that may be written to can't be made of a read-only disk (EACCES).
+            steps.append(messages.filesystem(_IMAGE, b"erofs", source=b"/dev/vda", data=b"ro", flags=flags))
         for entry in entries:
             at = b"/" + entry.name
             if entry.kind == "symlink":
