@@ -3,6 +3,7 @@
 
 #include <poll.h>
 #include <stdio.h>
+#include <time.h>
 #include <unistd.h>
 
 int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *call, const char *detail) {
@@ -15,6 +16,12 @@ int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *cal
 
 int rf_fail(struct rf_error *e, const char *step, const char *call, const char *detail) {
     return rf_fail_errno(e, errno, step, call, detail);
+}
+
+uint64_t rf_monotonic_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 int rf_write_all(int fd, const void *data, size_t n) {

@@ -21,6 +21,7 @@
 
 #define COMMANDS_MAX 16
 #define STDIN_CREDIT (256u << 10)
+#define PIPE_BYTES (256u << 10)
 
 enum { REASON_NONE = 0, REASON_CPU = 1, REASON_KILLED = 2 };
 
@@ -29,6 +30,7 @@ struct command {
     uint32_t id, reason;
     pid_t pid;
     int status;            /* as wait(2) gives it */
+    uint64_t reaped_ns;    /* CLOCK_MONOTONIC */
     int in, out[2];        /* our ends of the pipes, or -1; out: stdout, stderr */
     struct rusage before;
     size_t in_used;        /* bytes in `input` */
@@ -65,6 +67,7 @@ static void note_exit(struct init *s, pid_t pid, int status) {
         if (!c->used || !c->running || c->pid != pid) continue; /* its number may be another one's by now */
         c->running = false;
         c->status = status;
+        c->reaped_ns = rf_monotonic_ns();
     }
 }
 
@@ -78,10 +81,10 @@ static void kill_everything(struct init *s) {
     if (s->where != RF_IN_PROCESS) {
         kill(-1, SIGKILL); /* all of the PID namespace but ourselves */
     } else if (s->launch.has_kill_uid) {
-        rf_kill_uid(s->launch.kill_uid, &ignored);
+        rf_kill_uid(s->launch.kill_uid, RF_KILLER_INIT, &ignored);
         rf_die_with_parent(&s->launch, &ignored); /* the changes of ids have cleared it */
     } else {
-        rf_kill_descendants();
+        rf_kill_descendants(NULL, 0, 0);
     }
 }
 
@@ -149,11 +152,29 @@ static void send_exited(struct init *s, struct command *c) {
     rf_put_u64(&w, 4, nanoseconds(now.ru_stime, c->before.ru_stime));
     rf_put_u64(&w, 5, (uint64_t)now.ru_maxrss * 1024);
     rf_put_u32(&w, 6, c->reason);
+    rf_put_u64(&w, 9, c->reaped_ns);
     if (s->cgroup_dir >= 0) {
         rf_put_u64(&w, 7, guest_number(s, "memory.events", "oom_kill "));
         rf_put_u64(&w, 8, guest_number(s, "memory.peak", NULL)); /* Linux 5.19 */
     }
     rf_channel_send(&s->channel, RF_EXITED, c->id, buf, w.length);
+}
+
+/* Of each namespace but the cgroup's, which the command has made for itself, init is in the command's own. To read them
+ * now, while the command runs already, costs it nothing. */
+static size_t read_namespaces(const struct rf_readback *rb, char *buf, size_t capacity) {
+    static const char *const names[] = {"user", "mnt", "pid", "net", "ipc", "uts", "time"};
+    size_t used = strlen(rb->cgroup_namespace);
+    if (used) memcpy(buf, rb->cgroup_namespace, ++used);
+    for (size_t i = 0; i < RF_LEN(names); i++) {
+        char path[32];
+        snprintf(path, sizeof path, "/proc/self/ns/%s", names[i]);
+        ssize_t n = readlink(path, buf + used, capacity - used - 1);
+        if (n <= 0 || (size_t)n >= capacity - used - 1) continue; /* an absent one is told by its absence */
+        buf[used + (size_t)n] = 0;
+        used += (size_t)n + 1;
+    }
+    return used;
 }
 
 static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf_readback *rb) {
@@ -165,7 +186,8 @@ static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf
     rf_put(&w, 3, rb->ids, sizeof rb->ids);
     rf_put_u32(&w, 4, rb->no_new_privs);
     rf_put_u32(&w, 5, rb->seccomp);
-    rf_put(&w, 6, rb->namespaces, rb->namespaces_length);
+    char namespaces[512];
+    rf_put(&w, 6, namespaces, read_namespaces(rb, namespaces, sizeof namespaces));
     for (unsigned i = 0; i < rb->nrlimits; i++) {
         uint8_t r[24] = {0};
         memcpy(r, &rb->rlimits[i].resource, 4);
@@ -176,7 +198,10 @@ static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf
     rf_put_u32(&w, 8, rb->landlock);
     rf_put_string(&w, 9, rb->hostname);
     rf_put_string(&w, 10, rb->release);
+    rf_put_u64(&w, 11, rb->clock_ns);
     rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length);
+    if (s->plan.cpus) sched_setaffinity(0, sizeof *s->plan.cpus, s->plan.cpus);
+    s->plan.cpus = NULL;
 }
 
 /* ---- commands ---- */
@@ -212,8 +237,9 @@ static void finish_commands(struct init *s) {
         struct command *c = &s->commands[i];
         if (!c->used || c->running) continue;
         if (c->once) end_everything(s);
+        /* No more than the pipe held: in a lasting sandbox somebody may write for ever. */
         for (int o = 0; o < 2; o++)
-            while (c->out[o] >= 0 && pump_output(s, c, o)) continue;
+            for (size_t left = PIPE_BYTES; c->out[o] >= 0 && left && pump_output(s, c, o);) left -= left < RF_CHUNK ? left : RF_CHUNK;
         send_exited(s, c);
         if (c->once && s->where != RF_IN_GUEST) s->leaving = true;
         close_command(c);
@@ -266,7 +292,7 @@ static int make_pipes(struct command *c, int *child, struct rf_error *e) {
         int ours = i == 0 ? p[1] : p[0];
         child[i] = i == 0 ? p[0] : p[1];
         if (fcntl(ours, F_SETFL, O_NONBLOCK) < 0) return rf_fail(e, "start", "fcntl", "O_NONBLOCK");
-        fcntl(ours, F_SETPIPE_SZ, 1 << 18); /* only to be quicker */
+        fcntl(ours, F_SETPIPE_SZ, PIPE_BYTES); /* only to be quicker */
         if (i == 0) c->in = ours;
         else c->out[i - 1] = ours;
     }
@@ -347,6 +373,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     static_assert(sizeof s->plan_payload >= RF_PAYLOAD_MAX, "a payload fits");
     if (rf_plan_parse(s->plan_payload, f->length, f->fds, f->nfds, &s->plan, e) < 0) return -1;
     if (check_plan(s, e) < 0) return -1;
+    if (s->where != RF_IN_GUEST) s->plan.cpus = &s->launch.cpus;
     const struct rf_plan *p = &s->plan;
     if (s->where == RF_IN_GUEST) {
         rf_guest_clock(p);

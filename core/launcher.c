@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -71,13 +72,18 @@ static int enter_host_mounts(const struct launcher *s, struct rf_error *e) {
 
 /* ---- network namespaces ---- */
 
+static void back_to_host_network(const struct launcher *s) {
+    /* What is started from the wrong namespace would have the wrong network: end everything instead. */
+    if (setns(s->host_network, CLONE_NEWNET) < 0) _exit(1);
+}
+
 /* Making one is the dearest step of a launch, so the next sandbox's is made while this one's command runs. Nobody has
  * been in it, and it belongs to the host's user namespace: not even root inside can change it. */
 static void prepare_network(struct launcher *s) {
     struct rf_error ignored; /* without one in stock, clone3 makes it */
     if (!s->own_mounts || s->next_network >= 0 || unshare(CLONE_NEWNET) < 0) return;
     if (rf_loopback_up(&ignored) == 0) s->next_network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
-    setns(s->host_network, CLONE_NEWNET);
+    back_to_host_network(s);
 }
 
 /* clone3, with the network namespace that is in stock where there is one. */
@@ -95,7 +101,7 @@ static pid_t clone_sandbox(struct launcher *s, struct rf_launch *l, int *pidfd, 
         /* Never two sandboxes in one: it is given up whatever became of the clone. */
         close(network);
         s->next_network = -1;
-        if (setns(s->host_network, CLONE_NEWNET) < 0) return rf_fail(e, "launch", "setns", "the host's network namespace");
+        back_to_host_network(s);
     }
     return pid;
 }
@@ -133,6 +139,19 @@ static int become_init(const struct launcher *s, const struct rf_launch *l, int 
     return 0;
 }
 
+/* A launch is a relay: launcher, init, command, one after the other. Spread over idle CPUs each hand-over would be a
+ * wake-up from idle, which costs more than the step that it starts. `before`: the CPUs that we may use; the command gets
+ * them back before it is executed, and init once it has reported. */
+static void stay_on_this_cpu(cpu_set_t *before) {
+    int cpu = sched_getcpu();
+    if (sched_getaffinity(0, sizeof *before, before) < 0) CPU_ZERO(before);
+    if (cpu < 0 || CPU_COUNT(before) < 2) return;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET((size_t)cpu, &one);
+    sched_setaffinity(0, sizeof one, &one);
+}
+
 static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error *e) {
     struct rf_launch l;
     if (rf_launch_parse(f->payload, f->length, &l, e) < 0) return -1;
@@ -140,7 +159,9 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     int go[2] = {-1, -1}, pidfd = -1;
     if (l.uid_map && pipe2(go, O_CLOEXEC) < 0) return rf_fail(e, "launch", "pipe2", "");
     int control = f->fds[0];
+    stay_on_this_cpu(&l.cpus);
     pid_t pid = clone_sandbox(s, &l, &pidfd, e);
+    if (pid != 0) sched_setaffinity(0, sizeof l.cpus, &l.cpus);
     if (pid == 0) {
         if (become_init(s, &l, control, go[0], e) == 0)
             _exit(rf_init_main(3, (l.clone_flags & CLONE_NEWPID) ? RF_IN_CONTAINER : RF_IN_PROCESS, &l, go[0] < 0 ? -1 : 4));
@@ -251,10 +272,11 @@ static int empty_tree(int dir, int top, unsigned depth) {
             int r = empty_tree(child, top, depth + 1);
             if (r > 0) moved = 1;
         } else {
+            /* By a name that the workload could not foresee, and so not take. */
             char up[64];
-            struct stat st;
-            if (fstat(child, &st) == 0) {
-                snprintf(up, sizeof up, ".rf-%llx", (unsigned long long)st.st_ino);
+            uint64_t random[2];
+            if (getrandom(random, sizeof random, 0) == sizeof random) {
+                snprintf(up, sizeof up, ".rf-%016llx%016llx", (unsigned long long)random[0], (unsigned long long)random[1]);
                 if (renameat(dir, name, top, up) == 0) moved = 1;
             }
         }
@@ -298,31 +320,37 @@ static void remove_cgroup(int parent, const char *name, unsigned depth) {
 
 static void reap(struct launcher *s) {
     int status;
+    bool orphans = false;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
         for (unsigned i = 0; i < s->nlive; i++) {
             if (s->live[i].pid != pid) continue;
             struct rf_error ignored;
             /* An init that ended by itself left nothing; one that was killed from outside may have. */
             bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-            if (s->live[i].has_uid && !clean) rf_kill_uid(s->live[i].uid, &ignored);
+            if (!clean && s->live[i].has_uid) rf_kill_uid(s->live[i].uid, RF_KILLER_LAUNCHER, &ignored);
+            orphans |= !clean && !s->live[i].has_uid;
             s->live[i] = s->live[--s->nlive];
             break;
         }
     }
+    if (!orphans) return;
+    /* We are the next subreaper, so what such an init left behind are our children now. The other sandboxes' are not. */
+    static_assert(offsetof(struct sandbox, pid) == 0, "an array of sandboxes is read as one of pids");
+    rf_kill_descendants(&s->live[0].pid, sizeof s->live[0], s->nlive);
 }
 
 static void end_all(struct launcher *s) {
     struct rf_error ignored;
     for (unsigned i = 0; i < s->nlive; i++) {
         kill(s->live[i].pid, SIGKILL);
-        if (s->live[i].has_uid) rf_kill_uid(s->live[i].uid, &ignored);
+        if (s->live[i].has_uid) rf_kill_uid(s->live[i].uid, RF_KILLER_LAUNCHER, &ignored);
     }
     /* A process sandbox's descendants come to us once their init is dead: we are the next subreaper. */
     for (;;) {
         pid_t pid = waitpid(-1, NULL, WNOHANG);
         if (pid < 0 && errno == ECHILD) break;
         if (pid > 0) continue;
-        rf_kill_descendants();
+        rf_kill_descendants(NULL, 0, 0);
         struct timespec pause = {.tv_nsec = 200000};
         nanosleep(&pause, NULL);
     }
@@ -380,7 +408,18 @@ static int receive(struct launcher *s) {
     return n > 0;
 }
 
-int rf_launcher_main(int socket_fd) {
+/* By a raw call: libc keeps 32 and 33 to itself, and its posix_spawn starts us with both ignored. */
+static void default_action(int number) {
+    struct { void (*handler)(int); unsigned long flags; void (*restorer)(void); uint64_t mask; } action = {.handler = SIG_DFL};
+    syscall(SYS_rt_sigaction, number, &action, NULL, sizeof action.mask);
+}
+
+/* None of us ever executes a program but to start a command, which gets capabilities, if any, by its ambient set. */
+static void drop_bounding_set(void) {
+    for (int c = 0; prctl(PR_CAPBSET_READ, c, 0, 0, 0) >= 0; c++) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
+}
+
+int rf_launcher_main(int socket_fd, bool privileged) {
     struct launcher *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (s == MAP_FAILED) return 1;
     struct rf_error e = {0};
@@ -390,7 +429,7 @@ int rf_launcher_main(int socket_fd) {
     syscall(SYS_close_range, (unsigned)socket_fd + 1, ~0U, 0); /* whatever Python's extensions left inheritable */
     /* Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec: undone once, for all that is
      * started from here. */
-    for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);
+    for (int number = 1; number < NSIG; number++) default_action(number);
     sigset_t all;
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
@@ -401,12 +440,13 @@ int rf_launcher_main(int socket_fd) {
     s->signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
     if (s->signals < 0 || prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) return 1;
     /* Not when unprivileged: the child inherits it, and then its id maps belong to root. It does so itself later. */
-    if (geteuid() == 0 && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return 1;
-    if (geteuid() == 0 && own_mount_namespace(s, &e) < 0) {
+    if (privileged && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return 1;
+    if (privileged && own_mount_namespace(s, &e) < 0) {
         /* Told to the first request: Python sees the end of its answer socket and reads this from ours. */
         rf_send_error(socket_fd, 0, &e);
         return 1;
     }
+    if (privileged) drop_bounding_set();
     s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (s->proc < 0) return 1;
     for (;;) {

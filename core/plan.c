@@ -179,7 +179,7 @@ int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struc
     }
     if (got < 0) return malformed(e, "launch", "an attribute passes the end");
     /* Never root, nor an account: all that such a uid runs would be killed. */
-    if (l->has_kill_uid && (l->kill_uid < RF_UIDS || l->kill_uid >= RF_UIDS + 0x00800000u)) return malformed(e, "launch", "not a sandbox's own uid");
+    if (l->has_kill_uid && (l->kill_uid < RF_UIDS || l->kill_uid >= RF_UIDS + RF_KILLER_LAUNCHER)) return malformed(e, "launch", "not a sandbox's own uid");
     if (!l->uid_map != !l->gid_map) return malformed(e, "launch", "one id map without the other");
     return 0;
 }

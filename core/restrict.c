@@ -42,8 +42,9 @@ static int set_rlimits(const struct rf_plan *p, struct rf_error *e) {
 
 /* Puts `fds` at 0, 1, 2, … and closes all the rest. A descriptor may stand where another one must go, so all are
  * first moved above the targets. */
-static int place_fds(const int *fds, unsigned nfds, struct rf_error *e) {
+static int place_fds(const int *fds, unsigned nfds, int *landlock_fd, struct rf_error *e) {
     int high[RF_FDS_MAX];
+    if (*landlock_fd >= 0 && (*landlock_fd = fcntl(*landlock_fd, F_DUPFD_CLOEXEC, RF_FDS_MAX)) < 0) return fail(e, "descriptors", "fcntl", "F_DUPFD_CLOEXEC");
     for (unsigned i = 0; i < nfds; i++) {
         high[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, RF_FDS_MAX);
         if (high[i] < 0) return fail(e, "descriptors", "fcntl", "F_DUPFD_CLOEXEC");
@@ -61,7 +62,7 @@ static int seal_fds(unsigned from, struct rf_error *e) {
 
 static int drop_bounding(const struct rf_plan *p, struct rf_error *e) {
     for (int c = 0; c < 64; c++) {
-        if (p->capabilities & (1ull << c)) continue;
+        if (p->capabilities & (1ull << c) || prctl(PR_CAPBSET_READ, c, 0, 0, 0) == 0) continue;
         if (prctl(PR_CAPBSET_DROP, c, 0, 0, 0) == 0) continue;
         if (errno == EINVAL) break; /* past the kernel's last capability */
         /* An unprivileged caller may not drop from its bounding set. no_new_privs keeps the set from mattering, and
@@ -80,6 +81,8 @@ static int become(const struct rf_plan *p, struct rf_error *e) {
     if (p->capabilities && prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0) return fail(e, "ids", "prctl", "PR_SET_KEEPCAPS");
     if (syscall(SYS_setresgid, p->gid, p->gid, p->gid) < 0) return fail(e, "ids", "setresgid", "");
     if (syscall(SYS_setresuid, p->uid, p->uid, p->uid) < 0) return fail(e, "ids", "setresuid", "");
+    /* Our memory is init's until exec, and a change of ids sets this to fs.suid_dumpable, which may be 1. */
+    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return fail(e, "ids", "prctl", "PR_SET_DUMPABLE");
     return 0;
 }
 
@@ -100,21 +103,6 @@ static int unblock_signals(struct rf_error *e) {
     sigset_t none;
     sigemptyset(&none);
     return sigprocmask(SIG_SETMASK, &none, NULL) < 0 ? fail(e, "signals", "sigprocmask", "") : 0;
-}
-
-static void read_namespaces(struct rf_readback *rb) {
-    static const char *const names[] = {"user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"};
-    rb->namespaces_length = 0;
-    for (size_t i = 0; i < RF_LEN(names); i++) {
-        char path[32];
-        snprintf(path, sizeof path, "/proc/self/ns/%s", names[i]);
-        char *at = rb->namespaces + rb->namespaces_length;
-        size_t room = sizeof rb->namespaces - rb->namespaces_length;
-        ssize_t n = readlink(path, at, room - 1);
-        if (n <= 0 || (size_t)n >= room - 1) continue; /* an absent one is told by its absence */
-        at[n] = 0;
-        rb->namespaces_length += (size_t)n + 1;
-    }
 }
 
 /* A field of /proc/self/status: the number, in `base`, that follows `name`. False where it isn't there. */
@@ -155,13 +143,15 @@ static void read_back(const struct rf_plan *p, struct rf_readback *rb) {
         snprintf(rb->hostname, sizeof rb->hostname, "%s", u.nodename);
         snprintf(rb->release, sizeof rb->release, "%s", u.release);
     }
-    read_namespaces(rb);
+    ssize_t link = readlink("/proc/self/ns/cgroup", rb->cgroup_namespace, sizeof rb->cgroup_namespace - 1);
+    rb->cgroup_namespace[link < 0 ? 0 : link] = 0;
+    rb->clock_ns = rf_monotonic_ns(); /* all that is left is exec */
 }
 
-static int enter_landlock(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
+static int enter_landlock(int ruleset, struct rf_readback *rb, struct rf_error *e) {
     rb->landlock = 0;
-    if (p->landlock_fd < 0) return 0;
-    if (syscall(SYS_landlock_restrict_self, p->landlock_fd, 0) < 0) return fail(e, "landlock", "landlock_restrict_self", "");
+    if (ruleset < 0) return 0;
+    if (syscall(SYS_landlock_restrict_self, ruleset, 0) < 0) return fail(e, "landlock", "landlock_restrict_self", "");
     rb->landlock = 1;
     return 0;
 }
@@ -176,7 +166,8 @@ int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds
                 struct rf_error *e) {
     if (join_cgroups(p, e) < 0) return -1;
     if (setsid() < 0) return fail(e, "session", "setsid", "");
-    if (place_fds(fds, nfds, e) < 0) return -1;
+    int landlock_fd = p->landlock_fd;
+    if (place_fds(fds, nfds, &landlock_fd, e) < 0) return -1;
     if (seal_fds(nfds, e) < 0) return -1;
     umask(022);
     if (drop_bounding(p, e) < 0) return -1; /* needs CAP_SETPCAP, so before the ids */
@@ -190,7 +181,8 @@ int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds
     if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
     if (unblock_signals(e) < 0) return -1;
-    if (enter_landlock(p, rb, e) < 0) return -1;
+    if (p->cpus && CPU_COUNT(p->cpus) > 0 && sched_setaffinity(0, sizeof *p->cpus, p->cpus) < 0) return fail(e, "cpus", "sched_setaffinity", "");
+    if (enter_landlock(landlock_fd, rb, e) < 0) return -1;
     if (enter_seccomp(p, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
     read_back(p, rb);
     return 0;

@@ -11,6 +11,7 @@
 #include <assert.h>
 #include <errno.h>
 #include <linux/filter.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -149,6 +150,7 @@ struct rf_plan {
     struct rf_mount mounts[RF_MOUNTS_MAX];
     const uint8_t *entropy;
     size_t entropy_length;
+    const cpu_set_t *cpus; /* which CPUs the command may use, where its start is kept on one; or NULL */
     bool has_guest_limits;
     uint64_t guest_memory, guest_pids, guest_cpu_ns;
 };
@@ -175,6 +177,7 @@ struct rf_launch {
     uint64_t clone_flags;
     const char *uid_map, *gid_map;
     bool has_kill_uid, host_mounts;
+    cpu_set_t cpus;     /* those of the launcher, which stays on one of them during the start */
     bool network_ready; /* the network namespace was made before, its loopback is up, and it isn't ours to change */
     uint32_t kill_uid;
 };
@@ -193,13 +196,13 @@ int rf_tree_switch(int root, struct rf_error *e);
 /* ---- restrict.c: what a command gives up, in one fixed order ------------------------------------------------- */
 
 struct rf_readback {
+    uint64_t clock_ns;
     uint32_t pid, no_new_privs, seccomp, landlock;
     uint64_t caps[5]; /* effective, permitted, inheritable, bounding, ambient */
     uint32_t ids[6];
     struct rf_rlimit rlimits[RF_RLIMITS_MAX];
     unsigned nrlimits;
-    char namespaces[512];
-    size_t namespaces_length;
+    char cgroup_namespace[64]; /* as in /proc/self/ns; the others are init's too */
     char hostname[65], release[65];
 };
 
@@ -214,10 +217,13 @@ int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
 /* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e);
-/* SIGKILL to every process of `uid`, at once. */
-int rf_kill_uid(uint32_t uid, struct rf_error *e);
-/* SIGKILL to every descendant of this process, by /proc. For a subreaper that has no better means. */
-void rf_kill_descendants(void);
+/* SIGKILL to every process of `uid`, at once. `killer`: one of the bits below, by who calls. */
+int rf_kill_uid(uint32_t uid, uint32_t killer, struct rf_error *e);
+#define RF_KILLER_INIT 0x00800000u
+#define RF_KILLER_LAUNCHER 0x00400000u
+/* SIGKILL to every descendant of this process, by /proc, but `n` children and their own. For a subreaper that has no
+ * better means. `spared`: where the first one's pid is; the next is `stride` bytes on. */
+void rf_kill_descendants(const pid_t *spared, size_t stride, unsigned n);
 /* clone3 without CLONE_VM: returns 0 in the child, the pid in the parent. */
 pid_t rf_clone(uint64_t flags, int *pidfd);
 
@@ -231,7 +237,8 @@ enum rf_where { RF_IN_PROCESS, RF_IN_CONTAINER, RF_IN_GUEST };
 int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l, int go);
 /* A signal at the launcher's death. To be asked for anew after each change of ids, which clears it. */
 int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e);
-int rf_launcher_main(int socket_fd);
+/* privileged: whether Python found all that it takes to change ids and mounts on the host. */
+int rf_launcher_main(int socket_fd, bool privileged);
 int rf_guest_main(void);
 /* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */
 int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e);
@@ -246,6 +253,7 @@ int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_fra
 
 /* ---- small helpers (error.c) --------------------------------------------------------------------------------- */
 
+uint64_t rf_monotonic_ns(void);
 int rf_write_all(int fd, const void *data, size_t n);
 /* Decimal text of `v` into `buf` (at least 21 bytes); returns buf. */
 char *rf_decimal(char *buf, uint64_t v);

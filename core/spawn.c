@@ -62,17 +62,15 @@ int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, u
     return -1;
 }
 
-/* The real uid of a killer, for as long as it kills: one of its own for each sandbox, as a killer's signal also reaches
- * whoever has its real uid, which must not be another killer. The slots of process sandboxes end far below this bit. */
-#define RF_KILLER_BIT 0x00800000u
-
 /* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. No new process
- * is needed for it, which at a pids limit there couldn't be. The effective uid selects whom the signal reaches; the real
- * one matches nobody, and the saved one, root, keeps the workload from signalling us meanwhile (kill(2)). */
-int rf_kill_uid(uint32_t uid, struct rf_error *e) {
-    if (syscall(SYS_setresuid, uid | RF_KILLER_BIT, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
+ * is needed for it, which at a pids limit there couldn't be. The effective uid selects whom the signal reaches. So does
+ * the real one: it is nobody's but this killer's, as init and the launcher may have to kill at the same moment, and must
+ * not reach each other. The saved one, root, keeps the workload from signalling us meanwhile (kill(2)). */
+int rf_kill_uid(uint32_t uid, uint32_t killer, struct rf_error *e) {
+    if (syscall(SYS_setresuid, uid | killer, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
     int r = kill(-1, SIGKILL) < 0 && errno != ESRCH ? rf_fail(e, "kill", "kill", "by uid") : 0;
-    if (syscall(SYS_setresuid, 0, 0, 0) < 0) return rf_fail(e, "kill", "setresuid", "0");
+    if (syscall(SYS_setresuid, 0, 0, 0) < 0) _exit(1); /* never go on as somebody else */
+    prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);                /* a change of ids sets it to fs.suid_dumpable */
     return r;
 }
 
@@ -107,15 +105,28 @@ static unsigned list_processes(struct process *p) {
     return n;
 }
 
+struct spared { const uint8_t *first; size_t stride; unsigned n; };
+
+static bool is_spared(const struct spared *s, pid_t pid) {
+    for (unsigned i = 0; i < s->n; i++) {
+        pid_t one;
+        memcpy(&one, s->first + i * s->stride, sizeof one);
+        if (one == pid) return true;
+    }
+    return false;
+}
+
 static int by_pid(const void *a, const void *b) {
     pid_t x = ((const struct process *)a)->pid, y = ((const struct process *)b)->pid;
     return (x > y) - (x < y);
 }
 
 /* Marks the descendants of this process. A child may be listed before its parent, so until nothing changes. */
-static void mark_descendants(struct process *p, unsigned n) {
+static void mark_descendants(struct process *p, unsigned n, const struct spared *s) {
     pid_t self = getpid();
     qsort(p, n, sizeof *p, by_pid);
+    for (unsigned i = 0; i < n; i++)
+        if (p[i].parent == self && is_spared(s, p[i].pid)) p[i].parent = 0;
     for (bool changed = true; changed;) {
         changed = false;
         for (unsigned i = 0; i < n; i++) {
@@ -127,9 +138,9 @@ static void mark_descendants(struct process *p, unsigned n) {
     }
 }
 
-static unsigned signal_descendants(struct process *p, int number) {
+static unsigned signal_descendants(struct process *p, int number, const struct spared *s) {
     unsigned n = list_processes(p), found = 0;
-    mark_descendants(p, n);
+    mark_descendants(p, n, s);
     for (unsigned i = 0; i < n; i++)
         if (p[i].ours && kill(p[i].pid, number) == 0) found++;
     return found;
@@ -137,12 +148,13 @@ static unsigned signal_descendants(struct process *p, int number) {
 
 /* Those that are stopped can't fork, and still count where their number is limited: so a bomb comes to a stand before it
  * is killed. Without any limit it might outrun us, so a sandbox without a uid of its own always gets one. */
-void rf_kill_descendants(void) {
+void rf_kill_descendants(const pid_t *spared, size_t stride, unsigned n) {
+    const struct spared s = {(const uint8_t *)spared, stride, n};
     struct process *p = mmap(NULL, PROCESSES_MAX * sizeof *p, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return;
     unsigned before = 0, now;
-    for (int round = 0; round < 100 && (now = signal_descendants(p, SIGSTOP)) > before; round++) before = now;
-    signal_descendants(p, SIGKILL);
+    for (int round = 0; round < 100 && (now = signal_descendants(p, SIGSTOP, &s)) > before; round++) before = now;
+    signal_descendants(p, SIGKILL, &s);
     munmap(p, PROCESSES_MAX * sizeof *p);
 }
 

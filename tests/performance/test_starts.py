@@ -15,7 +15,7 @@ import pytest
 from ringfence.compare.bench import TARGETS, Measurement, Target, measure
 from ringfence.compare.statistics import interval
 
-ROUNDS = {"start": 40, "caller": 15, "import": 10}
+ROUNDS = {"start": 30, "caller": 10, "import": 10}
 ATTEMPTS = 3
 ALLOWANCE_NS = 200_000
 # By what each is measured; the rest is promised of other levels.

@@ -23,7 +23,9 @@ from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
 ALLOW = 0x7FFF0000
 EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 KILL = 0x80000000
-BY_ARGUMENT = ("clone", "ioctl", "personality", "socket", "socketpair")
+MODES = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1, "mkdir": 1, "mkdirat": 2, "mknod": 1, "mknodat": 2}
+OPENS = {"open": (1, 2), "openat": (2, 3)}
+BY_ARGUMENT = ("clone", "ioctl", "personality", "socket", "socketpair", *MODES, *OPENS)
 ON_X86_64 = os.uname().machine == "x86_64"
 
 
@@ -135,9 +137,31 @@ class TestTheProgram:
         program = seccomp.compile(POLICIES[name])
         allowed = {1} if call == "socketpair" else set() if name == "no network" else {1, 2, 10, 16}
         for family in range(64):
-            assert verdict(program, number(call), family) == (ALLOW if family in allowed else EPERM)
+            assert verdict(program, number(call), family, 1) == (ALLOW if family in allowed else EPERM)
             # The kernel reads an int: a bit above must not make another family of it.
-            assert verdict(program, number(call), family | 1 << 32) == (ALLOW if family in allowed else EPERM)
+            assert verdict(program, number(call), family | 1 << 32, 1) == (ALLOW if family in allowed else EPERM)
+
+    def test_a_pair_is_of_streams(self, program: bytes) -> None:
+        """Half of a pair of datagrams can be sent from to any path of the host, or connected to it."""
+        for kind in range(16):
+            for flags in (0, 0o2000000, 0o4000, 1 << 32):
+                expected = ALLOW if kind in (1, 5) else EPERM
+                assert verdict(program, number("socketpair"), 1, kind | flags) == expected, kind
+
+    def test_no_file_is_made_set_id(self, program: bytes) -> None:
+        for name, at in MODES.items():
+            for mode in (0o4755, 0o2755, 0o6000, 0o4000 | 1 << 40):
+                assert verdict(program, number(name), *[0] * at, mode) == EPERM, name
+            for mode in (0o755, 0o1777, 0, 0o100644):
+                assert verdict(program, number(name), *[0] * at, mode) == ALLOW, name
+        for name, (flags, mode) in OPENS.items():
+            for creates in (os.O_CREAT, os.O_CREAT | os.O_EXCL, os.O_TMPFILE | os.O_RDWR):
+                arguments = [0] * flags + [creates] + [0] * (mode - flags - 1)
+                assert verdict(program, number(name), *arguments, 0o4755) == EPERM, name
+                assert verdict(program, number(name), *arguments, 0o755) == ALLOW, name
+            # Without a flag to create by, the mode is whatever the register held.
+            assert verdict(program, number(name), *[0] * flags, os.O_RDONLY | os.O_DIRECTORY, 0o6000) == ALLOW
+        assert verdict(program, number("openat2")) == ENOSYS
 
     def test_it_is_small_enough_and_the_lists_are_sound(self, program: bytes) -> None:
         assert len(program) % 8 == 0

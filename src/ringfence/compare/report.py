@@ -157,7 +157,9 @@ def _cost_table(comparison: Comparison) -> Table:
                 cells.append(Text("-" if none else "unknown", style="dim"))
                 continue
             shown = size(found.p50) if kind == "size" else duration(found.p50)
-            times = ratio(found, base[measure]) if one.name != BARE else None
+            # What the guest's own cgroup counts lacks the VMM: figures of two instruments have no ratio.
+            alike = kind == "time" or one.memory_source == comparison[BARE].memory_source
+            times = ratio(found, base[measure]) if one.name != BARE and alike else None
             source = f"\n{one.memory_source}" if kind == "size" and one.memory_source else ""
             cells.append(
                 Text.assemble(

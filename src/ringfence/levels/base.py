@@ -7,6 +7,7 @@ A sandbox takes commands, one after the other, until it is closed; a one-shot ru
 from __future__ import annotations
 
 import abc
+import time
 
 from ringfence._value import Value
 from ringfence.errors import CannotEnforce, Unmet
@@ -97,6 +98,17 @@ class Outcome:
         self.stopped: str | None = None
         self.started_ns = 0
         self.ended_ns = 0
+
+    def settle(self) -> None:
+        """The times, once all is known. For the command's own span init's clock is the better one: both reports may
+        have come at once. It is believed as far as it fits into what we saw.
+        """
+        if self.ended_ns == 0:
+            self.ended_ns = time.monotonic_ns()
+        if self.started is not None and self.exited is not None:
+            span = self.exited.clock_ns - self.started.clock_ns
+            if 0 < span < 2**62:
+                self.started_ns = min(self.started_ns, self.ended_ns - span)
 
 
 class Sandbox(abc.ABC):

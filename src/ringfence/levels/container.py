@@ -4,6 +4,7 @@ it may ask of the kernel.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 
@@ -14,7 +15,7 @@ from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox
 from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
-from ringfence.linux import ids, mounts, seccomp
+from ringfence.linux import ids, landlock, mounts, seccomp
 from ringfence.result import Applied
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, OPTIONAL, RDONLY, RECURSIVE, MountStep
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ringfence.levels.host import Host
     from ringfence.spec import Spec
 
-__all__ = ["ContainerLevel", "ContainerSandbox"]
+__all__ = ["ContainerLevel", "ContainerSandbox", "own_directories", "own_namespaces"]
 
 _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET, _NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x00000080
@@ -159,9 +160,15 @@ class ContainerSandbox(LocalSandbox):
         plan.workdir(_HOME)
         if not host.seccomp:
             plan.seccomp(seccomp.cached(seccomp.policy(namespaces=True)))
+        self._scope_sockets(plan)
         self.common_plan(plan)
         flags = _NAMESPACES | (0 if spec.network.mode == "host" else _NEWNET)
         self.start(messages.launch(clone_flags=flags, uid_map=self._maps[0], gid_map=self._maps[1]), plan)
+
+    def _scope_sockets(self, plan: messages.Plan) -> None:
+        """Abstract UNIX sockets belong to the network namespace: in the host's, Landlock keeps the host's out of reach."""
+        if self.spec.network.mode == "host" and self._host.landlock_abi >= landlock.SCOPES_ABI:
+            plan.landlock(self.keep_fd(landlock.Ruleset(files=False).detach()))
 
     # ---- the file tree ----
 
@@ -179,19 +186,7 @@ class ContainerSandbox(LocalSandbox):
         else:
             steps = self._skeleton() + (self._extra(self) if self._extra is not None else [])
             sealed = False
-        tmpfs = NOSUID | NODEV
-        uid, gid = self.user
-        home = b"mode=0755,uid=%d,gid=%d" % (uid, min(gid, ids.CONTAINER_IDS - 1))
-        steps += [
-            messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
-            messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777,size=1g", flags=tmpfs),
-            messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755,size=64m", flags=tmpfs),
-            messages.filesystem(b"/home", b"tmpfs", data=home + b",size=1g", flags=tmpfs),
-            messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777,size=256m", flags=tmpfs),
-            messages.filesystem(b"/dev/pts", b"devpts", data=b"newinstance,ptmxmode=0666,mode=620", flags=NOSUID | NOEXEC),
-        ]
-        steps += [messages.mask(path) for path in _MASKED]
-        steps += [messages.readonly(path) for path in _READONLY]
+        steps += _private(self.user)
         source = b"/t/run/" + name if own else os.path.join(self.state.run_path, name)
         steps.append(messages.bind(_HOME, source, NOSUID | NODEV))
         steps += self._mounts()
@@ -311,7 +306,7 @@ class ContainerSandbox(LocalSandbox):
         found.append(
             Applied(rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="UTS namespace")
         )
-        ours = _own_namespaces()
+        ours = own_namespaces()
         for name, inode in started.namespaces.items():
             own = ours.get(name) != inode
             wanted = None if name == "net" and spec.network.mode == "host" else "own"
@@ -320,7 +315,7 @@ class ContainerSandbox(LocalSandbox):
                     rule=f"namespace {name}",
                     requested=wanted,
                     effective=inode if own or wanted is None else None,
-                    mechanism="clone3" if own else "the host's",
+                    mechanism="its own, by /proc/self/ns" if own else "the host's",
                 )
             )
         mode = spec.network.mode
@@ -330,7 +325,7 @@ class ContainerSandbox(LocalSandbox):
                 rule="network",
                 requested=mode if "network" in spec.asked else None,
                 effective=mode if own_net == (mode != "host") else None,
-                mechanism="network namespace with only lo" if own_net else "the host's network namespace",
+                mechanism=_network_mechanism(own_net, started.landlock),
             )
         )
         found.append(
@@ -354,10 +349,29 @@ class ContainerSandbox(LocalSandbox):
         return found
 
 
+@functools.cache
+def _private(user: tuple[int, int]) -> tuple[MountStep, ...]:
+    """What is every sandbox's own: /proc, /tmp, /dev/shm, terminals; /run for root, who alone may write there. /home is
+    an empty folder of the tree.
+    """
+    tmpfs = NOSUID | NODEV
+    steps = [
+        messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
+        messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777,size=1g", flags=tmpfs),
+        messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777,size=256m", flags=tmpfs),
+        messages.filesystem(b"/dev/pts", b"devpts", data=b"newinstance,ptmxmode=0666,mode=620", flags=NOSUID | NOEXEC),
+    ]
+    if user[0] == 0:
+        steps.append(messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755,size=64m", flags=tmpfs))
+    steps += [messages.mask(path) for path in _MASKED]
+    steps += [messages.readonly(path) for path in _READONLY]
+    return tuple(steps)
+
+
 _known_namespaces: dict[str, int] = {}
 
 
-def _own_namespaces() -> dict[str, int]:
+def own_namespaces() -> dict[str, int]:
     """Our own namespaces, which don't change in a process's life unless it changes them itself."""
     if not _known_namespaces:
         for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"):
@@ -366,6 +380,12 @@ def _own_namespaces() -> dict[str, int]:
             except FileNotFoundError:
                 continue  # a kernel without it
     return _known_namespaces
+
+
+def _network_mechanism(own: bool, scoped: bool) -> str:
+    if own:
+        return "network namespace with only lo"
+    return "the host's network namespace" + (", less its abstract UNIX sockets (Landlock)" if scoped else "")
 
 
 def own_directories() -> list[MountStep]:

@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["Pipes", "drive"]
 
 _READ_BYTES = 256 << 10
+# More than any pipe holds (pipe-max-size is 1 MiB for all but root).
+_DRAIN_READS = 64
 # What a pipe takes at once without being read: the kernel's default capacity (pipe(7)).
 _PIPE_BYTES = 64 << 10
 # How long init gets to end the sandbox by itself before its process is killed.
 _GRACE_NS = 2_000_000_000
 # How much may wait in the channel before more stdin is queued.
 _QUEUE_BYTES = 1 << 20
+
+_POLL_MS = 2**31 - 1
 
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
@@ -154,7 +158,8 @@ class _Drive:
     def _step(self) -> None:
         timeout = None
         if self.deadline is not None:
-            timeout = max(0, (self.deadline - time.monotonic_ns() + 999_999) // 1_000_000)
+            left = (self.deadline - time.monotonic_ns() + 999_999) // 1_000_000
+            timeout = min(max(0, left), _POLL_MS)  # poll(2) takes an int, and an early return does no harm
         channel_fd = self.channel.fileno()
         self.poll.modify(channel_fd, select.POLLIN | (select.POLLOUT if self.channel.wants_to_send else 0))
         for fd, event in self.poll.poll(timeout):
@@ -261,10 +266,11 @@ class _Drive:
         for fd in tuple(self.streams):
             os.set_blocking(fd, False)
             try:
-                while self._read(fd):
-                    pass
+                for _ in range(_DRAIN_READS):
+                    if not self._read(fd):
+                        break
             except BlockingIOError:
-                pass
+                continue
 
     # ---- stdin ----
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence._value import Value
-from ringfence.linux import cgroups, landlock, seccomp
+from ringfence.linux import cgroups, landlock, privileges, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ __all__ = ["Host", "host"]
 class Host(Value):
     """What this machine can enforce.
 
-    kernel: its release. machine: the architecture, as uname(2) has it. privileged: whether we are root with
-    CAP_SYS_ADMIN in the first user namespace that we see. cgroups: their layout. landlock_abi: 0 is none.
+    kernel: its release. machine: the architecture, as uname(2) has it. privileged: as
+    `linux.privileges` tells it. cgroups: their layout. landlock_abi: 0 is none.
     user_namespaces, seccomp: why they can't be used, or "".
     """
 
@@ -61,7 +61,7 @@ def host() -> Host:
     global _known
     if _known is None:
         system = os.uname()
-        privileged = os.geteuid() == 0
+        privileged = privileges.privileged()
         usable, reason = seccomp.available()
         _known = Host(
             kernel=system.release,

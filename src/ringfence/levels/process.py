@@ -11,7 +11,7 @@ import resource
 import stat
 
 from ringfence.errors import Unmet
-from ringfence.levels.base import Ability, Level, Outcome
+from ringfence.levels.base import Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox
 from ringfence.levels.state import Berth, State, state
@@ -81,6 +81,17 @@ class ProcessLevel(Level):
                         asked,
                         f"the workload's uid may not write in {os.fsdecode(mount.source)}",
                         "name its owner by user=, or use isolation='container'",
+                    )
+                )
+        if not host.privileged and host.landlock_abi < landlock.SCOPES_ABI:
+            # The workload is the caller's own user, who may stop ringfence's processes too.
+            for rule in sorted(spec.asked & {"wall_time", "cpu_time"}):
+                unmet.append(
+                    Unmet(
+                        rule,
+                        requested(spec, rule),
+                        "the workload could stop ringfence itself: this kernel can't keep its signals in (Landlock ABI 6)",
+                        "use Linux 6.12, run as root, or use isolation='container'",
                     )
                 )
         if isinstance(spec.user, str):
@@ -228,6 +239,15 @@ class ProcessSandbox(LocalSandbox):
                 mechanism=mechanism if enforced else self._host.seccomp,
             )
         )
+        if started.ids[1] == 0:
+            found.append(
+                Applied(
+                    rule="host files and sockets",
+                    requested=None,
+                    effective=None,
+                    mechanism="shared: uid 0 may read what root may, and connect to sockets where the network is the host's",
+                )
+            )
         found += [
             Applied(rule=f"namespace {name}", requested=None, effective=inode, mechanism="the host's")
             for name, inode in started.namespaces.items()

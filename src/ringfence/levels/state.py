@@ -6,6 +6,7 @@ Each is handed to the launcher as it is made, so that it is gone when this proce
 from __future__ import annotations
 
 import os
+import stat
 import threading
 
 from ringfence.levels.workdir import WorkDirectory
@@ -53,19 +54,16 @@ class State:
         self._manager: Manager | None = None
         self._berths: dict[str, list[Berth]] = {}
         self._cgroups: dict[tuple[int | None, float | None, int | None], list[Cgroup]] = {}
-        parent = os.environb.get(b"TMPDIR", b"/tmp")
-        if not os.path.isabs(parent) or not os.path.isdir(parent):
-            parent = b"/tmp"
+        parent = _temporary_folder(passable=helper.own_mounts)
         name = b"ringfence-%d-%s" % (self.pid, os.urandom(4).hex().encode())
         parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # The launcher first: a folder that it doesn't know of would outlive a SIGKILL.
-            helper.own(OWN_TREE, parent_fd, name)
-            # Others may pass through, to a work directory that lets them in, but not look around.
-            os.mkdir(name, 0o711, dir_fd=parent_fd)
-            self.run_fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent_fd)
-        finally:
-            os.close(parent_fd)
+        # What the launcher was told to remove: (kind, directory that it is in, name).
+        self._owned: list[tuple[int, int, bytes]] = []
+        # The launcher first: a folder that it doesn't know of would outlive a SIGKILL.
+        self._own(OWN_TREE, parent_fd, name)
+        # Others may pass through, to a work directory that lets them in, but not look around.
+        os.mkdir(name, 0o711, dir_fd=parent_fd)
+        self.run_fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent_fd)
         self.run_path = os.path.join(os.path.realpath(parent), name)
         if helper.own_mounts:
             helper.own(OWN_HELD, ids.slots().fileno(), b"ids")
@@ -75,6 +73,15 @@ class State:
                 helper.template(b"run", [messages.bind(b"/", tree, flags)])
             finally:
                 os.close(tree)
+
+    def _own(self, kind: int, parent_fd: int, name: bytes) -> None:
+        self.launcher.own(kind, parent_fd, name)
+        self._owned.append((kind, parent_fd, name))
+
+    def inherit(self, old: State) -> None:
+        """Another launcher died before its time: what it should have removed is ours to have removed."""
+        for kind, parent_fd, name in old._owned:
+            self._own(kind, parent_fd, name)
 
     # ---- berths ----
 
@@ -107,9 +114,12 @@ class State:
                 if len(free) < _MOST_KEPT:
                     free.append(berth)
                     return
-        berth.workdir.remove()
         for fd in berth.rulesets.values():
             os.close(fd)
+        try:
+            berth.workdir.remove()
+        except OSError:
+            return  # something of it stays until the launcher removes it, and so do its ids
         if berth.slot is not None:
             ids.slots().give_back(berth.slot)
 
@@ -129,7 +139,7 @@ class State:
             return self._manager.create(memory_bytes=memory_bytes, cpus=cpus, pids=pids)
 
     def _claim_cgroup(self, parent_fd: int, name: bytes) -> None:
-        self.launcher.own(OWN_CGROUP, parent_fd, name)
+        self._own(OWN_CGROUP, parent_fd, name)
 
     def leave_cgroup(self, cgroup: Cgroup, limits: tuple[int | None, float | None, int | None]) -> None:
         """The sandbox is gone. Its cgroup is kept for another one under the same limits, or removed."""
@@ -161,6 +171,19 @@ class State:
                         os.close(step.fd)
 
 
+def _temporary_folder(*, passable: bool) -> bytes:
+    """$TMPDIR, else /tmp. passable: only one that a workload's own uid can pass through."""
+    wanted = os.environb.get(b"TMPDIR", b"/tmp")
+    if not os.path.isabs(wanted) or not os.path.isdir(wanted):
+        return b"/tmp"
+    here = os.path.realpath(wanted)
+    while passable and here != b"/":
+        if not os.stat(here).st_mode & stat.S_IXOTH:
+            return b"/tmp"
+        here = os.path.dirname(here)
+    return wanted
+
+
 _state: State | None = None
 _lock = threading.Lock()
 
@@ -173,7 +196,9 @@ def state() -> State:
     if found is None or found.launcher is not helper:
         with _lock:
             if _state is None or _state.launcher is not helper:
-                _state = State(helper)
+                old, _state = _state, State(helper)
+                if old is not None:
+                    _state.inherit(old)
             found = _state
     return found
 

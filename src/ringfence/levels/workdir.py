@@ -100,10 +100,14 @@ class WorkDirectory:
         return found
 
     def _files(self, folder: int, prefix: bytes, depth: int, count: list[int]) -> Iterator[tuple[bytes, int, bytes]]:
-        for name in sorted(os.fsencode(entry) for entry in os.listdir(folder)):
-            count[0] += 1
-            if count[0] > _MOST_ENTRIES:
-                raise SpecError(f"collect: the work directory has more than {_MOST_ENTRIES} entries")
+        names = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                count[0] += 1
+                if count[0] > _MOST_ENTRIES:
+                    raise SpecError(f"collect: the work directory has more than {_MOST_ENTRIES} entries")
+                names.append(os.fsencode(entry.name))
+        for name in sorted(names):
             try:
                 mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
                 if stat.S_ISREG(mode):
@@ -190,7 +194,8 @@ def _empty(folder: int, top: int, depth: int) -> bool:
             if depth < _MOST_DEEP:
                 again |= _empty(below, top, depth + 1)
             elif os.listdir(below):
-                os.rename(name, b".deep-%d" % os.fstat(below).st_ino, src_dir_fd=folder, dst_dir_fd=top)
+                # By a name that the workload could not foresee, and so not take.
+                os.rename(name, b".deep-" + os.urandom(16).hex().encode(), src_dir_fd=folder, dst_dir_fd=top)
                 again = True
                 continue
         finally:

@@ -16,7 +16,7 @@ _FILES = """
     file_getattr flistxattr flock fremovexattr fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd
     getdents getdents64 getxattr getxattrat inotify_add_watch inotify_init inotify_init1 inotify_rm_watch
     lchown lgetxattr link linkat listxattr listxattrat llistxattr lremovexattr lseek lsetxattr lstat mkdir
-    mkdirat mknod mknodat name_to_handle_at newfstatat open openat openat2 pread64 preadv preadv2 pwrite64
+    mkdirat mknod mknodat name_to_handle_at newfstatat open openat pread64 preadv preadv2 pwrite64
     pwritev pwritev2 read readahead readlink readlinkat readv removexattr removexattrat rename renameat
     renameat2 rmdir sendfile setxattr setxattrat splice stat statfs statx symlink symlinkat sync
     sync_file_range syncfs tee truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["ALL_FILES", "READ_ONLY", "WRITABLE_TREE", "Ruleset", "abi", "available", "describe", "gaps", "host_read_only"]
+__all__ = ["ALL_FILES", "READ_ONLY", "SCOPES_ABI", "WRITABLE_TREE", "Ruleset", "abi", "available", "describe", "gaps", "host_read_only"]
 
 # Rights on files, of include/uapi/linux/landlock.h.
 EXECUTE = 1 << 0
@@ -64,7 +64,7 @@ _GAPS = (
     (5, "ioctl(2) on a device that is already readable"),
     (6, "signals to processes outside, abstract UNIX sockets"),
 )
-_SCOPES_ABI = 6
+SCOPES_ABI = 6
 _NETWORK_ABI = 4
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
@@ -110,19 +110,21 @@ class Ruleset:
     version: the ABI that it was made for. Raises KernelError, and ENOSYS is one where there is no Landlock.
     """
 
-    def __init__(self, *, deny_network: bool = False, scope: bool = True, version: int | None = None) -> None:
+    def __init__(
+        self, *, deny_network: bool = False, scope: bool = True, files: bool = True, version: int | None = None
+    ) -> None:
         """deny_network: no TCP port may be bound or connected to. scope: no signals and no abstract UNIX
-        sockets to processes outside. version: an older ABI than the kernel's, for tests.
+        sockets to processes outside. files: whether any right on files is taken away. version: an older ABI than the kernel's, for tests.
         """
         self.version = abi() if version is None else version
-        self.handled_files = _files(self.version)
+        self.handled_files = _files(self.version) if files else 0
         self.handled_network = BIND_TCP | CONNECT_TCP if deny_network and self.version >= _NETWORK_ABI else 0
         self.scoped = (
-            SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and self.version >= _SCOPES_ABI else 0
+            SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and self.version >= SCOPES_ABI else 0
         )
         attributes = struct.pack("=QQQ", self.handled_files, self.handled_network, self.scoped)
         # An older kernel takes only the fields that it knows.
-        size = 24 if self.version >= _SCOPES_ABI else 16 if self.version >= _NETWORK_ABI else 8
+        size = 24 if self.version >= SCOPES_ABI else 16 if self.version >= _NETWORK_ABI else 8
         create_ruleset, self._add_rule = _calls()
         self.fd = create_ruleset(attributes[:size], size, 0)
 
@@ -192,7 +194,7 @@ def host_read_only(
 def describe(*, deny_network: bool) -> str:
     """`Ruleset.describe` of what `host_read_only` makes here."""
     version = abi()
-    return _describe(version, deny_network and version >= _NETWORK_ABI, version >= _SCOPES_ABI)
+    return _describe(version, deny_network and version >= _NETWORK_ABI, version >= SCOPES_ABI)
 
 
 def _describe(version: int, network: bool, scoped: bool) -> str:

@@ -2,7 +2,7 @@
 one.
 
 The lists of names are in `_syscall_lists`. libseccomp compiles them, through pyseccomp, into a binary search;
-five calls that are judged by an argument come before it as a few instructions of our own, because libseccomp
+the calls that are judged by an argument come before it as a few instructions of our own, because libseccomp
 can't say "any value but these" of one argument. The program is kept, so libseccomp is needed once for a
 machine.
 
@@ -39,19 +39,35 @@ _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 # Plain Linux, 32 bits, either with the version number of 2.6, and the question for the present one.
 _PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPE_MASK = 1, 5, 0xF
+# S_ISUID and S_ISGID; O_CREAT and the bit of O_TMPFILE that makes it one. openat2(2) has its mode in memory, where a
+# filter can't look: it is not in the lists, and so absent to a workload.
+_SET_IDS, _CREATES = 0o6000, 0o100 | 0o20000000
+_MODE_ARGUMENTS = (
+    ("chmod", 1),
+    ("fchmod", 1),
+    ("fchmodat", 2),
+    ("fchmodat2", 2),
+    ("creat", 1),
+    ("mkdir", 1),
+    ("mkdirat", 2),
+    ("mknod", 1),
+    ("mknodat", 2),
+)
+_OPEN_ARGUMENTS = (("open", 1, 2), ("openat", 2, 3))
 
 # include/uapi/linux/seccomp.h, filter.h and bpf_common.h.
 _KILL_PROCESS = 0x80000000
 _ALLOW = 0x7FFF0000
 _ERRNO = 0x00050000
-_LOAD, _JUMP_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
+_LOAD, _AND, _JUMP_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x06
 _INSTRUCTION = struct.Struct("=HBBI")
 _MOST_INSTRUCTIONS = 4096
 # struct seccomp_data: int nr, u32 arch, u64 instruction_pointer, u64 args[6].
 _NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16
 
 # The first bytes of a kept program; its last is the version of what this module makes of a policy.
-_MAGIC = b"RFBPF\0\0\1"
+_MAGIC = b"RFBPF\0\0\2"
 _DIGEST_SIZE = 32
 
 _in_memory: dict[Policy, bytes] = {}
@@ -191,7 +207,9 @@ def _by_argument(wanted: Policy, arch: int, number: Callable[[str], int]) -> byt
         ("ioctl", _one_of(1, (_TIOCSTI, _TIOCLINUX), deny, allow)),
         ("personality", _one_of(0, _PERSONALITIES, allow, deny)),
         ("socket", _one_of(0, wanted.families, allow, deny)),
-        ("socketpair", _one_of(0, wanted.pair_families, allow, deny)),
+        ("socketpair", _pair(wanted.pair_families, allow, deny)),
+        *((name, _no_set_id(mode, allow, deny)) for name, mode in _MODE_ARGUMENTS),
+        *((name, _no_set_id(mode, allow, deny, flags)) for name, flags, mode in _OPEN_ARGUMENTS),
     )
     # Each check loads an argument in the place of the number, but also always returns.
     code = [_instruction(_LOAD, _NUMBER_AT)]
@@ -207,6 +225,25 @@ def _one_of(argument: int, values: Sequence[int], then: bytes, otherwise: bytes)
     """Return `then` where the argument is one of the values."""
     jumps = [_instruction(_JUMP_EQUAL, value, len(values) - index, 0) for index, value in enumerate(values)]
     return [_load_argument(argument), *jumps, otherwise, then]
+
+
+def _pair(families: Sequence[int], allow: bytes, deny: bytes) -> list[bytes]:
+    """socketpair(2), but none of datagrams: half of such a pair can still be sent from, or connected, to any path."""
+    jumps = [_instruction(_JUMP_EQUAL, one, len(families) - index, 0) for index, one in enumerate(families)]
+    kind = [_load_argument(1), _instruction(_AND, _SOCK_TYPE_MASK)]
+    kind += [_instruction(_JUMP_EQUAL, _SOCK_STREAM, 2, 0), _instruction(_JUMP_EQUAL, _SOCK_SEQPACKET, 1, 0)]
+    return [_load_argument(0), *jumps, deny, *kind, deny, allow]
+
+
+def _no_set_id(mode: int, allow: bytes, deny: bytes, flags: int | None = None) -> list[bytes]:
+    """A file is not made set-user-ID or set-group-ID: where it lies on the host, others could run it there.
+
+    mode, flags: which arguments these are; with flags the mode counts only where they create a file.
+    """
+    check = [_load_argument(mode), _instruction(_JUMP_ANY_BIT, _SET_IDS, 0, 1), deny, allow]
+    if flags is None:
+        return check
+    return [_load_argument(flags), _instruction(_JUMP_ANY_BIT, _CREATES, 0, len(check) - 1), *check]
 
 
 def _load_argument(index: int) -> bytes:

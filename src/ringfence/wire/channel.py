@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["Channel", "send_packet"]
 
 _RECEIVE_BYTES = 256 << 10
+_FLUSH_LIMIT_MS = 30_000
+# As plain numbers: an operation on socket's own constants makes an enum member each time.
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 _FD_BYTES = array.array("i").itemsize
 # The other side sends one descriptor with one frame, once. A few more are room for that to change.
 _CONTROL_BYTES = socket.CMSG_SPACE(4 * _FD_BYTES)
@@ -71,7 +76,7 @@ class Channel:
                 [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._out_fds))] if self._out_fds else []
             )
             try:
-                sent = self._socket.sendmsg([self._out[0]], ancillary, socket.MSG_NOSIGNAL)
+                sent = self._socket.sendmsg([self._out[0]], ancillary, _NO_SIGNAL)
             except BlockingIOError:
                 return
             except (BrokenPipeError, ConnectionResetError):
@@ -85,13 +90,15 @@ class Channel:
                 self._out[0] = self._out[0][sent:]
 
     def flush_blocking(self) -> None:
-        """Passes on all that waits, however long it takes."""
+        """Passes on all that waits. Raises ProtocolError where the other side doesn't take it in time."""
         import select
 
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLOUT)
         while self._out:
             self.flush()
-            if self._out:
-                select.select([], [self._socket], [])
+            if self._out and not poll.poll(_FLUSH_LIMIT_MS):
+                raise ProtocolError("the sandbox doesn't take what is sent to it")
 
     def receive(self) -> list[frames.Frame]:
         """Reads once, and returns the frames that are whole. Sets `at_end` at the end of the stream.
@@ -100,13 +107,13 @@ class Channel:
         """
         try:
             if self._trusted:
-                data, control, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC)
+                data, control, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _CONTROL_BYTES, _CLOSE_ON_EXEC)
                 for level, kind, body in control:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         found = array.array("i")
                         found.frombytes(body[: len(body) - len(body) % _FD_BYTES])
                         self._fds.extend(found)
-                if flags & socket.MSG_CTRUNC:
+                if flags & _TRUNCATED:
                     raise ProtocolError("more descriptors came than the protocol allows")
             else:
                 data = self._socket.recv(_RECEIVE_BYTES)

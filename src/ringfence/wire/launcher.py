@@ -13,6 +13,7 @@ import socket
 import threading
 
 from ringfence.errors import ProtocolError, Unavailable
+from ringfence.linux import privileges
 from ringfence.wire import frames, messages
 from ringfence.wire.channel import Channel, send_packet
 from ringfence.wire.frames import Type
@@ -49,13 +50,15 @@ class Launcher:
     """A running launcher. Every method may be called from any thread."""
 
     def __init__(self) -> None:
+        # Of an unprivileged user it stays in the host's mount namespace and takes sources by path.
+        self.own_mounts = privileges.privileged()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             try:
                 self.pid = os.posix_spawn(
                     core_path(),
-                    ["ringfence-core", "launcher"],
+                    ["ringfence-core", "launcher", "privileged" if self.own_mounts else "unprivileged"],
                     {},
                     file_actions=[(os.POSIX_SPAWN_DUP2, null, fd) for fd in (0, 1, 2)]
                     + [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 3)],
@@ -70,8 +73,6 @@ class Launcher:
             theirs.close()
         self._pidfd = os.pidfd_open(self.pid)
         self._socket = ours
-        # Of an unprivileged user it stays in the host's mount namespace and takes sources by path.
-        self.own_mounts = os.geteuid() == 0
         self.templates: set[bytes] = set()
         self.lock = threading.Lock()
 
@@ -114,7 +115,10 @@ class Launcher:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if poll.poll(_GOODBYE_MS):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            try:
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+            except ChildProcessError:
+                pass  # the application ignores SIGCHLD, or reaps everybody's children
         os.close(self._pidfd)
 
     def forget(self) -> None:

@@ -41,7 +41,7 @@ class MountStep:
     docs/design/protocol.md.
     """
 
-    __slots__ = ("fd", "flags", "head", "tail")
+    __slots__ = ("_head", "_tail", "_whole", "fd")
 
     def __init__(
         self,
@@ -57,14 +57,19 @@ class MountStep:
     ) -> None:
         if b"\0" in target + source + fstype + data:
             raise ValueError("a path of a mount contains a NUL byte")
-        self.head = struct.pack("<BBHI", kind, 0, flags, mode)
-        self.tail = b"%s\0%s\0%s\0%s\0" % (source, fstype, target, data)
+        self._head = struct.pack("<BBHI", kind, 0, flags, mode)
+        self._tail = b"%s\0%s\0%s\0%s\0" % (source, fstype, target, data)
         self.fd = fd
-        self.flags = flags
+        self._whole = self.encode(frames.NO_FD)
 
-    def encode(self, index: int) -> bytes:
+    def encode(self, index: int = frames.NO_FD) -> bytes:
         """The attribute, with the descriptor's index in the frame."""
-        return frames.attribute(3, self.head + struct.pack("<I", index) + self.tail)
+        return frames.attribute(3, self._head + struct.pack("<I", index) + self._tail)
+
+    @property
+    def without_fd(self) -> bytes:
+        """The attribute of a step that refers to no descriptor."""
+        return self._whole
 
 
 def directory(target: bytes, mode: int = 0o755) -> MountStep:
@@ -117,7 +122,7 @@ class Plan:
 
     def mounts(self, steps: Iterable[MountStep]) -> None:
         for step in steps:
-            self._parts.append(step.encode(frames.NO_FD if step.fd is None else self._fd(step.fd)))
+            self._parts.append(step.without_fd if step.fd is None else step.encode(self._fd(step.fd)))
 
     def ids(self, uid: int, gid: int) -> None:
         self._parts.append(frames.u32(4, uid) + frames.u32(5, gid))
@@ -186,7 +191,7 @@ def template(name: bytes, steps: Iterable[MountStep]) -> tuple[bytes, list[int]]
     for step in steps:
         if step.fd is not None:
             fds.append(step.fd)
-        parts.append(step.encode(frames.NO_FD if step.fd is None else len(fds)))
+        parts.append(step.without_fd if step.fd is None else step.encode(len(fds)))
     return frames.encode(Type.TEMPLATE, b"".join(parts), nfds=1 + len(fds)), fds
 
 
@@ -238,11 +243,12 @@ class Started(Value):
     capabilities: (effective, permitted, inheritable, bounding, ambient), bit masks. ids: (real, effective,
     saved uid, real, effective, saved gid). seccomp: the mode (2 is a filter). namespaces: {name: inode}.
     rlimits: {resource: (soft, hard)}, RLIM_INFINITY as 2**64-1. landlock: whether a ruleset was entered.
-    kernel: its release.
+    kernel: its release. clock_ns: when that was, by the CLOCK_MONOTONIC of its kernel.
     """
 
     __slots__ = (
         "capabilities",
+        "clock_ns",
         "hostname",
         "ids",
         "kernel",
@@ -263,6 +269,7 @@ class Started(Value):
     landlock: bool
     hostname: str
     kernel: str
+    clock_ns: int
 
     def __init__(
         self,
@@ -277,6 +284,7 @@ class Started(Value):
         landlock: bool,
         hostname: str,
         kernel: str,
+        clock_ns: int,
     ) -> None:
         self._set(
             pid=pid,
@@ -289,6 +297,7 @@ class Started(Value):
             landlock=landlock,
             hostname=hostname,
             kernel=kernel,
+            clock_ns=clock_ns,
         )
 
 
@@ -297,10 +306,10 @@ class Exited(Value):
 
     exit_code or signal; reason: 0 none, 1 the CPU time limit, 2 killed on request. cpu_ns: of all that init
     reaped. resident_peak_bytes: of its largest process. oom_kills, memory_peak_bytes: of a guest's cgroup, else
-    None.
+    None. clock_ns: when the command was reaped, by the CLOCK_MONOTONIC of its kernel.
     """
 
-    __slots__ = ("cpu_ns", "exit_code", "memory_peak_bytes", "oom_kills", "reason", "resident_peak_bytes", "signal")
+    __slots__ = ("clock_ns", "cpu_ns", "exit_code", "memory_peak_bytes", "oom_kills", "reason", "resident_peak_bytes", "signal")
     exit_code: int | None
     signal: int | None
     cpu_ns: int
@@ -308,6 +317,7 @@ class Exited(Value):
     reason: int
     oom_kills: int | None
     memory_peak_bytes: int | None
+    clock_ns: int
 
     def __init__(
         self,
@@ -319,8 +329,10 @@ class Exited(Value):
         reason: int,
         oom_kills: int | None,
         memory_peak_bytes: int | None,
+        clock_ns: int,
     ) -> None:
         self._set(
+            clock_ns=clock_ns,
             exit_code=exit_code,
             signal=signal,
             cpu_ns=cpu_ns,
@@ -370,7 +382,7 @@ def parse_error(payload: bytes) -> StartError:
 
 
 def parse_started(payload: bytes) -> Started:
-    pid, no_new_privs, seccomp, landlock = 0, 0, 0, 0
+    pid, no_new_privs, seccomp, landlock, clock_ns = 0, 0, 0, 0, 0
     # What is missing must never look like a restriction in force.
     capabilities: tuple[int, ...] = (2**64 - 1,) * 5
     ids: tuple[int, ...] = (0,) * 6
@@ -399,6 +411,8 @@ def parse_started(payload: bytes) -> Started:
             hostname = _text(data)
         elif tag == 10:
             kernel = _text(data)
+        elif tag == 11:
+            (clock_ns,) = _unpack("<Q", data, "a time")
         else:
             raise ProtocolError(f"STARTED has the unknown attribute {tag}")
     return Started(
@@ -412,6 +426,7 @@ def parse_started(payload: bytes) -> Started:
         landlock=landlock == 1,
         hostname=hostname,
         kernel=kernel,
+        clock_ns=clock_ns,
     )
 
 
@@ -429,7 +444,7 @@ def _namespaces(data: bytes) -> dict[str, int]:
 def parse_exited(payload: bytes) -> Exited:
     values: dict[int, int] = {}
     for tag, data in frames.attributes(payload):
-        if tag not in range(1, 9):
+        if tag not in range(1, 10):
             raise ProtocolError(f"EXITED has the unknown attribute {tag}")
         (values[tag],) = _unpack("<I" if tag in (1, 2, 6) else "<Q", data, "an attribute of EXITED")
     how, status = values.get(1), values.get(2, 0)
@@ -443,6 +458,7 @@ def parse_exited(payload: bytes) -> Exited:
         reason=values.get(6, 0),
         oom_kills=values.get(7),
         memory_peak_bytes=values.get(8),
+        clock_ns=values.get(9, 0),
     )
 
 

@@ -132,7 +132,7 @@ class VmSandbox(Sandbox):
         self._spec = spec
         self._host = host
         found = kernel.find()
-        if found is None:
+        if found is None:  # it was there a moment ago
             raise Unavailable("vm", "the guest's kernel isn't prepared", "run 'ringfence setup'")
         self._kernel: GuestKernel = found
         state_of_kvm = kvm.probe()
@@ -195,8 +195,7 @@ class VmSandbox(Sandbox):
         )
         if outcome.exited is None and outcome.stopped is None:
             raise self._died("while it ran" if outcome.started else "before the command was started")
-        if outcome.ended_ns == 0:
-            outcome.ended_ns = time.monotonic_ns()
+        outcome.settle()
         return outcome
 
     def _id(self) -> int:
@@ -406,14 +405,15 @@ class VmSandbox(Sandbox):
             ("cpus", limits.cpus, read.get("cpu_ns", 0) / _CPU_PERIOD_NS or float(machine.cpus)),
         ):
             if asked is not None:
-                mechanism = "virtual CPUs, the guest's cgroup v2" if rule == "cpus" else f"the guest's cgroup v2 {rule}.max"
+                where = "virtual CPUs, the guest's cgroup v2" if rule == "cpus" else f"the guest's cgroup v2 {rule}.max"
+                mechanism = f"{where}, as the guest tells"
                 found.append(Applied(rule=rule, requested=asked, effective=effective, mechanism=mechanism))
         if limits.wall_time_ns is not None:
             wall = limits.wall_time_ns
             found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
         if limits.cpu_time_ns is not None:
             cpu = limits.cpu_time_ns
-            found.append(Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="the guest's init"))
+            found.append(Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="the guest's init, by its cgroup"))
         output = limits.output_bytes
         asked_output = output if "output" in spec.asked else None
         found.append(Applied(rule="output", requested=asked_output, effective=output, mechanism="the channel"))

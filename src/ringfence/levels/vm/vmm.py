@@ -12,7 +12,7 @@ import stat
 
 from ringfence._value import Value
 from ringfence.errors import ProtocolError, Unavailable
-from ringfence.levels.container import ContainerSandbox
+from ringfence.levels.container import ContainerSandbox, own_namespaces
 from ringfence.levels.vm import machine
 from ringfence.result import Applied
 from ringfence.spec import Limits, Spec
@@ -32,6 +32,8 @@ __all__ = ["MEMORY_OVERHEAD_BYTES", "Machine", "Share", "Vmm", "start_qemu"]
 
 # What QEMU takes beside the guest's memory: its own, the cache of translated code, buffers of 9p.
 MEMORY_OVERHEAD_BYTES = 256 << 20
+_OWN_CPUS = 0.5
+_OWN_THREADS = 128
 _QEMU = b"/usr/bin/qemu-system-x86_64"
 _KVM = b"/dev/kvm"
 _WORDS_BYTES = 4096
@@ -144,7 +146,7 @@ class Vmm:
         started = self._jail.vmm_started
         if started is None:
             return []
-        own = [name for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time") if name in started.namespaces]
+        own = [name for name, inode in started.namespaces.items() if own_namespaces().get(name) != inode]
         held = [value for value in started.capabilities if value & ((1 << 41) - 1)]
         limits = {one.rule: one.effective for one in (self._jail.cgroup.in_force if self._jail.cgroup else ())}
         jail = f"namespaces {', '.join(own)}; capabilities {'none' if not held else held}; seccomp mode {started.seccomp}"
@@ -191,8 +193,13 @@ def start_qemu(spec: Machine, host: Host, state: State) -> Vmm:
     errors, errors_of_qemu = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.set_blocking(errors_of_qemu, True)
-        usable = host.cgroups.controller("memory").usable
-        limits = Limits(memory=spec.memory_bytes + MEMORY_OVERHEAD_BYTES) if usable else Limits()
+        usable = {name: host.cgroups.controller(name).usable for name in ("memory", "cpu", "pids")}
+        limits = Limits(
+            memory=spec.memory_bytes + MEMORY_OVERHEAD_BYTES if usable["memory"] else None,
+            # A vCPU each, and a share of one for QEMU's own threads. Its pool of those that wait for files is 64.
+            cpus=spec.cpus + _OWN_CPUS if usable["cpu"] else None,
+            pids=spec.cpus + _OWN_THREADS if usable["pids"] else None,
+        )
         what = Spec.make(
             [_QEMU], isolation="container", user=f"{spec.user[0]}:{spec.user[1]}", hostname="vmm", limits=limits
         )
