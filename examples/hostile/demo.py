@@ -200,16 +200,12 @@ def judge(output: bytes, ended: str, before: dict[str, int], after: dict[str, in
     verdicts = {}
     for name in attempts:
         line = said.get(name)
-        verdict = (
-            Verdict(line["succeeded"], line["evidence"]) if line else Verdict(False, f"run ended: {ended}")
-        )
+        verdict = Verdict(line["succeeded"], line["evidence"]) if line else Verdict(False, f"run ended: {ended}")
         if name in before and (after[name] != before[name]) != verdict.succeeded:
             reached = after[name] != before[name]
             verdict = Verdict(reached, "seen from outside" if reached else "nothing arrived outside")
         if name == "keep a daemon behind":
-            verdict = Verdict(
-                bool(alive), f"pid {alive[0]} outlived the run" if alive else "dead when the run ended"
-            )
+            verdict = Verdict(bool(alive), f"pid {alive[0]} outlived the run" if alive else "dead when the run ended")
             if not line or not line["succeeded"]:
                 verdict = Verdict(bool(alive), line["evidence"] if line else f"run ended: {ended}")
         verdicts[name] = verdict

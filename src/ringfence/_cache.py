@@ -38,9 +38,7 @@ def root(cache_dir: str | None = None) -> str:
     os.makedirs(path, mode=0o700, exist_ok=True)
     about = os.stat(path)
     if about.st_uid not in (0, os.geteuid()):
-        raise SpecError(
-            f"the cache folder {path} belongs to uid {about.st_uid}: name your own in RINGFENCE_CACHE"
-        )
+        raise SpecError(f"the cache folder {path} belongs to uid {about.st_uid}: name your own in RINGFENCE_CACHE")
     if stat.S_IMODE(about.st_mode) & 0o022:
         raise SpecError(f"the cache folder {path} is writable by other accounts: run 'chmod go-w {path}'")
     return path
@@ -111,9 +109,7 @@ def intact(folder: str) -> bool:
         if not sealed or any(len(one) != 3 for one in sealed):
             return False
         now = [(digest, _fingerprint(os.path.join(folder, name)), name) for digest, _, name in sealed]
-        if all(
-            fingerprint == before for (_, fingerprint, _), (_, before, _) in zip(now, sealed, strict=True)
-        ):
+        if all(fingerprint == before for (_, fingerprint, _), (_, before, _) in zip(now, sealed, strict=True)):
             return True
         if any(sha256_of(os.path.join(folder, name)) != digest for digest, _, name in now):
             return False

@@ -203,9 +203,7 @@ def _seccomp() -> Step:
         return Step(name=name, state="failed", detail=reason)
     sizes = [len(seccomp.cached(seccomp.policy(namespaces=own))) // 8 for own in (True, False)]
     state: State = "present" if _names(folder) == before else "done"
-    return Step(
-        name=name, state=state, detail=f"{len(sizes)} filters of {sizes[0]} and {sizes[1]} instructions"
-    )
+    return Step(name=name, state=state, detail=f"{len(sizes)} filters of {sizes[0]} and {sizes[1]} instructions")
 
 
 def _kvm(cache_dir: str | None) -> Step:

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 import ringfence as rf
-from support.sandboxes import EXITED_0, LEVELS, PROBE_FILE, PROBE_NAME, ended, run_probe
+from support.sandboxes import EXITED_0, LEVELS, ended, run_probe
 
 # Every status where a start is cheap; at the vm level, which boots for each, those at the edges.
 STATUSES = {"process": range(256), "container": range(256), "vm": (0, 1, 42, 255)}
@@ -34,32 +34,26 @@ def test_death_by_signal(isolation: str, name: str) -> None:
     assert result.shell_status == 128 + number
 
 
-NOT_FOUND = (["no-such-command"], {}, errno.ENOENT)
-NOT_FOUND_BY_PATH = (["./no-such-command"], {}, errno.ENOENT)
-NOT_EXECUTABLE = (["./plain"], {"plain": b"#!/bin/sh\n"}, errno.EACCES)
-DIRECTORY = (["/usr"], {}, errno.EACCES)
-NO_INTERPRETER = (["./script"], {"script": (b"#!/no/such/interpreter\n", 0o755)}, errno.ENOENT)
-NO_FORMAT = (["./words"], {"words": (b"only words", 0o755)}, errno.ENOEXEC)
-NOT_STARTED = {
-    "not found": NOT_FOUND,
-    "not found by path": NOT_FOUND_BY_PATH,
-    "not executable": NOT_EXECUTABLE,
-    "a directory": DIRECTORY,
-    "missing interpreter": NO_INTERPRETER,
-    "no program": NO_FORMAT,
+NOT_STARTED: dict[str, tuple[str, dict[str, bytes | tuple[bytes, int]], int]] = {
+    "not found": ("no-such-command", {}, errno.ENOENT),
+    "not found by path": ("./no-such-command", {}, errno.ENOENT),
+    "not executable": ("./plain", {"plain": b"#!/bin/sh\n"}, errno.EACCES),
+    "a directory": ("/usr", {}, errno.EACCES),
+    "missing interpreter": ("./script", {"script": (b"#!/no/such/interpreter\n", 0o755)}, errno.ENOENT),
+    "no program": ("./words", {"words": (b"only words", 0o755)}, errno.ENOEXEC),
 }
 
 
 @pytest.mark.parametrize("case", NOT_STARTED)
 @pytest.mark.parametrize("isolation", LEVELS)
 def test_a_command_that_cannot_start(isolation: str, case: str) -> None:
-    argv, files, number = NOT_STARTED[case]
+    command, files, number = NOT_STARTED[case]
     with pytest.raises(rf.StartError) as caught:
-        rf.run(argv, isolation=isolation, files=files)
+        rf.run([command], isolation=isolation, files=files)
     error = caught.value
-    assert (error.errno, error.step, error.call, error.detail) == (number, "exec", "execve", argv[0])
+    assert (error.errno, error.step, error.call, error.detail) == (number, "exec", "execve", command)
     assert errno.errorcode[number] in str(error)
-    assert argv[0] in str(error)
+    assert command in str(error)
 
 
 def test_the_same_program_does_start() -> None:
@@ -86,7 +80,7 @@ def test_check_lets_success_pass() -> None:
 @pytest.mark.parametrize("isolation", LEVELS)
 def test_usage_is_of_the_workload(isolation: str) -> None:
     """One second of CPU is seen as about that, by a clock that doesn't start late or end early."""
-    result = rf.run([PROBE_NAME, "spin", "1"], isolation=isolation, files=PROBE_FILE)
+    result = run_probe(isolation, "spin", "1")
     usage = result.usage
     assert ended(result) == EXITED_0
     assert usage.wall_ns is not None

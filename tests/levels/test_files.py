@@ -12,7 +12,7 @@ import ringfence as rf
 from support.sandboxes import EXITED_0, LEVELS, PROBE_FILE, ended, output, run_probe
 
 MEGABYTES_20 = os.urandom(20 << 20)
-FILES = {
+FILES: dict[str | bytes, rf.File | bytes | str | tuple[bytes, int]] = {
     **PROBE_FILE,
     "empty": b"",
     "a/b/c/deep.txt": "grüße\n",
@@ -77,7 +77,9 @@ chmod 600 out/a.csv
 def test_files_out(isolation: str) -> None:
     """`*` within a name, `**` across folders, a plain name, one that was put in and changed, none matching."""
     patterns = ["out/*.csv", "**/c.txt", "given.txt", "no/such/*", "missing"]
-    result = rf.run(["sh", "-c", MAKE], isolation=isolation, collect=patterns, files={"given.txt": b"old", "kept": b"k"})
+    result = rf.run(
+        ["sh", "-c", MAKE], isolation=isolation, collect=patterns, files={"given.txt": b"old", "kept": b"k"}
+    )
     assert output(result) == b""
     assert result.files == {
         "out/a.csv": b"x,y\n",

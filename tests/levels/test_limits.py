@@ -112,12 +112,8 @@ def test_memory_of_a_child_counts_and_the_command_may_go_on(isolation: str) -> N
     limits = rf.Limits(memory="64M", wall_time=60)
     assert_in_force(isolation, limits)
     script = "./probe hog 1G >/dev/null; echo child $?"
-    result = rf.run(
-        ["sh", "-c", script], isolation=isolation, limits=limits, files=PROBE_FILE
-    )
+    result = rf.run(["sh", "-c", script], isolation=isolation, limits=limits, files=PROBE_FILE)
     assert (ended(result), result.stdout) == (EXITED_0, b"child 137\n")
-
-
 
 
 @pytest.mark.parametrize("isolation", LEVELS)

@@ -58,10 +58,12 @@ def test_a_mount_is_read_only_by_default(isolation: str, shared: Path) -> None:
     shared.chmod(0o777)  # so that it isn't the mode that keeps the workload out
     (shared / "file").chmod(0o666)
     target = at(isolation, shared)
-    script = f"cat '{target}/file' '{target}/sub/below'; ./probe try-open-write '{target}/file'; ./probe try-create '{target}/new'"
-    result = rf.run(
-        ["sh", "-c", script], isolation=isolation, mounts=[rf.Mount(shared, target)], files=PROBE_FILE
-    )
+    script = f"""
+    cat '{target}/file' '{target}/sub/below'
+    ./probe try-open-write '{target}/file'
+    ./probe try-create '{target}/new'
+    """
+    result = rf.run(["sh", "-c", script], isolation=isolation, mounts=[rf.Mount(shared, target)], files=PROBE_FILE)
     name = errno.errorcode[READ_ONLY_ERRNO[isolation]]
     assert result.stdout.decode() == f"of the host\ndeeper\n{name} open\n{name} open\n"
     assert (shared / "file").read_bytes() == b"of the host\n"
@@ -76,7 +78,9 @@ def test_a_writable_mount(isolation: str, shared: Path) -> None:
         shared.chmod(0o777)
         (shared / "file").chmod(0o666)
     target = at(isolation, shared)
-    script = f"cd '{target}' && echo more >> file && echo new > made && mkdir folder && echo x > folder/in && mv made moved"
+    script = (
+        f"cd '{target}' && echo more >> file && echo new > made && mkdir folder && echo x > folder/in && mv made moved"
+    )
     result = rf.run(["sh", "-c", script], isolation=isolation, mounts=[rf.Mount(shared, target, writable=True)])
     assert output(result) == b""
     assert (shared / "file").read_bytes() == b"of the host\nmore\n"
@@ -172,18 +176,16 @@ def test_a_user_by_the_name_that_the_image_gives(isolation: str, rootfs: Path) -
 @pytest.mark.parametrize("isolation", ISOLATED)
 def test_the_hosts_userland_is_read_only_with_a_private_rest(isolation: str) -> None:
     script = """
-    for path in /usr/x /etc/x /bin/x /x /dev/x /proc/x /sys/x; do ./probe try-create $path; done
-    for path in /tmp/x /home/x /dev/shm/x /work/x; do ./probe try-create $path; done
+    for path in /usr/x /etc/x /bin/x /x /home/x /run/x /dev/x /proc/x /sys/x; do ./probe try-create $path; done
+    for path in /tmp/x /dev/shm/x /work/x; do ./probe try-create $path; done
     ls -A /tmp /home /run /mnt /root
     """
-    # Not root any more, and none of these folders are the workload's: the mode speaks where the mount is writable.
     result = rf.run(["sh", "-c", script], isolation=isolation, files=PROBE_FILE)
     lines = result.stdout.decode().splitlines()
-    assert lines[:4] == ["EROFS open"] * 4
-    # /dev is part of the sealed root; /proc is its own file system, which has no new names.
-    assert lines[4:7] == ["EROFS open", "ENOENT open", "EROFS open"]
-    assert lines[7:11] == ["ok"] * 4
-    assert "".join(line for line in lines[11:] if line and not line.endswith(":")) == ""
+    # All of one sealed root, but /proc, a file system that has no new names.
+    assert lines[:9] == ["EROFS open"] * 7 + ["ENOENT open", "EROFS open"]
+    assert lines[9:12] == ["ok"] * 3
+    assert [line for line in lines[12:] if line and not line.endswith(":")] == []
 
 
 # ---- host name, network, user ----

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 import ringfence as rf
 from support.sandboxes import LEVELS, PROBE_FILE, need_root, unconfined
 
@@ -164,7 +165,16 @@ def test_what_a_sandbox_made_in_its_own_tmp_is_not_the_hosts() -> None:
         assert not os.path.exists("/tmp/ringfence-test")
 
 
-SECRETS = ("/etc/shadow", "/etc/gshadow", "/root", "/proc/1/environ", "/proc/kcore", "/dev/mem", "/dev/kmsg", "/dev/kvm")
+SECRETS = (
+    "/etc/shadow",
+    "/etc/gshadow",
+    "/root",
+    "/proc/1/environ",
+    "/proc/kcore",
+    "/dev/mem",
+    "/dev/kmsg",
+    "/dev/kvm",
+)
 
 
 @pytest.mark.parametrize("isolation", LEVELS)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import ringfence as rf
 from support import leaks
 from support.sandboxes import LEVELS, host_facts, need_root, sandbox_facts
@@ -124,7 +125,7 @@ def qemu() -> Any:
 
 
 def test_the_vmm_is_jailed(qemu: int) -> None:
-    """As seen from outside: ids that nobody has, no capability, a filter, namespaces and a limited cgroup of its own."""
+    """As seen from outside: ids that nobody has, no capability, a filter, namespaces and a limited cgroup."""
     status = status_of(qemu)
     assert int(status["Uid"].split()[0]) >= 0x71000000
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {NONE}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -84,7 +85,7 @@ def descendants(pid: int) -> list[Process]:
     return [one for one in everyone.values() if any(above.pid == pid for above in _ancestors(one, everyone))]
 
 
-def _own_processes() -> set[tuple[int, int, str]]:
+def _own_processes() -> list[Process]:
     """All that this process or a caller of these tests has below it, but for our own launcher. A workload that found
     its way out from under it is still in its cgroup, and shows there.
     """
@@ -92,7 +93,7 @@ def _own_processes() -> set[tuple[int, int, str]]:
     me = os.getpid()
     running = launcher_module._launcher
     ours = (one for one in everyone.values() if any(above.pid == me for above in _ancestors(one, everyone)))
-    return {(one.pid, one.start, one.name) for one in ours if running is None or one.pid != running.pid}
+    return [one for one in ours if running is None or one.pid != running.pid]
 
 
 def run_folder_parent() -> Path:
@@ -234,46 +235,35 @@ def _held_by_what_is_kept(target: str, what: Kept) -> bool:
     return target in what.folders or any(parts[at + 1 : at + 2] and parts[at + 1] in what.cgroups for at in in_base)
 
 
-def snapshot() -> dict[str, object]:
+Snapshot = dict[str, Counter[str]]
+
+
+def snapshot() -> Snapshot:
     """Everything that a sandbox could have left, by kind; without what is kept on purpose."""
     pid = os.getpid()
     what = kept()
-    open_now = [target for target in descriptors() if not _held_by_what_is_kept(target, what)]
-    for _ in range(what.rulesets):
-        open_now.remove("anon_inode:[landlock-ruleset]")
+    open_now = Counter(target for target in descriptors() if not _held_by_what_is_kept(target, what))
+    open_now.subtract({"anon_inode:[landlock-ruleset]": what.rulesets})
     cgroups = {one for folder in cgroup_folders() for one in _below(folder, pid)}
     return {
-        "processes": frozenset(_own_processes()),
-        "mounts": frozenset(host_mounts()),
-        "cgroups": frozenset(one for one in cgroups if not _held_by_what_is_kept(one, what)),
-        "interfaces": frozenset(interfaces()),
-        "sockets": frozenset(name for name in unix_sockets().values() if "ringfence" in name),
-        "run folders": frozenset(_below(run_folder_parent(), pid) - what.folders),
-        "System V IPC": frozenset(system_v_objects()),
-        "in what is kept": frozenset(what.dirty),
-        "descriptors": tuple(open_now),
+        "processes": Counter(f"{one.name} {one.key}" for one in _own_processes()),
+        "mounts": Counter(host_mounts()),
+        "cgroups": Counter(one for one in cgroups if not _held_by_what_is_kept(one, what)),
+        "interfaces": Counter(interfaces()),
+        "sockets": Counter(name for name in unix_sockets().values() if "ringfence" in name),
+        "run folders": Counter(_below(run_folder_parent(), pid) - what.folders),
+        "System V IPC": Counter(system_v_objects()),
+        "in what is kept": Counter(what.dirty),
+        "descriptors": open_now,
     }
 
 
-def leaked(before: dict[str, object]) -> dict[str, object]:
+def leaked(before: Snapshot) -> dict[str, list[str]]:
     """What is there now and wasn't before, by kind; {} once nothing is. Waits up to GRACE_S for that."""
 
-    def new() -> dict[str, object]:
-        now = snapshot()
-        found: dict[str, object] = {}
-        for kind, then in before.items():
-            if isinstance(then, tuple):
-                more = list(now[kind]) if isinstance(now[kind], tuple) else []
-                for one in then:
-                    if one in more:
-                        more.remove(one)
-            else:
-                assert isinstance(then, frozenset)
-                assert isinstance(now[kind], frozenset)
-                more = sorted(now[kind] - then, key=str)
-            if more:
-                found[kind] = more
-        return found
+    def new() -> dict[str, list[str]]:
+        more = {kind: sorted((now - before[kind]).elements()) for kind, now in snapshot().items()}
+        return {kind: found for kind, found in more.items() if found}
 
     return settled(new, GRACE_S)
 

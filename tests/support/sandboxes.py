@@ -29,9 +29,7 @@ PROBE_NAME = "./probe"
 
 # What a machine must have for every test to run. A skip for one of these is a failure where CI promised it:
 # RINGFENCE_CI_PROMISES=all, or a list of these names with commas.
-PROMISES = frozenset(
-    ("root", "cgroup memory", "cgroup pids", "user namespaces", "Landlock", "libseccomp", "vm level")
-)
+PROMISES = frozenset(("root", "cgroup memory", "cgroup pids", "user namespaces", "Landlock", "libseccomp", "vm level"))
 
 
 def need(what: str, present: bool) -> None:
@@ -69,9 +67,7 @@ def need_cgroup(controller: str) -> None:
 
 def run_probe(isolation: str, *args: str | bytes, files: dict[Any, Any] | None = None, **options: Any) -> rf.Result:
     """One run of the probe with these arguments."""
-    return rf.run(
-        [PROBE_NAME, *args], isolation=isolation, files={**PROBE_FILE, **(files or {})}, **options
-    )
+    return rf.run([PROBE_NAME, *args], isolation=isolation, files={**PROBE_FILE, **(files or {})}, **options)
 
 
 def ended(result: rf.Result) -> tuple[str, int | None, int | None]:

@@ -44,11 +44,7 @@ class TestLayout:
         assert found.kind == "hybrid"
         assert found.unified == os.fsencode(tmp_path) + b"/unified/user"
         assert found.controller("memory").path == os.fsencode(tmp_path) + b"/memory/jobs/7"
-        assert (
-            found.controller("cpu").path
-            == found.controller("cpuacct").path
-            == os.fsencode(tmp_path) + b"/cpu"
-        )
+        assert found.controller("cpu").path == found.controller("cpuacct").path == os.fsencode(tmp_path) + b"/cpu"
         assert found.controller("memory").usable
         pids = found.controller("pids")
         assert (pids.usable, pids.version) == (False, 0)
@@ -337,9 +333,7 @@ class TestVersion2ForReal:
         assert cgroup.remove()
 
     @pytest.mark.parametrize("has_cgroup_kill", [True, False])
-    def test_kill(
-        self, unified: base.Manager, has_cgroup_kill: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_kill(self, unified: base.Manager, has_cgroup_kill: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         cgroup = unified.create()
         if not has_cgroup_kill:
             real_open = base.open_to_write
@@ -403,8 +397,7 @@ child.wait()
             own = directories_of(unified)[0] / cgroup.name
             # Its parent is the base, which hands out no controllers.
             script = (
-                "import sys; from ringfence.linux.cgroups import v2\n"
-                "print(v2.find_home(sys.argv[1].encode()).reason)"
+                "import sys; from ringfence.linux.cgroups import v2\nprint(v2.find_home(sys.argv[1].encode()).reason)"
             )
             fds = cgroup.join_fds()
             found = subprocess.run(
@@ -431,9 +424,7 @@ class FakeKernel:
         monkeypatch.setattr(os, "rmdir", self.remove)
         monkeypatch.setattr(base, "set_and_read", self.set_and_read)
 
-    def populate(
-        self, folder: Path, controllers: str, subtree: str = "", pids: str = "", kind: str = "domain"
-    ) -> None:
+    def populate(self, folder: Path, controllers: str, subtree: str = "", pids: str = "", kind: str = "domain") -> None:
         folder.mkdir(exist_ok=True, parents=True)
         files = {"cgroup.controllers": controllers, "cgroup.subtree_control": subtree, "cgroup.procs": pids}
         if kind:
@@ -586,18 +577,12 @@ class TestVersion2Files:
     ) -> None:
         fake.populate(tmp_path / "a", "memory", pids="1\n")
         fake.populate(tmp_path / "b", "memory", kind="threaded")
-        assert v2.find_home(os.fsencode(tmp_path / "a")).reason == (
-            "this process's own cgroup holds 1 other processes"
-        )
-        assert v2.find_home(os.fsencode(tmp_path / "b")).reason == (
-            "this process's own cgroup is of type threaded"
-        )
+        assert v2.find_home(os.fsencode(tmp_path / "a")).reason == ("this process's own cgroup holds 1 other processes")
+        assert v2.find_home(os.fsencode(tmp_path / "b")).reason == ("this process's own cgroup is of type threaded")
         monkeypatch.setattr(os, "access", lambda *_args, **_more: False)
         found = v2_layout(tmp_path, "/a")
         assert not any(one.usable for one in found.controllers)
-        assert found.controller("memory").reason == (
-            f"{tmp_path}/a isn't writable for this user (not delegated)"
-        )
+        assert found.controller("memory").reason == (f"{tmp_path}/a isn't writable for this user (not delegated)")
         manager = cgroups.open_manager(found)
         assert manager.bases() == ()
         with pytest.raises(KernelError, match="not delegated"):

@@ -124,16 +124,12 @@ def test_the_image_holds_the_tree(rootfs: Path, tmp_path: Path) -> None:
     assert os.readlink(out / "link") == "bin/tool"
     assert os.readlink(out / "dangling") == "/nonexistent/far/away"
     assert sorted(os.listdir(bytes(out / "etc"))) == sorted(os.listdir(bytes(rootfs / "etc")))
-    shown = subprocess.run(
-        ["dump.erofs", "--path=/bin/tool", path], check=True, capture_output=True, text=True
-    )
+    shown = subprocess.run(["dump.erofs", "--path=/bin/tool", path], check=True, capture_output=True, text=True)
     # dump.erofs shows no more of the mode than this.
     assert "Access: 0755" in shown.stdout
     assert f"Uid: {os.geteuid()}" in shown.stdout
     assert "Links: 2" in shown.stdout
-    shown = subprocess.run(
-        ["dump.erofs", "--path=/etc/empty", path], check=True, capture_output=True, text=True
-    )
+    shown = subprocess.run(["dump.erofs", "--path=/etc/empty", path], check=True, capture_output=True, text=True)
     assert "2001-09-09" in shown.stdout
 
 
@@ -202,9 +198,7 @@ def left(cache: Path) -> list[str]:
     return [name for _, folders, _ in os.walk(cache) for name in folders if "." in name]
 
 
-def test_a_tree_that_changes_while_it_is_read(
-    rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tree_that_changes_while_it_is_read(rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_mkfs(tmp_path, monkeypatch, f'for image; do :; done; echo x >> "{rootfs}/etc/empty"; : > "$5"')
     with pytest.raises(SpecError, match="changed while it was read"):
         images.erofs_disk(str(rootfs), str(tmp_path / "cache"))

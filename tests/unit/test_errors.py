@@ -63,9 +63,7 @@ def test_messages_are_one_line_with_call_arguments_and_help() -> None:
         r'openat(3, "a\n\"b\udcff"): ENOENT (No such file or directory)'
     )
     assert str(EXAMPLES[5]) == 'exec: execve("/bin/nope"): ENOENT (No such file or directory)'
-    assert str(EXAMPLES[4]) == (
-        "vm isolation is unavailable here: QEMU is not installed (run 'ringfence setup')"
-    )
+    assert str(EXAMPLES[4]) == ("vm isolation is unavailable here: QEMU is not installed (run 'ringfence setup')")
     assert str(MEMORY) == "memory: no memory controller (run 'ringfence doctor')"
     assert str(EXAMPLES[8]) == "the workload exited with status 3"
     for error in EXAMPLES:

@@ -5,8 +5,8 @@ import stat
 from pathlib import Path
 
 import pytest
-
 from kernel_parts import debian_modules
+
 from ringfence.errors import Unavailable
 from ringfence.levels.vm import initramfs, modules
 from ringfence.levels.vm.kernel import GuestKernel

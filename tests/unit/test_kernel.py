@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from kernel_parts import RELEASE, bzimage, debian_modules, elf_kernel, module
+
 from ringfence.errors import SpecError, Unavailable
 from ringfence.levels.vm import bzimage as reader
 from ringfence.levels.vm import debian, kernel, modules
@@ -82,9 +82,7 @@ def test_every_compression_gives_the_same_kernel(name: str, pack: object) -> Non
     assert reader.release(image) == RELEASE
 
 
-@pytest.mark.parametrize(
-    ("command", "suffix"), [(["lz4", "-l", "-c", "-9"], b""), (["zstd", "-c", "-19"], b"")]
-)
+@pytest.mark.parametrize(("command", "suffix"), [(["lz4", "-l", "-c", "-9"], b""), (["zstd", "-c", "-19"], b"")])
 def test_real_compressors(command: list[str], suffix: bytes) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"needs the {command[0]} command")
@@ -242,9 +240,7 @@ def test_a_damaged_kernel_is_made_anew(
     assert kernel.find(cache) == made
 
 
-def test_a_touched_kernel_is_no_damaged_one(
-    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_touched_kernel_is_no_damaged_one(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGFENCE_KERNEL", str(install(tmp_path)))
     made = kernel.prepare(cache)
     os.utime(made.vmlinux, (1, 1))
@@ -280,8 +276,7 @@ def test_threads_make_it_once(tmp_path: Path, cache: str, monkeypatch: pytest.Mo
     said: list[str] = []
     made: list[kernel.GuestKernel] = []
     several = [
-        threading.Thread(target=lambda: made.append(kernel.prepare(cache, progress=said.append)))
-        for _ in range(8)
+        threading.Thread(target=lambda: made.append(kernel.prepare(cache, progress=said.append))) for _ in range(8)
     ]
     for one in several:
         one.start()
@@ -327,9 +322,7 @@ def make_deb(tmp_path: Path, name: str = f"linux-image-{RELEASE}", version: str 
     control = f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: x <x@example.org>\n"
     (tree / "DEBIAN/control").write_text(control + "Description: a test\n")
     path = tmp_path / f"{name}_{version}_amd64.deb"
-    subprocess.run(
-        ["dpkg-deb", "--root-owner-group", "-Zxz", "-b", tree, path], check=True, capture_output=True
-    )
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-Zxz", "-b", tree, path], check=True, capture_output=True)
     shutil.rmtree(tree)
     return path
 
@@ -361,9 +354,7 @@ linux-image-amd64) printf 'Package: %s\\nVersion: 1\\nDepends: {image} (= {versi
 *) echo "E: No packages found" >&2; exit 100;;
 esac
 """
-    fetch = (
-        f'cp {deb} . && echo "$@" >> {folder}/downloads' if deb else "echo 'E: 404 Not Found' >&2; exit 100"
-    )
+    fetch = f'cp {deb} . && echo "$@" >> {folder}/downloads' if deb else "echo 'E: 404 Not Found' >&2; exit 100"
     for name, text in (("apt-cache", cache), ("apt-get", f"#!/bin/sh\n{fetch}\n")):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -391,9 +382,7 @@ def test_the_package_that_apt_knows(tmp_path: Path, cache: str, monkeypatch: pyt
     assert kernel.find(cache) == newer
 
 
-def test_a_failed_download_says_what_to_do(
-    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_download_says_what_to_do(tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_apt(tmp_path / "bin", None)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setattr(kernel, "_from_host", _no_host_kernel)

@@ -43,9 +43,7 @@ def test_the_least_guest() -> None:
 
 
 def test_shares_and_disks() -> None:
-    words = argv(
-        shares=[("host", "/a,b", False), ("work", b"/w\xff", True)], disks=["/d,1.erofs", "/d2"], cpus=2
-    )
+    words = argv(shares=[("host", "/a,b", False), ("work", b"/w\xff", True)], disks=["/d,1.erofs", "/d2"], cpus=2)
     assert after(words, "-fsdev") == [
         b"local,id=share0,path=/a,,b,security_model=none,multidevs=remap,readonly=on",
         b"local,id=share1,path=/w\xff,security_model=none,multidevs=remap",

@@ -45,9 +45,7 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def run(
-    probe: str, *args: str | bytes, stdin: bytes = b"", **kwargs: Any
-) -> subprocess.CompletedProcess[bytes]:
+def run(probe: str, *args: str | bytes, stdin: bytes = b"", **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([probe, *args], input=stdin, capture_output=True, timeout=60, check=False, **kwargs)
 
 
@@ -152,9 +150,7 @@ def test_both(probe: str) -> None:
     done = run(probe, "both", "50")
     assert done.stdout == b"".join(b"out %d\n" % i for i in range(50))
     assert done.stderr == b"".join(b"err %d\n" % i for i in range(50))
-    merged = subprocess.run(
-        [probe, "both", "3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
-    ).stdout
+    merged = subprocess.run([probe, "both", "3"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout
     assert merged == b"out 0\nerr 0\nout 1\nerr 1\nout 2\nerr 2\n"
 
 
@@ -387,9 +383,7 @@ def test_attempts_on_another_process(probe: str, victim: subprocess.Popen[bytes]
 
 
 @pytest.mark.parametrize("verb", ["try-ptrace", "try-procmem", "try-environ", "try-vm-readv"])
-def test_attempts_without_privilege_are_refused(
-    probe: str, verb: str, victim: subprocess.Popen[bytes]
-) -> None:
+def test_attempts_without_privilege_are_refused(probe: str, verb: str, victim: subprocess.Popen[bytes]) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root, to become another user")
     # By descriptor: another user can't walk to the built binary, below a directory of root's alone.
@@ -521,9 +515,7 @@ def test_facts_show_a_confined_process(probe: str) -> None:
     # setpriv changes the user before exec, which must still reach the binary: hand it over as a descriptor.
     fd = os.open(probe, os.O_RDONLY)
     try:
-        inside = json.loads(
-            run(confined[0], *confined[1:], f"/proc/self/fd/{fd}", "facts", pass_fds=[fd]).stdout
-        )
+        inside = json.loads(run(confined[0], *confined[1:], f"/proc/self/fd/{fd}", "facts", pass_fds=[fd]).stdout)
     finally:
         os.close(fd)
     assert inside["no_new_privs"] == 1

@@ -23,7 +23,17 @@ from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
 ALLOW = 0x7FFF0000
 EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
 KILL = 0x80000000
-MODES = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1, "mkdir": 1, "mkdirat": 2, "mknod": 1, "mknodat": 2}
+MODES = {
+    "chmod": 1,
+    "fchmod": 1,
+    "fchmodat": 2,
+    "fchmodat2": 2,
+    "creat": 1,
+    "mkdir": 1,
+    "mkdirat": 2,
+    "mknod": 1,
+    "mknodat": 2,
+}
 OPENS = {"open": (1, 2), "openat": (2, 3)}
 BY_ARGUMENT = ("clone", "ioctl", "personality", "socket", "socketpair", *MODES, *OPENS)
 ON_X86_64 = os.uname().machine == "x86_64"
@@ -256,9 +266,7 @@ ATTEMPTS: dict[str, tuple[int, ...]] = {
 }
 
 
-def run_child(
-    tmp_path: Path, program: bytes, calls: list[tuple[str, int, tuple[int, ...]]]
-) -> dict[str, int]:
+def run_child(tmp_path: Path, program: bytes, calls: list[tuple[str, int, tuple[int, ...]]]) -> dict[str, int]:
     path = ""
     if program:
         path = str(tmp_path / "program.bpf")
@@ -290,9 +298,7 @@ class TestInTheKernel:
     def test_namespaces_by_clone_and_clone3(self, tmp_path: Path, program: bytes) -> None:
         # CLONE_SIGHAND without CLONE_VM is refused (EINVAL) before anything is made.
         flags = {bit: 0x800 | 1 << bit for bit in (17, 25, 26, 27, 28, 29, 30)}
-        calls: list[Call] = [
-            (f"clone {bit}", number("clone"), (value, 0, 0, 0, 0)) for bit, value in flags.items()
-        ]
+        calls: list[Call] = [(f"clone {bit}", number("clone"), (value, 0, 0, 0, 0)) for bit, value in flags.items()]
         calls += [("clone plain", number("clone"), (0x800, 0, 0, 0, 0)), ("clone3", number("clone3"), (0, 0))]
         assert set(run_child(tmp_path, b"", calls).values()) == {errno.EINVAL}
         found = run_child(tmp_path, program, calls)
@@ -304,9 +310,7 @@ class TestInTheKernel:
     def test_sockets(self, tmp_path: Path, name: str) -> None:
         families = {"unix": 1, "inet": 2, "inet6": 10, "netlink": 16, "packet": 17, "alg": 38, "vsock": 40}
         stream = 1
-        calls: list[Call] = [
-            (family, number("socket"), (value, stream, 0)) for family, value in families.items()
-        ]
+        calls: list[Call] = [(family, number("socket"), (value, stream, 0)) for family, value in families.items()]
         control = run_child(tmp_path, b"", calls)
         assert errno.EPERM not in [code for name, code in control.items() if name != "packet"]
         found = run_child(tmp_path, seccomp.compile(POLICIES[name]), calls)
@@ -408,12 +412,8 @@ class TestTheCache:
         assert seccomp.cached(seccomp.policy(namespaces=False)) != first
         assert len(list((cache / "seccomp").iterdir())) == 2
 
-    @pytest.mark.parametrize(
-        "damage", ["cut", "flip", "empty", "text", "long", "writable", "link", "other key"]
-    )
-    def test_a_damaged_file_is_made_anew(
-        self, cache: Path, damage: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "long", "writable", "link", "other key"])
+    def test_a_damaged_file_is_made_anew(self, cache: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
         first, _ = self.again(monkeypatch)
         path = self.kept(cache)
         good = path.read_bytes()
@@ -450,9 +450,7 @@ class TestTheCache:
         (cache / "seccomp").chmod(0o777)
         assert self.again(monkeypatch)[1] == 1
 
-    def test_no_usable_cache_folder_is_no_error(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_no_usable_cache_folder_is_no_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_bytes(b"")
         monkeypatch.setenv("RINGFENCE_CACHE", str(tmp_path / "file" / "below"))
         first, times = self.again(monkeypatch)
@@ -471,14 +469,10 @@ sys.modules])
         path = [one for one in sys.path if one]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         for expected in ("pyseccomp", "[]"):
-            found = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=60, env=environment
-            )
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, env=environment)
             assert expected in found.stdout
 
-    def test_without_libseccomp_it_says_what_to_do(
-        self, cache: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_libseccomp_it_says_what_to_do(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pyseccomp", None)
         with pytest.raises(Unmet, match="libseccomp2") as caught:
             seccomp.cached(seccomp.policy(namespaces=True))

@@ -46,9 +46,7 @@ def test_everything_at_once_is_frozen_hashable_and_pickles(tmp_path: Path) -> No
         user="5:6",
         hostname="worker-1.local",
         network="host",
-        limits=Limits(
-            memory="256M", cpus="1.5", pids=64, wall_time=10, cpu_time="5s", output="10M", disk="1G"
-        ),
+        limits=Limits(memory="256M", cpus="1.5", pids=64, wall_time=10, cpu_time="5s", output="10M", disk="1G"),
         check=True,
         text=True,
     )

@@ -13,7 +13,7 @@ import stat
 from ringfence._value import Value
 from ringfence.errors import SpecError
 
-__all__ = ["Entry", "OWN_NAMES", "entries", "host_entries", "host_secrets"]
+__all__ = ["OWN_NAMES", "Entry", "entries", "host_entries", "host_secrets"]
 
 # Made by ringfence in every sandbox; an image's own are never shown.
 OWN_NAMES = frozenset((b"dev", b"home", b"proc", b"run", b"sys", b"tmp", b"work"))

@@ -18,7 +18,7 @@ from ringfence.levels.users import resolve
 from ringfence.linux import ids, landlock, mounts, seccomp
 from ringfence.result import Applied
 from ringfence.wire import messages
-from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, OPTIONAL, RDONLY, RECURSIVE, MountStep
+from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from ringfence.levels.host import Host
     from ringfence.spec import Spec
 
-__all__ = ["ContainerLevel", "ContainerSandbox", "own_directories", "own_namespaces"]
+__all__ = [
+    "ContainerLevel",
+    "ContainerSandbox",
+    "device_steps",
+    "own_directories",
+    "own_namespaces",
+    "private_steps",
+]
 
 _NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 _NEWUSER, _NEWPID, _NEWNET, _NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x00000080
@@ -87,11 +94,21 @@ class ContainerLevel(Level):
             else:
                 if not host.privileged and (uid, gid) not in ((0, 0), _USER):
                     unmet.append(
-                        Unmet("user", spec.user, "an unprivileged caller maps a single id", "leave user out, or run as root")
+                        Unmet(
+                            "user",
+                            spec.user,
+                            "an unprivileged caller maps a single id",
+                            "leave user out, or run as root",
+                        )
                     )
                 elif max(uid, gid) >= ids.CONTAINER_IDS:
                     unmet.append(
-                        Unmet("user", spec.user, f"a container has the ids 0 to {ids.CONTAINER_IDS - 1}", "choose one of them")
+                        Unmet(
+                            "user",
+                            spec.user,
+                            f"a container has the ids 0 to {ids.CONTAINER_IDS - 1}",
+                            "choose one of them",
+                        )
                     )
         return unmet
 
@@ -166,7 +183,7 @@ class ContainerSandbox(LocalSandbox):
         self.start(messages.launch(clone_flags=flags, uid_map=self._maps[0], gid_map=self._maps[1]), plan)
 
     def _scope_sockets(self, plan: messages.Plan) -> None:
-        """Abstract UNIX sockets belong to the network namespace: in the host's, Landlock keeps the host's out of reach."""
+        """Abstract UNIX sockets belong to the network namespace. Landlock keeps the host's out of reach."""
         if self.spec.network.mode == "host" and self._host.landlock_abi >= landlock.SCOPES_ABI:
             plan.landlock(self.keep_fd(landlock.Ruleset(files=False).detach()))
 
@@ -186,7 +203,7 @@ class ContainerSandbox(LocalSandbox):
         else:
             steps = self._skeleton() + (self._extra(self) if self._extra is not None else [])
             sealed = False
-        steps += _private(self.user)
+        steps += private_steps(self.user)
         source = b"/t/run/" + name if own else os.path.join(self.state.run_path, name)
         steps.append(messages.bind(_HOME, source, NOSUID | NODEV))
         steps += self._mounts()
@@ -215,7 +232,7 @@ class ContainerSandbox(LocalSandbox):
             else:
                 source = folder + at
             steps.append(messages.bind(at, source, flags))
-        steps += device_steps(b"/t/" + _TEMPLATE if own and spec.image == "host" else b"", self._device)
+        steps += device_steps(self._device)
         if spec.image == "host" and not own:
             steps += [messages.mask(path) for path in tree.host_secrets()]
         return steps
@@ -240,7 +257,10 @@ class ContainerSandbox(LocalSandbox):
         return self.keep_fd(mounts.clone_tree(path)) if self._host.privileged else path
 
     def _device(self, path: bytes) -> bytes | int:
-        return self.keep_fd(mounts.clone_tree(path)) if self._host.privileged and self.spec.image != "host" else path
+        """A standard node: the template's, where there is one."""
+        if self._host.privileged and self.spec.image == "host":
+            return b"/t/" + _TEMPLATE + path
+        return self.device(path)
 
     def _detached(self, path: bytes, owner: tuple[int, int] | None = None, *, must: bool = False) -> int:
         """A detached mount of a host path. owner: (uid, gid) on disk that the workload is to be; else ids on disk are
@@ -350,21 +370,23 @@ class ContainerSandbox(LocalSandbox):
 
 
 @functools.cache
-def _private(user: tuple[int, int]) -> tuple[MountStep, ...]:
+def private_steps(user: tuple[int, int], *, masks: bool = True) -> tuple[MountStep, ...]:
     """What is every sandbox's own: /proc, /tmp, /dev/shm, terminals; /run for root, who alone may write there. /home is
-    an empty folder of the tree.
+    an empty folder of the tree. masks: what /proc tells of the host, or would change there, is hidden.
     """
     tmpfs = NOSUID | NODEV
+    terminals = b"newinstance,ptmxmode=0666,mode=620"
     steps = [
         messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
         messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777,size=1g", flags=tmpfs),
         messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777,size=256m", flags=tmpfs),
-        messages.filesystem(b"/dev/pts", b"devpts", data=b"newinstance,ptmxmode=0666,mode=620", flags=NOSUID | NOEXEC),
+        messages.filesystem(b"/dev/pts", b"devpts", data=terminals, flags=NOSUID | NOEXEC),
     ]
     if user[0] == 0:
         steps.append(messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755,size=64m", flags=tmpfs))
-    steps += [messages.mask(path) for path in _MASKED]
-    steps += [messages.readonly(path) for path in _READONLY]
+    if masks:
+        steps += [messages.mask(path) for path in _MASKED]
+        steps += [messages.readonly(path) for path in _READONLY]
     return tuple(steps)
 
 
@@ -391,18 +413,24 @@ def _network_mechanism(own: bool, scoped: bool) -> str:
 def own_directories() -> list[MountStep]:
     """What every sandbox's root has of its own."""
     steps = [messages.directory(path) for path in (b"/dev", b"/home", b"/run", b"/work", b"/var", b"/mnt", b"/root")]
-    steps += [messages.directory(b"/proc", 0o555), messages.directory(b"/sys", 0o555), messages.directory(b"/tmp", 0o1777)]
+    steps += [
+        messages.directory(b"/proc", 0o555),
+        messages.directory(b"/sys", 0o555),
+        messages.directory(b"/tmp", 0o1777),
+    ]
     steps += [messages.symlink(b"/var/tmp", b"/tmp"), messages.symlink(b"/var/run", b"/run")]
     return steps
 
 
-def device_steps(prefix: bytes, source: object) -> list[MountStep]:
-    """/dev with only the standard nodes (runtime-spec, config-linux.md, "Default Devices")."""
-    open_device = source if callable(source) else (lambda path: path)
+def device_steps(open_device: Callable[[bytes], bytes | int]) -> list[MountStep]:
+    """/dev with only the standard nodes (runtime-spec, config-linux.md, "Default Devices").
+
+    open_device: what is mounted for one of the host's nodes: its path as init sees it, or a descriptor.
+    """
     steps = []
     for name in _DEVICES:
         steps.append(messages.file(b"/dev/" + name, mode=0o666))
-        steps.append(messages.bind(b"/dev/" + name, open_device(prefix + b"/dev/" + name), NOSUID | NOEXEC))
+        steps.append(messages.bind(b"/dev/" + name, open_device(b"/dev/" + name), NOSUID | NOEXEC))
     steps += [messages.directory(b"/dev/pts"), messages.directory(b"/dev/shm", 0o1777)]
     links = {b"fd": b"/proc/self/fd", b"stdin": b"fd/0", b"stdout": b"fd/1", b"stderr": b"fd/2", b"ptmx": b"pts/ptmx"}
     return steps + [messages.symlink(b"/dev/" + name, to) for name, to in links.items()]
@@ -418,7 +446,7 @@ def host_template() -> list[MountStep]:
             continue
         steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
         steps.append(messages.bind(at, mounts.clone_tree(at), RDONLY | NOSUID | NODEV | RECURSIVE))
-    steps += device_steps(b"", mounts.clone_tree)
+    steps += device_steps(mounts.clone_tree)
     steps += [messages.mask(path) for path in tree.host_secrets()]
     steps.append(messages.readonly(b"/"))
     return steps

@@ -171,15 +171,15 @@ class LocalSandbox(Sandbox):
             if rule in in_force:
                 one = in_force[rule]
                 wanted = one.requested if rule in spec.asked else None
-                found.append(
-                    Applied(rule=rule, requested=wanted, effective=one.effective, mechanism=one.mechanism)
-                )
+                found.append(Applied(rule=rule, requested=wanted, effective=one.effective, mechanism=one.mechanism))
         if spec.limits.wall_time_ns is not None:
             wall = spec.limits.wall_time_ns
             found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
         if spec.limits.cpu_time_ns is not None:
             cpu = spec.limits.cpu_time_ns
-            found.append(Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="init, by the cgroup's usage"))
+            found.append(
+                Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="init, by the cgroup's usage")
+            )
         output = spec.limits.output_bytes
         asked = output if "output" in spec.asked else None
         found.append(Applied(rule="output", requested=asked, effective=output, mechanism="the caller's pipes"))
@@ -197,7 +197,9 @@ class LocalSandbox(Sandbox):
         sets = {name: value & CAPABILITIES_ALL for name, value in zip(_SET_NAMES, started.capabilities, strict=True)}
         held = {name: f"{value:#x}" for name, value in sets.items() if value}
         found.append(
-            Applied(rule="capabilities", requested=None, effective=held or "none", mechanism="read from /proc/self/status")
+            Applied(
+                rule="capabilities", requested=None, effective=held or "none", mechanism="read from /proc/self/status"
+            )
         )
         found.append(
             Applied(

@@ -90,7 +90,7 @@ class ProcessLevel(Level):
                     Unmet(
                         rule,
                         requested(spec, rule),
-                        "the workload could stop ringfence itself: this kernel can't keep its signals in (Landlock ABI 6)",
+                        "the workload could stop ringfence itself: signals can't be kept in here (Landlock ABI 6)",
                         "use Linux 6.12, run as root, or use isolation='container'",
                     )
                 )
@@ -245,7 +245,7 @@ class ProcessSandbox(LocalSandbox):
                     rule="host files and sockets",
                     requested=None,
                     effective=None,
-                    mechanism="shared: uid 0 may read what root may, and connect to sockets where the network is the host's",
+                    mechanism="shared: uid 0 reads what root may, and connects where the network is the host's",
                 )
             )
         found += [

@@ -49,7 +49,9 @@ class WorkDirectory:
         for one in files:
             folder, name = self._parents(one.path)
             try:
-                fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+                fd = os.open(
+                    name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=folder
+                )
                 try:
                     rest = memoryview(one.data)
                     while rest:

@@ -57,9 +57,7 @@ def probe(cache_dir: str | None = None, *, qemu: str = _QEMU, refresh: bool = Fa
     if (state := _opens()) is not None:
         return state
     if os.uname().machine != "x86_64":
-        return KvmState(
-            usable=True, reason=f"{DEVICE} opens; its speed is untested here", ns_per_instruction=None
-        )
+        return KvmState(usable=True, reason=f"{DEVICE} opens; its speed is untested here", ns_per_instruction=None)
     key = _key(qemu)
     path = os.path.join(_cache.root(cache_dir), f"kvm-{os.geteuid()}")
     if not refresh and (known := _read(path, key)):
@@ -79,9 +77,7 @@ def _opens() -> KvmState | None:
     except FileNotFoundError:
         return _unusable(f"there is no {DEVICE}: no hardware virtualisation, or the module kvm isn't loaded")
     except PermissionError:
-        return _unusable(
-            f"{DEVICE} is not for this user: join the group kvm ('usermod -aG kvm USER' as root)"
-        )
+        return _unusable(f"{DEVICE} is not for this user: join the group kvm ('usermod -aG kvm USER' as root)")
     except OSError as error:
         return _unusable(f"{DEVICE} doesn't open: {_name(error.errno)}")
     return None
@@ -101,9 +97,7 @@ def judge(said: str | None) -> KvmState:
                     " (nested virtualisation?)",
                     measured,
                 )
-            return KvmState(
-                usable=True, reason=f"{measured:.2f} ns an instruction", ns_per_instruction=measured
-            )
+            return KvmState(usable=True, reason=f"{measured:.2f} ns an instruction", ns_per_instruction=measured)
         if words[0] == "failed":
             number = int(words[-1])
             about = f": {_name(number)}" if number else ""
@@ -214,8 +208,6 @@ def _read(path: str, key: str) -> KvmState | None:
             known, usable, measured, reason = file.read(8192).split("\n")[:4]
         if known != key:
             return None
-        return KvmState(
-            usable=usable == "1", reason=reason, ns_per_instruction=float(measured) if measured else None
-        )
+        return KvmState(usable=usable == "1", reason=reason, ns_per_instruction=float(measured) if measured else None)
     except (OSError, ValueError):
         return None

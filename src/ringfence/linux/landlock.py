@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-__all__ = ["ALL_FILES", "READ_ONLY", "SCOPES_ABI", "WRITABLE_TREE", "Ruleset", "abi", "available", "describe", "gaps", "host_read_only"]
+__all__ = [
+    "ALL_FILES",
+    "READ_ONLY",
+    "SCOPES_ABI",
+    "WRITABLE_TREE",
+    "Ruleset",
+    "abi",
+    "available",
+    "describe",
+    "gaps",
+    "host_read_only",
+]
 
 # Rights on files, of include/uapi/linux/landlock.h.
 EXECUTE = 1 << 0
@@ -114,14 +125,13 @@ class Ruleset:
         self, *, deny_network: bool = False, scope: bool = True, files: bool = True, version: int | None = None
     ) -> None:
         """deny_network: no TCP port may be bound or connected to. scope: no signals and no abstract UNIX
-        sockets to processes outside. files: whether any right on files is taken away. version: an older ABI than the kernel's, for tests.
+        sockets to processes outside. files: whether any right on files is taken away. version: an older ABI
+        than the kernel's, for tests.
         """
         self.version = abi() if version is None else version
         self.handled_files = _files(self.version) if files else 0
         self.handled_network = BIND_TCP | CONNECT_TCP if deny_network and self.version >= _NETWORK_ABI else 0
-        self.scoped = (
-            SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and self.version >= SCOPES_ABI else 0
-        )
+        self.scoped = SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and self.version >= SCOPES_ABI else 0
         attributes = struct.pack("=QQQ", self.handled_files, self.handled_network, self.scoped)
         # An older kernel takes only the fields that it knows.
         size = 24 if self.version >= SCOPES_ABI else 16 if self.version >= _NETWORK_ABI else 8

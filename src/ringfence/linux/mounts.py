@@ -1,4 +1,7 @@
-"""Detached mounts: taken in this process's mount namespace, attached in a sandbox's (open_tree(2), mount_setattr(2))."""
+"""Detached mounts: taken in this process's mount namespace, attached in a sandbox's.
+
+Sources: open_tree(2), mount_setattr(2).
+"""
 
 from __future__ import annotations
 

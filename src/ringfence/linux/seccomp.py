@@ -270,7 +270,8 @@ def _key(wanted: Policy) -> bytes:
     libseccomp's version isn't: names that it doesn't know have their numbers from NEWER, so each version
     makes a program of the same meaning, and asking for it would load the library at each start.
     """
-    text = f"{os.uname().machine} {wanted.allowed} {wanted.denied} {wanted.families} {wanted.pair_families} {sorted(NEWER.items())}"
+    lists = (wanted.allowed, wanted.denied, wanted.families, wanted.pair_families, sorted(NEWER.items()))
+    text = f"{os.uname().machine} {lists}"
     return _sha256(_MAGIC + text.encode())
 
 

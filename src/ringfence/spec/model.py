@@ -222,9 +222,7 @@ def _env(env: Mapping[Any, Any] | None) -> tuple[tuple[bytes, bytes], ...]:
             raise SpecError(f"env: {key!r} is given twice, as str and as bytes")
         variables[name] = _string(value, f"env[{key!r}]")
         if len(name) + 1 + len(variables[name]) >= _MOST_STRING_BYTES:
-            raise SpecError(
-                f"env[{key!r}] is too long: Linux takes at most {_MOST_STRING_BYTES - 1} bytes a string"
-            )
+            raise SpecError(f"env[{key!r}] is too long: Linux takes at most {_MOST_STRING_BYTES - 1} bytes a string")
     return tuple(variables.items())
 
 
@@ -233,9 +231,7 @@ def _check_exec_size(argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ..
     total = sum(len(one) + pointer_and_nul for one in argv)
     total += sum(len(name) + 1 + len(value) + pointer_and_nul for name, value in env)
     if total > _MOST_STRINGS_BYTES:
-        raise SpecError(
-            f"argv and env together take {total} bytes, more than 1 MiB: pass them by input or files"
-        )
+        raise SpecError(f"argv and env together take {total} bytes, more than 1 MiB: pass them by input or files")
 
 
 def _string(value: object, what: str) -> bytes:
@@ -252,9 +248,7 @@ def _string(value: object, what: str) -> bytes:
     if b"\0" in raw:
         raise SpecError(f"{what} contains a NUL byte")
     if len(raw) >= _MOST_STRING_BYTES:
-        raise SpecError(
-            f"{what} has {len(raw)} bytes: Linux takes at most {_MOST_STRING_BYTES - 1} in one string"
-        )
+        raise SpecError(f"{what} has {len(raw)} bytes: Linux takes at most {_MOST_STRING_BYTES - 1} in one string")
     return raw
 
 
@@ -280,9 +274,7 @@ def _files(files: Mapping[Any, Any] | None) -> tuple[FileIn, ...]:
         while b"/" in parent:
             parent = parent.rpartition(b"/")[0]
             if parent in found:
-                raise SpecError(
-                    f"files: {os.fsdecode(parent)!r} is a file and a folder of {os.fsdecode(path)!r}"
-                )
+                raise SpecError(f"files: {os.fsdecode(parent)!r} is a file and a folder of {os.fsdecode(path)!r}")
     return tuple(found.values())
 
 
@@ -314,9 +306,7 @@ def _image(image: Path | None) -> str:
     try:
         is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
     except OSError as error:
-        raise SpecError(
-            f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder ({error.strerror})"
-        ) from None
+        raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder ({error.strerror})") from None
     if not is_folder:
         raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder")
     folder = os.path.realpath(folder)
@@ -338,9 +328,7 @@ def _user(user: int | str) -> tuple[int, int] | str:
         return _id(first, user), _id(second or first, user)
     for part in (first, second) if colon else (first,):
         # What useradd(8) takes, and what a passwd file can hold.
-        if not (
-            part and part.isascii() and part.replace("-", "").replace(".", "").replace("_", "").isalnum()
-        ):
+        if not (part and part.isascii() and part.replace("-", "").replace(".", "").replace("_", "").isalnum()):
             raise SpecError(f"user must be a uid, 'uid:gid' or a name, not {user!r}")
     return user
 
@@ -358,15 +346,11 @@ def _hostname(hostname: str) -> str:
     if not isinstance(hostname, str):
         raise SpecError(f"hostname must be a str, not {type(hostname).__name__}")
     if len(hostname) > _MOST_HOSTNAME_BYTES:
-        raise SpecError(
-            f"hostname has {len(hostname)} characters: Linux takes at most {_MOST_HOSTNAME_BYTES}"
-        )
+        raise SpecError(f"hostname has {len(hostname)} characters: Linux takes at most {_MOST_HOSTNAME_BYTES}")
     for label in hostname.split("."):
         plain = label.isascii() and label.replace("-", "").isalnum()
         if not plain or label[0] == "-" or label[-1] == "-" or len(label) > 63:
-            raise SpecError(
-                f"hostname {hostname!r} must be of letters, digits and inner hyphens, in labels with dots"
-            )
+            raise SpecError(f"hostname {hostname!r} must be of letters, digits and inner hyphens, in labels with dots")
     return hostname
 
 
@@ -376,7 +360,5 @@ def _network(network: str | Network | None) -> Network:
     if isinstance(network, Network):
         return network
     if not isinstance(network, str):
-        raise SpecError(
-            f"network must be 'none', 'nat', 'host' or Network(...), not {type(network).__name__}"
-        )
+        raise SpecError(f"network must be 'none', 'nat', 'host' or Network(...), not {type(network).__name__}")
     return Network(network)

@@ -310,9 +310,7 @@ def _check_number(value: object, what: str) -> None:
 def _bounded(parts: list[bytes], raw: bytes, what: str) -> bytes:
     path = b"/".join(parts)
     if len(path) > _PATH_MAX - 2 or any(len(part) > _NAME_MAX for part in parts):
-        raise SpecError(
-            f"{what}: {shown(raw)} is longer than the kernel takes ({_NAME_MAX} bytes a component)"
-        )
+        raise SpecError(f"{what}: {shown(raw)} is longer than the kernel takes ({_NAME_MAX} bytes a component)")
     return path
 
 

@@ -38,7 +38,7 @@ class File(Value):
     data: bytes
     mode: int
 
-    def __init__(self, data: bytes | bytearray | memoryview | str, mode: int = 0o644) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview | str, mode: Any = 0o644) -> None:
         if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= 0o777:
             shown = oct(mode) if isinstance(mode, int) else repr(mode)
             raise SpecError(f"a file's mode must be between 0 and 0o777, not {shown}")
@@ -115,9 +115,7 @@ class Limits(Value):
             "disk": disk,
         }
         self._set(
-            memory_bytes=None
-            if memory is None
-            else _at_least(memory, "memory", _LEAST_MEMORY_BYTES, "1 MiB"),
+            memory_bytes=None if memory is None else _at_least(memory, "memory", _LEAST_MEMORY_BYTES, "1 MiB"),
             cpus=None if cpus is None else parse.cpus(cpus),
             pids=None if pids is None else parse.count(pids, "pids", 1, _MOST_PIDS),
             wall_time_ns=None if wall_time is None else _time(wall_time, "wall_time"),

@@ -309,7 +309,16 @@ class Exited(Value):
     None. clock_ns: when the command was reaped, by the CLOCK_MONOTONIC of its kernel.
     """
 
-    __slots__ = ("clock_ns", "cpu_ns", "exit_code", "memory_peak_bytes", "oom_kills", "reason", "resident_peak_bytes", "signal")
+    __slots__ = (
+        "clock_ns",
+        "cpu_ns",
+        "exit_code",
+        "memory_peak_bytes",
+        "oom_kills",
+        "reason",
+        "resident_peak_bytes",
+        "signal",
+    )
     exit_code: int | None
     signal: int | None
     cpu_ns: int
@@ -365,6 +374,8 @@ def _unpack(form: str, data: bytes, what: str) -> tuple[int, ...]:
 def _text(data: bytes) -> str:
     """A string of the other side's, made fit to print: it may come from a guest."""
     text = data.rstrip(b"\0").decode("utf-8", "replace")
+    if text.isprintable() and len(text) <= 1024:
+        return text
     return "".join(character if character.isprintable() else "?" for character in text[:1024])
 
 
@@ -430,6 +441,9 @@ def parse_started(payload: bytes) -> Started:
     )
 
 
+_NAMESPACES = {name.encode(): name for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")}
+
+
 def _namespaces(data: bytes) -> dict[str, int]:
     """From "mnt:[4026531841]" and its like, each with its NUL."""
     found = {}
@@ -437,7 +451,7 @@ def _namespaces(data: bytes) -> dict[str, int]:
         name, colon, inode = entry.partition(b":[")
         if not colon or not inode.endswith(b"]") or not inode[:-1].isdigit() or len(inode) > 20:
             raise ProtocolError("STARTED names a namespace that is none")
-        found[_text(name)] = int(inode[:-1])
+        found[_NAMESPACES.get(name) or _text(name)] = int(inode[:-1])
     return found
 
 

@@ -13,7 +13,7 @@ import time
 from ringfence.errors import ProtocolError, SpecError, StartError, Unavailable, Unmet
 from ringfence.images import tree
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
-from ringfence.levels.container import own_directories
+from ringfence.levels.container import device_steps, own_directories, private_steps
 from ringfence.levels.drive import drive
 from ringfence.levels.local import CAPABILITIES_ALL, rlimits
 from ringfence.levels.state import state
@@ -24,7 +24,7 @@ from ringfence.result import Applied
 from ringfence.spec.parse import match_pattern
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
-from ringfence.wire.messages import INSIDE, NODEV, NOEXEC, NOSUID, RDONLY, MountStep
+from ringfence.wire.messages import INSIDE, NODEV, NOSUID, RDONLY, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ _DEFAULT_MEMORY_BYTES = 512 << 20
 _CPU_PERIOD_NS = 100_000_000
 _MOST_CPUS = 64
 
-_DEVICES = (b"null", b"zero", b"full", b"random", b"urandom", b"tty")
 _IMAGE = b"/.image"
 
 
@@ -108,9 +107,7 @@ class VmLevel(Level):
             except SpecError as error:
                 unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
         if spec.limits.cpus is not None and spec.limits.cpus > _MOST_CPUS:
-            unmet.append(
-                Unmet("cpus", spec.limits.cpus, f"a guest has at most {_MOST_CPUS} CPUs", "ask for fewer")
-            )
+            unmet.append(Unmet("cpus", spec.limits.cpus, f"a guest has at most {_MOST_CPUS} CPUs", "ask for fewer"))
         if len(spec.mounts) > 6:
             unmet.append(
                 Unmet("mounts", requested(spec, "mounts"), "the machine has room for 6 shares", "share their parent")
@@ -179,9 +176,7 @@ class VmSandbox(Sandbox):
                     channel.send(request)
         id = self._id()
         channel.send(
-            messages.execute(
-                command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0
-            )
+            messages.execute(command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0)
         )
         outcome = drive(
             channel,
@@ -280,7 +275,6 @@ class VmSandbox(Sandbox):
         """The same tree as a container's, of a share or a disk."""
         spec = self._spec
         uid, gid = self._user
-        mine = b"uid=%d,gid=%d" % (uid, gid)
         steps = [*own_directories(), messages.directory(_IMAGE)]
         if spec.image == "host":
             entries = tree.host_entries()
@@ -297,22 +291,11 @@ class VmSandbox(Sandbox):
                 continue
             steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
             steps.append(messages.bind(at, _IMAGE + at, RDONLY | NOSUID | NODEV | INSIDE))
-        for name in _DEVICES:
-            steps.append(messages.file(b"/dev/" + name, mode=0o666))
-            steps.append(messages.bind(b"/dev/" + name, b"/dev/" + name, NOSUID | NOEXEC))
-        steps += [messages.directory(b"/dev/pts"), messages.directory(b"/dev/shm", 0o1777)]
-        links = {b"fd": b"/proc/self/fd", b"stdin": b"fd/0", b"stdout": b"fd/1", b"stderr": b"fd/2", b"ptmx": b"pts/ptmx"}
-        steps += [messages.symlink(b"/dev/" + name, to) for name, to in links.items()]
-        tmpfs = NOSUID | NODEV
-        steps += [
-            messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
-            messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777", flags=tmpfs),
-            messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755", flags=tmpfs),
-            messages.filesystem(b"/home", b"tmpfs", data=b"mode=0755," + mine, flags=tmpfs),
-            messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777", flags=tmpfs),
-            messages.filesystem(b"/dev/pts", b"devpts", data=b"newinstance,ptmxmode=0666,mode=620", flags=NOSUID | NOEXEC),
-            messages.filesystem(_HOME, b"tmpfs", data=b"mode=0700," + mine, flags=tmpfs),
-        ]
+        steps += device_steps(lambda path: path)  # of the guest's own devtmpfs
+        # In a kernel of its own there is nothing of the host's to mask.
+        steps += private_steps(self._user, masks=False)
+        work = b"mode=0700,uid=%d,gid=%d" % (uid, gid)
+        steps.append(messages.filesystem(_HOME, b"tmpfs", data=work, flags=NOSUID | NODEV))
         for number, mount in enumerate(spec.mounts):
             steps += _mount_steps(b"mount%d" % number, mount.source, mount.target, writable=mount.writable)
         return [*steps, messages.mask(_IMAGE), messages.readonly(b"/")]
@@ -365,7 +348,9 @@ class VmSandbox(Sandbox):
         self._vmm.channel.send(request)
         empty = 0
         while True:
-            for frame in self._frames(self._collect_until - time.monotonic_ns(), "the guest did not hand over its files"):
+            for frame in self._frames(
+                self._collect_until - time.monotonic_ns(), "the guest did not hand over its files"
+            ):
                 if frame.type == Type.DONE:
                     return
                 if frame.type != kind:
@@ -387,9 +372,7 @@ class VmSandbox(Sandbox):
         spec, limits, started = self._spec, self._spec.limits, outcome.started
         machine = self._machine
         found = [
-            Applied(
-                rule="accelerator", requested=None, effective=self.accelerator, mechanism=self._why_accelerator
-            ),
+            Applied(rule="accelerator", requested=None, effective=self.accelerator, mechanism=self._why_accelerator),
             Applied(
                 rule="machine",
                 requested=None,
@@ -413,7 +396,9 @@ class VmSandbox(Sandbox):
             found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
         if limits.cpu_time_ns is not None:
             cpu = limits.cpu_time_ns
-            found.append(Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="the guest's init, by its cgroup"))
+            found.append(
+                Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="the guest's init, by its cgroup")
+            )
         output = limits.output_bytes
         asked_output = output if "output" in spec.asked else None
         found.append(Applied(rule="output", requested=asked_output, effective=output, mechanism="the channel"))

@@ -96,9 +96,7 @@ def members(deb: str) -> Iterator[tuple[str, IO[bytes]]]:
 
     try:
         # dpkg-deb knows every compression that Debian and Ubuntu have used, and tarfile does not.
-        unpack = subprocess.Popen(
-            ["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except FileNotFoundError:
         raise Unavailable("vm", "there is no dpkg-deb here", _BY_HAND) from None
     with unpack:
@@ -151,7 +149,5 @@ def _show(name: str) -> dict[str, str]:
         raise Unavailable("vm", "there is no apt here to fetch a kernel with", _BY_HAND) from None
     except subprocess.TimeoutExpired:
         raise Unavailable("vm", "apt-cache took over 60 s") from None
-    fields = (
-        line.partition(": ") for line in run.stdout.decode(errors="replace").split("\n\n")[0].splitlines()
-    )
+    fields = (line.partition(": ") for line in run.stdout.decode(errors="replace").split("\n\n")[0].splitlines())
     return {name: value for name, colon, value in fields if colon and not name.startswith(" ")}

@@ -74,9 +74,8 @@ def tree_digest(folder: str) -> str:
     import hashlib
 
     digest = hashlib.sha256(b"ringfence erofs %d\n" % _FORMAT)
-    entries = total = 0
-    for path, about, target in _walk(os.fsencode(folder)):
-        entries += 1
+    total = 0
+    for entries, (path, about, target) in enumerate(_walk(os.fsencode(folder)), start=1):
         total += about.st_size if stat.S_ISREG(about.st_mode) else 0
         if entries > MAX_ENTRIES or total > MAX_BYTES:
             raise SpecError(
@@ -149,9 +148,7 @@ def _make(folder: str, image: str) -> None:
         folder,
     ]
     try:
-        run = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_MAKE_SECONDS, check=False
-        )
+        run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_MAKE_SECONDS, check=False)
     except FileNotFoundError:
         raise Unavailable(
             "vm",

@@ -67,9 +67,7 @@ def build(
     return os.path.join(found, _FILE)
 
 
-def _listed(
-    kernel: GuestKernel, sets: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, bytes], list[tuple[str, str]]]:
+def _listed(kernel: GuestKernel, sets: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, bytes], list[tuple[str, str]]]:
     """({file: ELF}, [(set, file)]): the files of all sets, and the order in which each set loads."""
     files: dict[str, bytes] = {}
     numbered: dict[str, str] = {}
@@ -82,9 +80,7 @@ def _listed(
         except LookupError as missing:
             if not os.listdir(kernel.modules):
                 continue  # A kernel in one piece.
-            raise Unavailable(
-                "vm", f"kernel {kernel.release} lacks the module {missing.args[0]}"
-            ) from missing
+            raise Unavailable("vm", f"kernel {kernel.release} lacks the module {missing.args[0]}") from missing
         for module, data in order.items():
             if module in boot:
                 continue

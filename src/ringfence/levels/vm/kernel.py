@@ -91,9 +91,7 @@ def find(cache_dir: str | None = None) -> GuestKernel | None:
     return _load(os.path.realpath(folder)) if folder else None
 
 
-def prepare(
-    cache_dir: str | None = None, *, refresh: bool = False, progress: Progress | None = None
-) -> GuestKernel:
+def prepare(cache_dir: str | None = None, *, refresh: bool = False, progress: Progress | None = None) -> GuestKernel:
     """The prepared kernel, made now where it's missing or damaged (10 s; from a package a download of some 70
     MB).
 
@@ -294,7 +292,17 @@ def _unpack(debs: list[str]) -> tuple[bytes, _MemoryTree]:
 
 # What the modules of modules.SETS require in Linux 5.15 to 6.12, so that one pass over a package is enough.
 _FORESEEN = frozenset(
-    "virtio virtio_ring 9pnet netfs fscache libcrc32c crc32c_generic lz4_decompress zstd_decompress".split()
+    [
+        "virtio",
+        "virtio_ring",
+        "9pnet",
+        "netfs",
+        "fscache",
+        "libcrc32c",
+        "crc32c_generic",
+        "lz4_decompress",
+        "zstd_decompress",
+    ]
 )
 
 
@@ -352,9 +360,7 @@ def _load(folder: str) -> GuestKernel:
     with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
         manifest = json.load(file)
     if manifest["format"] != _FORMAT:
-        raise Unavailable(
-            "vm", f"the prepared kernel in {folder} was made by another version", f"remove {folder}"
-        )
+        raise Unavailable("vm", f"the prepared kernel in {folder} was made by another version", f"remove {folder}")
     return GuestKernel(
         release=manifest["release"],
         vmlinux=os.path.join(folder, "vmlinux"),

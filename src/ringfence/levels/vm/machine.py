@@ -67,15 +67,11 @@ def arguments(
     if accel not in ("kvm", "tcg"):
         raise SpecError(f"accel must be kvm or tcg, not {accel!r}")
     if memory_bytes < MIN_MEMORY_BYTES:
-        raise SpecError(
-            f"a guest needs at least {MIN_MEMORY_BYTES >> 20} MiB of memory, not {memory_bytes} bytes"
-        )
+        raise SpecError(f"a guest needs at least {MIN_MEMORY_BYTES >> 20} MiB of memory, not {memory_bytes} bytes")
     if cpus < 1:
         raise SpecError(f"a guest needs at least one CPU, not {cpus}")
     if len(shares) + len(disks) > MAX_DEVICES:
-        raise SpecError(
-            f"a guest takes at most {MAX_DEVICES} shares and disks, not {len(shares) + len(disks)}"
-        )
+        raise SpecError(f"a guest takes at most {MAX_DEVICES} shares and disks, not {len(shares) + len(disks)}")
     command_line = kernel_command_line(
         cpus=cpus,
         accel=accel,
@@ -130,9 +126,7 @@ def arguments(
     return [os.fsencode(one) for one in argv]
 
 
-def kernel_command_line(
-    *, cpus: int, accel: str, sets: Sequence[str], console: bool = False, append: str = ""
-) -> str:
+def kernel_command_line(*, cpus: int, accel: str, sets: Sequence[str], console: bool = False, append: str = "") -> str:
     """The guest kernel's command line; init takes `rf.sets=` from it."""
     words = [
         "console=ttyS0" if console else "quiet",

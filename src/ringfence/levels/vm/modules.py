@@ -113,9 +113,7 @@ def _section(elf: bytes, wanted: bytes) -> bytes:
     return b""
 
 
-def load_order(
-    wanted: Iterable[str], read: Callable[[str], bytes | None], builtin: frozenset[str]
-) -> dict[str, bytes]:
+def load_order(wanted: Iterable[str], read: Callable[[str], bytes | None], builtin: frozenset[str]) -> dict[str, bytes]:
     """name -> ELF of the wanted modules and all that they require, each after what it requires.
 
     read(name) gives a module's ELF, or None where there is no such file. Names in `builtin` are part of the

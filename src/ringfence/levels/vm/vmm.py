@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 
 from ringfence._value import Value
 from ringfence.errors import ProtocolError, Unavailable
@@ -16,10 +15,10 @@ from ringfence.levels.container import ContainerSandbox, own_namespaces
 from ringfence.levels.vm import machine
 from ringfence.result import Applied
 from ringfence.spec import Limits, Spec
-from ringfence.wire import frames, messages
+from ringfence.wire import messages
 from ringfence.wire.channel import Channel
 from ringfence.wire.frames import Type
-from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
+from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class Vmm:
         return found
 
     def _take(self) -> None:
-        """What the jail's init tells: that QEMU runs, or that it is over, which the guest's channel shows as its end."""
+        """What the jail's init tells: that QEMU runs, or that it is over."""
         channel = self._jail.channel
         if channel is None:
             return
@@ -149,7 +148,7 @@ class Vmm:
         own = [name for name, inode in started.namespaces.items() if own_namespaces().get(name) != inode]
         held = [value for value in started.capabilities if value & ((1 << 41) - 1)]
         limits = {one.rule: one.effective for one in (self._jail.cgroup.in_force if self._jail.cgroup else ())}
-        jail = f"namespaces {', '.join(own)}; capabilities {'none' if not held else held}; seccomp mode {started.seccomp}"
+        jail = f"namespaces {', '.join(own)}; capabilities {held or 'none'}; seccomp mode {started.seccomp}"
         if limits:
             jail += "; " + ", ".join(f"{rule} {value}" for rule, value in limits.items())
         return [Applied(rule="vmm jail", requested=None, effective=jail, mechanism="container level")]
@@ -217,9 +216,7 @@ def start_qemu(spec: Machine, host: Host, state: State) -> Vmm:
             disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
             qemu=_QEMU,
         )
-        request = messages.execute(
-            argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4
-        )
+        request = messages.execute(argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4)
         assert jail.channel is not None
         jail.channel.send(request, [state.null, errors_of_qemu, errors_of_qemu, theirs.fileno()])
         return Vmm(channel, jail, errors)

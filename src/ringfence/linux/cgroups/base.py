@@ -56,9 +56,7 @@ class Controller(Value):
     reason: str
     help: str
 
-    def __init__(
-        self, *, name: str, version: int, path: bytes, usable: bool, reason: str = "", help: str = ""
-    ) -> None:
+    def __init__(self, *, name: str, version: int, path: bytes, usable: bool, reason: str = "", help: str = "") -> None:
         self._set(name=name, version=version, path=path, usable=usable, reason=reason, help=help)
 
 
@@ -93,9 +91,7 @@ class InForce(Value):
     effective: int | float | None
     mechanism: str
 
-    def __init__(
-        self, *, rule: str, requested: int | float, effective: int | float | None, mechanism: str
-    ) -> None:
+    def __init__(self, *, rule: str, requested: int | float, effective: int | float | None, mechanism: str) -> None:
         self._set(rule=rule, requested=requested, effective=effective, mechanism=mechanism)
 
 

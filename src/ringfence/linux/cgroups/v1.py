@@ -64,9 +64,7 @@ class V1Manager(Manager):
         measure: bool = True,
     ) -> V1Cgroup:
         wanted = [
-            name
-            for name, value in (("memory", memory_bytes), ("cpu", cpus), ("pids", pids))
-            if value is not None
+            name for name, value in (("memory", memory_bytes), ("cpu", cpus), ("pids", pids)) if value is not None
         ]
         for name in wanted:
             if name not in self._paths:

@@ -92,9 +92,7 @@ def judge(name: str, own: bytes, home: Home) -> Controller:
     # The CPU time is in every cgroup's cpu.stat.
     if not reason and name != "cpuacct" and name not in home.controllers:
         reason = f"the {name} controller isn't delegated to {os.fsdecode(home.path)}"
-    return Controller(
-        name=name, version=2, path=own, usable=not reason, reason=reason, help=_HELP if reason else ""
-    )
+    return Controller(name=name, version=2, path=own, usable=not reason, reason=reason, help=_HELP if reason else "")
 
 
 class V2Manager(Manager):
@@ -102,7 +100,9 @@ class V2Manager(Manager):
 
     version = 2
 
-    def __init__(self, found: Layout, home: Home | None = None, claim: Callable[[int, bytes], None] | None = None) -> None:
+    def __init__(
+        self, found: Layout, home: Home | None = None, claim: Callable[[int, bytes], None] | None = None
+    ) -> None:
         super().__init__(found, claim)
         self._home = home if home is not None else find_home(found.unified)
         self._base: Base | None = None
@@ -222,9 +222,7 @@ class V2Cgroup(Cgroup):
             )
         if pids is not None:
             effective = _number_or_max(self._set("pids.max", str(pids)))
-            found.append(
-                InForce(rule="pids", requested=pids, effective=effective, mechanism="cgroup v2 pids.max")
-            )
+            found.append(InForce(rule="pids", requested=pids, effective=effective, mechanism="cgroup v2 pids.max"))
         self.in_force = tuple(found)
 
     def _limit_memory(self, memory_bytes: int) -> InForce:
