@@ -30,6 +30,7 @@ from ringfence.spec import File, Limits, Mount, Network
 __all__ = [
     "Applied",
     "CannotEnforce",
+    "Comparison",
     "File",
     "Host",
     "KernelError",
@@ -46,8 +47,24 @@ __all__ = [
     "Unmet",
     "Usage",
     "WorkloadFailed",
+    "compare",
     "host",
     "run",
 ]
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ringfence.comparison import Comparison, compare
+
+
+def __getattr__(name: str) -> Any:
+    """`compare` and what it returns, imported when first used: most callers never do."""
+    if name in ("Comparison", "compare"):
+        from ringfence import comparison
+
+        return getattr(comparison, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ringfence.compare.bench import TARGETS, Measurement, Target, measure
-from ringfence.compare.statistics import interval
+from ringfence.comparison.bench import TARGETS, Measurement, Target, measure
+from ringfence.comparison.statistics import interval
 
 ROUNDS = {"start": 30, "caller": 10, "import": 10}
 ATTEMPTS = 3

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import ringfence as rf
-from ringfence.compare import bench, peers
-from ringfence.compare.bench import GROUPS, TARGETS, Bench, Measurement, Target, measure
-from ringfence.compare.report import console, print_measurement
+from ringfence.comparison import bench, peers
+from ringfence.comparison.bench import GROUPS, TARGETS, Bench, Measurement, Target, measure
+from ringfence.comparison.report import console, print_measurement
 
 
 def test_rounds_interleave_and_a_name_may_have_fewer() -> None:

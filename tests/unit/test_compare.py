@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import ringfence as rf
-from ringfence.compare import BARE, Comparison, Isolation, LevelReport, compare
-from ringfence.compare.cost import Run, bare_memory, bare_run, differences
-from ringfence.compare.facts import ATTEMPTS, parse
-from ringfence.compare.report import console, duration, print_comparison, size
+from ringfence.comparison import BARE, Comparison, Isolation, LevelReport, compare
+from ringfence.comparison.cost import Run, bare_memory, bare_run, differences
+from ringfence.comparison.facts import ATTEMPTS, parse
+from ringfence.comparison.report import console, duration, print_comparison, size
 from ringfence.spec import Spec
 from ringfence.wire.launcher import probe_path
 

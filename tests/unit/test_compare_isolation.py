@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.compare.isolation import RESOURCES, Isolation, judge_all, other_kernel
+from ringfence.comparison.isolation import RESOURCES, Isolation, judge_all, other_kernel
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("compare_facts.json").read_text())
 HOST = RECORDED["bare"]

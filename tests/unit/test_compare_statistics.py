@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.compare.statistics import interval, percentile, ratio, summarize
+from ringfence.comparison.statistics import interval, percentile, ratio, summarize
 
 
 def test_percentiles_are_by_nearest_rank() -> None:

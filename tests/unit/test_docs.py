@@ -259,7 +259,7 @@ def test_every_promise_names_its_test() -> None:
 
 
 def test_the_targets_are_those_that_bench_measures() -> None:
-    from ringfence.compare.bench import TARGETS
+    from ringfence.comparison.bench import TARGETS
 
     section = (ROOT / "SPECIFICATION.md").read_text(encoding="utf-8").partition("## 4.")[2]
     rows = [line for line in section.splitlines() if line.startswith("|") and line.rstrip(" |").endswith("asserted")]

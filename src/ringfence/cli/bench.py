@@ -56,13 +56,13 @@ Exit status:
 def main(argv: Sequence[str]) -> int:
     """Runs `ringfence bench` and returns its exit status."""
     given = OPTIONS.parse(argv)
-    from ringfence.compare.bench import TARGETS, measure
+    from ringfence.comparison.bench import TARGETS, measure
 
     found = measure(given["rounds"] or 200, given["groups"] or _GROUPS, output.progress())
     if given["json"]:
         output.write_json(found.to_json())
     else:
-        from ringfence.compare.report import console, print_measurement
+        from ringfence.comparison.report import console, print_measurement
 
         print_measurement(found, console())
         sys.stdout.flush()

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     given = OPTIONS.parse(argv)
     if not given.operands:
         raise OPTIONS.error("a command is missing; see ringfence compare --help")
-    from ringfence.compare import compare
+    from ringfence.comparison import compare
 
     found = compare(
         [os.fsencode(word) for word in given.operands],
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     if given["json"]:
         output.write_json(found.to_json())
     else:
-        from ringfence.compare.report import console, print_comparison
+        from ringfence.comparison.report import console, print_comparison
 
         print_comparison(found, console())
         sys.stdout.flush()

@@ -7,11 +7,11 @@ import time
 
 from ringfence._value import Value
 from ringfence.api import level
-from ringfence.compare.cost import Run, bare_memory, bare_run, differences, level_run, run_json, summaries
-from ringfence.compare.facts import bare_facts, level_facts
-from ringfence.compare.isolation import RESOURCES, Isolation, Verdict, judge_all
-from ringfence.compare.machine import machine_facts
-from ringfence.compare.statistics import Summary, ratio
+from ringfence.comparison.cost import Run, bare_memory, bare_run, differences, level_run, run_json, summaries
+from ringfence.comparison.facts import bare_facts, level_facts
+from ringfence.comparison.isolation import RESOURCES, Isolation, Verdict, judge_all
+from ringfence.comparison.machine import machine_facts
+from ringfence.comparison.statistics import Summary, ratio
 from ringfence.errors import RingfenceError, SpecError, Unavailable
 from ringfence.levels.host import host
 from ringfence.spec import ISOLATIONS, Limits, Spec

@@ -8,19 +8,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ringfence.compare import BARE
-from ringfence.compare.bench import TARGETS
-from ringfence.compare.isolation import Isolation
-from ringfence.compare.statistics import ratio
+from ringfence.comparison import BARE
+from ringfence.comparison.bench import TARGETS
+from ringfence.comparison.isolation import Isolation
+from ringfence.comparison.statistics import ratio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import TextIO
 
-    from ringfence.compare import Comparison, LevelReport
-    from ringfence.compare.bench import Measurement
-    from ringfence.compare.statistics import Summary
+    from ringfence.comparison import Comparison, LevelReport
+    from ringfence.comparison.bench import Measurement
+    from ringfence.comparison.statistics import Summary
 
 __all__ = ["console", "duration", "print_comparison", "print_measurement", "size", "spread"]
 

@@ -71,7 +71,7 @@ def _mounts(count: int, folder: str) -> Callable[[], None]:
 def _crun(_: int, folder: str) -> Callable[[], None]:
     import ctypes
 
-    from ringfence.compare.peers import oci_runtime
+    from ringfence.comparison.peers import oci_runtime
 
     _own_mounts()
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:

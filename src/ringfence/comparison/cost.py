@@ -12,7 +12,7 @@ import time
 
 from ringfence._value import Value
 from ringfence.api import run_spec
-from ringfence.compare.statistics import summarize
+from ringfence.comparison.statistics import summarize
 from ringfence.errors import StartError
 from ringfence.levels.state import state
 from ringfence.levels.workdir import WorkDirectory
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
-    from ringfence.compare.statistics import Summary
+    from ringfence.comparison.statistics import Summary
     from ringfence.spec import Spec
 
 __all__ = ["MEASURES", "Run", "bare_memory", "bare_run", "differences", "level_run", "summaries"]

@@ -18,9 +18,9 @@ import time
 
 from ringfence._value import Value
 from ringfence.api import level, run
-from ringfence.compare.machine import machine_facts
-from ringfence.compare.peers import bubblewrap, oci_runtime
-from ringfence.compare.statistics import ratio, summarize
+from ringfence.comparison.machine import machine_facts
+from ringfence.comparison.peers import bubblewrap, oci_runtime
+from ringfence.comparison.statistics import ratio, summarize
 from ringfence.levels.host import host
 from ringfence.spec import Limits
 from ringfence.wire.launcher import probe_path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from ringfence.compare.statistics import Summary
+    from ringfence.comparison.statistics import Summary
 
 __all__ = ["GROUPS", "TARGETS", "Measurement", "Target", "measure"]
 
@@ -152,7 +152,7 @@ def _starter(kind: str, number: int, folder: str) -> Iterator[Callable[[], int]]
     import select
 
     with subprocess.Popen(
-        [sys.executable, "-m", "ringfence.compare._starter", kind, str(number), folder],
+        [sys.executable, "-m", "ringfence.comparison._starter", kind, str(number), folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=_environment(),
