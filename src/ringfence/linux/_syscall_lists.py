@@ -11,15 +11,15 @@ from __future__ import annotations
 __all__ = ["ALLOWED", "DENIED", "NEWER"]
 
 _FILES = """
-    access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2
-    fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr
-    file_getattr flistxattr flock fremovexattr fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd
-    getdents getdents64 getxattr getxattrat inotify_add_watch inotify_init inotify_init1 inotify_rm_watch
-    lchown lgetxattr link linkat listxattr listxattrat llistxattr lremovexattr lseek lsetxattr lstat mkdir
-    mkdirat mknod mknodat name_to_handle_at newfstatat open openat pread64 preadv preadv2 pwrite64
-    pwritev pwritev2 read readahead readlink readlinkat readv removexattr removexattrat rename renameat
-    renameat2 rmdir sendfile setxattr setxattrat splice stat statfs statx symlink symlinkat sync
-    sync_file_range syncfs tee truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
+    access chdir chown close close_range copy_file_range dup dup2 dup3 faccessat faccessat2 fadvise64
+    fallocate fchdir fchown fchownat fcntl fdatasync fgetxattr file_getattr flistxattr flock
+    fremovexattr fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr
+    getxattrat inotify_add_watch inotify_init inotify_init1 inotify_rm_watch lchown lgetxattr link
+    linkat listxattr listxattrat llistxattr lremovexattr lseek lsetxattr lstat name_to_handle_at
+    newfstatat pread64 preadv preadv2 pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv
+    removexattr removexattrat rename renameat renameat2 rmdir sendfile setxattr setxattrat splice stat
+    statfs statx symlink symlinkat sync sync_file_range syncfs tee truncate umask unlink unlinkat utime
+    utimensat utimes vmsplice write writev
 """
 _MEMORY = """
     brk cachestat madvise map_shadow_stack membarrier memfd_create memfd_secret mincore mlock mlock2 mlockall
