@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import stat
 
@@ -133,6 +134,8 @@ Exit status:
 
 def main(argv: Sequence[str]) -> int:
     """Runs `ringfence run` and returns its exit status. Raises what `api.run` raises, and OSError for files."""
+    # This process ends before a collection of its garbage would pay.
+    gc.disable()
     given = OPTIONS.parse(argv)
     if not given.operands:
         raise OPTIONS.error("a command is missing; see ringfence run --help")

@@ -155,8 +155,10 @@ def available() -> tuple[bool, str]:
         return False, "this kernel's seccomp can't kill a process (it needs Linux 4.14)"
     try:
         size = len(cached(_NAMESPACED)) // _INSTRUCTION.size
-        cached(_HOST_NETWORK)
-        cached(_NO_NETWORK)
+        for other in (_HOST_NETWORK, _NO_NETWORK):
+            path = _cache_path(_key(other))
+            if path is None or not os.path.exists(path):
+                cached(other)
     except Unmet as error:
         return False, error.reason
     return True, f"seccomp filter of {size} instructions"
