@@ -66,6 +66,7 @@ static const struct verb verbs[] = {
      verb_try_settime},
     {"try-setuid", "UID — become UID", 1, 1, verb_try_setuid},
     {"try-keyctl", "— make a keyring of this thread's own", 0, 0, verb_try_keyctl},
+    {"try-shm", "— make a System V shared memory segment, and remove it", 0, 0, verb_try_shm},
     {"try-bpf", "— create a BPF map", 0, 0, verb_try_bpf},
     {"try-perf", "— count own page faults by perf_event_open", 0, 0, verb_try_perf},
     {"try-io_uring", "— io_uring_setup", 0, 0, verb_try_io_uring},

@@ -61,7 +61,7 @@ verb_fn verb_try_kill, verb_try_ptrace, verb_try_procmem, verb_try_environ, verb
 
 /* probe_try_kernel.c: the same for what needs privilege or a large kernel interface */
 verb_fn verb_try_mount, verb_try_fsopen, verb_try_unshare, verb_try_setns, verb_try_clone3_user, verb_try_chroot;
-verb_fn verb_try_sethostname, verb_try_settime, verb_try_setuid, verb_try_keyctl, verb_try_bpf, verb_try_perf;
+verb_fn verb_try_sethostname, verb_try_settime, verb_try_setuid, verb_try_keyctl, verb_try_shm, verb_try_bpf, verb_try_perf;
 verb_fn verb_try_io_uring, verb_try_userfaultfd, verb_try_module, verb_try_reboot, verb_try_tiocsti;
 
 /* probe_facts.c */

@@ -19,6 +19,8 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
+#include <sys/ipc.h>
+#include <sys/shm.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/timex.h>
@@ -171,6 +173,15 @@ int verb_try_keyctl(int argc, char **argv)
     (void)argc, (void)argv;
     long keyring = syscall(SYS_keyctl, KEYCTL_GET_KEYRING_ID, KEY_SPEC_THREAD_KEYRING, 1);
     return keyring < 0 ? say_failed("keyctl") : say_ok();
+}
+
+int verb_try_shm(int argc, char **argv)
+{
+    (void)argc, (void)argv;
+    int segment = shmget(IPC_PRIVATE, 4096, 0600);
+    if (segment < 0)
+        return say_failed("shmget");
+    return shmctl(segment, IPC_RMID, NULL) < 0 ? say_failed("shmctl") : say_ok();
 }
 
 int verb_try_bpf(int argc, char **argv)

@@ -31,7 +31,7 @@ EXPECTED = {
     "devices": ("restricted", "restricted", "own"),
     "kernel settings": ("restricted", "restricted", "own"),
     "network": ("restricted", "own", "own"),
-    "IPC": ("shared", "own", "own"),
+    "IPC": ("restricted", "own", "own"),
     "keyrings": ("restricted", "restricted", "own"),
     "host name": ("restricted", "own", "own"),
     "cgroups": ("restricted", "own", "own"),
@@ -91,6 +91,7 @@ def test_a_denial_whose_control_fails_proves_nothing() -> None:
     [
         ("signals", "kill"),
         ("others' memory", "procmem"),
+        ("IPC", "shm"),
         ("keyrings", "keyctl"),
         ("clock", "settime"),
         ("network", "socket"),

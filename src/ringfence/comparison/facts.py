@@ -37,6 +37,7 @@ ATTEMPTS: tuple[tuple[str, str], ...] = (
     ("settime", "try-settime"),
     ("mount", "try-mount"),
     ("unshare_user", "try-unshare user"),
+    ("shm", "try-shm"),
     ("keyctl", "try-keyctl"),
     ("bpf", "try-bpf"),
     ("perf", "try-perf"),

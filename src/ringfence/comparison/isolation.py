@@ -380,7 +380,12 @@ def _network(host: Facts, inside: Facts) -> Verdict:
 
 
 def _ipc(host: Facts, inside: Facts) -> Verdict:
-    return _namespace("ipc", host, inside)
+    verdict = _namespace("ipc", host, inside)
+    if verdict.isolation is not Isolation.SHARED:
+        return verdict
+    reached = _reach(host, inside, [("shm", "System V shared memory")])
+    # That the namespace is shared is known, with or without a control.
+    return reached.replace(evidence=f"{verdict.evidence}; {reached.evidence}") if reached is not None else verdict
 
 
 def _keyrings(host: Facts, inside: Facts) -> Verdict:

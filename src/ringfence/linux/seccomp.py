@@ -99,7 +99,10 @@ class Policy(Value):
 
 
 # Objects of these outlive their processes, so without an IPC namespace one sandbox would leave them to the next.
-_SHARED_IPC = ("shmget", "msgget", "semget", "mq_open")
+_SHARED_IPC = (
+    *("shmget", "shmat", "shmdt", "shmctl", "semget", "semop", "semtimedop", "semctl"),
+    *("msgget", "msgsnd", "msgrcv", "msgctl", "mq_open", "mq_unlink"),
+)
 _NAMESPACED = Policy(
     allowed=ALLOWED,
     denied=DENIED,
