@@ -200,8 +200,6 @@ static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf
     rf_put_string(&w, 10, rb->release);
     rf_put_u64(&w, 11, rb->clock_ns);
     rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length);
-    if (s->plan.cpus) sched_setaffinity(0, sizeof *s->plan.cpus, s->plan.cpus);
-    s->plan.cpus = NULL;
 }
 
 /* ---- commands ---- */
@@ -324,6 +322,9 @@ static int start_command(struct init *s, const struct rf_frame *f, struct rf_err
         close_command(c);
         return -1;
     }
+    /* Off the one CPU of the start, so that what follows is not in the command's way. */
+    if (s->plan.cpus) sched_setaffinity(0, sizeof *s->plan.cpus, s->plan.cpus);
+    s->plan.cpus = NULL;
     c->used = c->running = true;
     send_started(s, c->id, c->pid, &rb);
     return 0;

@@ -31,7 +31,7 @@ struct owned { enum owned_kind kind; int parent; char name[256]; };
 struct launcher {
     int socket, signals, proc, host_mounts, host_root, host_network;
     int next_network; /* a network namespace in which nothing has run yet, or -1 */
-    bool own_mounts;
+    bool own_mounts, wants_network;
     struct sandbox live[SANDBOXES_MAX];
     unsigned nlive;
     struct owned owned[OWNED_MAX];
@@ -81,7 +81,9 @@ static void back_to_host_network(const struct launcher *s) {
  * been in it, and it belongs to the host's user namespace: not even root inside can change it. */
 static void prepare_network(struct launcher *s) {
     struct rf_error ignored; /* without one in stock, clone3 makes it */
-    if (!s->own_mounts || s->next_network >= 0 || unshare(CLONE_NEWNET) < 0) return;
+    if (!s->own_mounts || s->next_network >= 0) return;
+    s->wants_network = false;
+    if (unshare(CLONE_NEWNET) < 0) return;
     if (rf_loopback_up(&ignored) == 0) s->next_network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     back_to_host_network(s);
 }
@@ -174,7 +176,7 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     if (r == 0 && go[1] >= 0 && write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
     if (go[0] >= 0) close(go[0]), close(go[1]); /* without its byte the child ends by itself */
     if (pidfd >= 0) close(pidfd);
-    if (r == 0 && (l.clone_flags & CLONE_NEWNET)) prepare_network(s);
+    s->wants_network |= r == 0 && (l.clone_flags & CLONE_NEWNET);
     return r;
 }
 
@@ -451,7 +453,11 @@ int rf_launcher_main(int socket_fd, bool privileged) {
     if (s->proc < 0) return 1;
     for (;;) {
         struct pollfd wait[2] = {{.fd = s->socket, .events = POLLIN}, {.fd = s->signals, .events = POLLIN}};
-        if (poll(wait, 2, -1) < 0 && errno != EINTR) break;
+        /* The next sandbox's network namespace is made once this launch is out of the way, and not beside it. */
+        const struct timespec pause = {.tv_nsec = 700000};
+        int ready = ppoll(wait, 2, s->wants_network ? &pause : NULL, NULL);
+        if (ready < 0 && errno != EINTR) break;
+        if (ready == 0) prepare_network(s);
         if (wait[1].revents) {
             struct signalfd_siginfo info[8];
             while (read(s->signals, info, sizeof info) > 0) continue;

@@ -13,7 +13,7 @@ from support.sandboxes import EXITED_0, LEVELS, PROBE_FILE, ended, output, run_p
 
 MEGABYTES_20 = os.urandom(20 << 20)
 FILES: dict[str | bytes, rf.File | bytes | str | tuple[bytes, int]] = {
-    **PROBE_FILE,
+    "probe": PROBE_FILE["probe"],
     "empty": b"",
     "a/b/c/deep.txt": "grüße\n",
     "a/b/other.bin": bytes(range(256)),

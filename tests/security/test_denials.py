@@ -19,7 +19,7 @@ import pytest
 import ringfence as rf
 from support.sandboxes import LEVELS, PROBE_FILE, need_root, unconfined
 
-ABSTRACT = f"ringfence-test-{os.getpid()}"
+ABSTRACT = f"of-the-host-{os.getpid()}"
 
 
 class Attempt(NamedTuple):

@@ -31,9 +31,22 @@ def test_nothing_of_a_sandbox_appears_among_shared_mounts_of_the_host(isolation:
     """open_tree(2) of a shared mount makes a peer of it, and a mask below a peer would hide the host's own file."""
     if os.geteuid() != 0:
         pytest.skip("needs root: CAP_SYS_ADMIN to make a namespace whose mounts are shared")
+    shared = 'mount --make-rshared / && exec "$@"'
     run = subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-c", 'mount --make-rshared / && exec "$@"', "sh"]
-        + [sys.executable, "-c", SCRIPT, isolation],
+        [
+            "unshare",
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            shared,
+            "sh",
+            sys.executable,
+            "-c",
+            SCRIPT,
+            isolation,
+        ],
         capture_output=True,
         text=True,
         timeout=120,

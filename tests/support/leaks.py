@@ -190,7 +190,7 @@ def system_v_objects() -> set[str]:
         names = lines[0].split()
         for line in lines[1:]:
             fields = dict(zip(names, line.split(), strict=True))
-            found.add(f"{kind} {fields[kind + 'id']} of uid {fields['uid']}")
+            found.add(f"{kind} {line.split()[1]} of uid {fields['uid']}")
     return found
 
 

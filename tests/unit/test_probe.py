@@ -345,7 +345,8 @@ def attempt(probe: str, *args: str) -> None:
 @pytest.mark.parametrize(
     "args",
     [("try-mount",), ("try-fsopen",), ("try-chroot",), ("try-sethostname",), ("try-settime",),
-     ("try-settime", "clock_adjtime"), ("try-setuid", "1000"), ("try-keyctl",), ("try-shm",), ("try-bpf",), ("try-perf",),
+     ("try-settime", "clock_adjtime"), ("try-setuid", "1000"), ("try-keyctl",), ("try-bpf",), ("try-perf",),
+     ("try-shm",),
      ("try-io_uring",), ("try-userfaultfd",), ("try-module",), ("try-reboot",), ("try-tiocsti",),
      ("try-clone3-user",), ("try-setns", "/proc/self/ns/net", "net"), ("try-setns", "/proc/self/ns/uts", "0"),
      ("try-socket", "unix", "stream"), ("try-socket", "inet", "stream"), ("try-socket", "inet", "raw"),

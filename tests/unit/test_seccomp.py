@@ -88,7 +88,7 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=POLICIES.values(), ids=POLICIES.keys())
+@pytest.fixture(params=list(POLICIES.values()), ids=list(POLICIES))
 def wanted(request: pytest.FixtureRequest) -> seccomp.Policy:
     found: seccomp.Policy = request.param
     return found

@@ -352,7 +352,7 @@ class ContainerSandbox(LocalSandbox):
             Applied(
                 rule="files",
                 requested=spec.image if "image" in spec.asked else None,
-                effective=f"{spec.image}, read-only; private /tmp, /run, /home, /dev, /proc",
+                effective=f"{spec.image}, read-only; its own /tmp, /dev and /proc; /run and /home empty",
                 mechanism="mount namespace, pivot_root",
             )
         )

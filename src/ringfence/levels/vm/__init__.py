@@ -440,7 +440,7 @@ class VmSandbox(Sandbox):
             Applied(
                 rule="files",
                 requested=spec.image if "image" in spec.asked else None,
-                effective=f"{spec.image}, read-only; its own /tmp, /run, /home, /dev, /proc",
+                effective=f"{spec.image}, read-only; its own /tmp, /dev and /proc; /run and /home empty",
                 mechanism="9p, read-only" if spec.image == "host" else "erofs disk",
             ),
         ]
