@@ -84,7 +84,8 @@ def oci_runtime(name: str, command: Sequence[str], folder: str) -> Peer:
 
 
 def _run(words: Sequence[str], fds: Sequence[int]) -> None:
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, pass_fds=fds, check=False)
+    # A pipe for stdin: the OCI runtimes give the caller's streams to the ids inside, /dev/null itself too.
+    done = subprocess.run(words, input=b"", capture_output=True, pass_fds=fds, check=False)
     if done.returncode != 0:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise OSError(f"{os.path.basename(words[0])} ended with {done.returncode}: {said[-1] if said else 'no word'}")
