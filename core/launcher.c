@@ -454,7 +454,7 @@ int rf_launcher_main(int socket_fd, bool privileged) {
     for (;;) {
         struct pollfd wait[2] = {{.fd = s->socket, .events = POLLIN}, {.fd = s->signals, .events = POLLIN}};
         /* The next sandbox's network namespace is made once this launch is out of the way, and not beside it. */
-        const struct timespec pause = {.tv_nsec = 700000};
+        const struct timespec pause = {.tv_nsec = 3000000};
         int ready = ppoll(wait, 2, s->wants_network ? &pause : NULL, NULL);
         if (ready < 0 && errno != EINTR) break;
         if (ready == 0) prepare_network(s);

@@ -7,6 +7,7 @@ above; and it is broken in each of three measurements.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
 
@@ -46,12 +47,12 @@ def broken(target: Target, found: Measurement) -> str:
     """How, or "" where it is kept."""
     what = found.samples[target.what]
     against = found.samples[target.against] if target.against else None
-    allowed = target.most * (statistics.median(against) if against else 1)
+    allowed = target.ceiling * (statistics.median(against) if against else 1)
     over = statistics.median(what) - allowed
     low, high = interval(what, against) if against else (statistics.median(what), statistics.median(what))
-    if low <= target.most or over <= ALLOWANCE_NS:
+    if low <= target.ceiling or over <= ALLOWANCE_NS:
         return ""
-    return f"{low:.3g} to {high:.3g}, {target.most:g} is promised; {over / 1e6:.2f} ms too much"
+    return f"{low:.3g} to {high:.3g}, {target.ceiling:g} is promised; {over / 1e6:.2f} ms too much"
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda one: f"{one.what} / {one.against or 'absolute'}")
@@ -67,6 +68,14 @@ def test_a_promise_is_kept(target: Target, measured: Callable[[str, int], Measur
             return
         found.append(how)
     pytest.fail(f"broken {ATTEMPTS} times: {'; '.join(found)}")
+
+
+def test_the_peers_are_not_given_dev_null() -> None:
+    """The OCI runtimes hand the caller's streams to the ids inside: that was the host's /dev/null once."""
+    about = os.stat("/dev/null")
+    measure(1, ("start",))
+    after = os.stat("/dev/null")
+    assert (after.st_uid, after.st_gid, after.st_mode) == (about.st_uid, about.st_gid, about.st_mode)
 
 
 def samples(**rows: list[int]) -> Measurement:
