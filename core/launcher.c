@@ -25,7 +25,7 @@
 #define DEPTH_MAX 200 /* directories that a removal holds open at once */
 
 struct sandbox { pid_t pid; bool has_uid; uint32_t uid; };
-enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3 };
+enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3, OWNED_LEAF = 4 };
 struct owned { enum owned_kind kind; int parent; char name[256]; };
 
 struct launcher {
@@ -237,7 +237,7 @@ static int own(struct launcher *s, struct rf_frame *f, struct rf_error *e) {
     int got;
     while ((got = rf_attr_next(&r, &a)) > 0)
         if ((a.tag == 1 ? rf_attr_u32(&a, &kind) : a.tag == 2 ? rf_attr_string(&a, &name) : -1) < 0) break;
-    if (got != 0 || f->nfds != 2 || kind < OWNED_TREE || kind > OWNED_HELD || !name || !name[0] || strchr(name, '/') || strcmp(name, ".") == 0 ||
+    if (got != 0 || f->nfds != 2 || kind < OWNED_TREE || kind > OWNED_LEAF || !name || !name[0] || strchr(name, '/') || strcmp(name, ".") == 0 ||
         strcmp(name, "..") == 0 || strlen(name) >= sizeof s->owned[0].name)
         return rf_fail_errno(e, EPROTO, "protocol", "own", "malformed");
     if (s->nowned == OWNED_MAX) return rf_fail_errno(e, EAGAIN, "own", "owned", "too many");
@@ -320,6 +320,41 @@ static void remove_cgroup(int parent, const char *name, unsigned depth) {
     remove_cgroup_dir(parent, name);
 }
 
+static ssize_t read_file(int dir, const char *file, char *buf, size_t n) {
+    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, buf, n - 1);
+    if (fd >= 0) close(fd);
+    buf[got < 0 ? 0 : got] = 0;
+    return got;
+}
+
+static void write_file(int dir, const char *file, const char *text) {
+    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    if (write(fd, text, strlen(text)) < 0) { /* a process that has ended meanwhile, or a controller in use */ }
+    close(fd);
+}
+
+/* On cgroup v2 Python went down into a leaf of its own cgroup, with all its children, us included, as a cgroup that hands
+ * out controllers may hold no process. What is left of them goes up again, and the leaf away. */
+static void remove_leaf(int parent, const char *name) {
+    char text[4096], *save = NULL;
+    int leaf = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (leaf < 0 || read_file(parent, "cgroup.subtree_control", text, sizeof text) < 0) {
+        if (leaf >= 0) close(leaf);
+        return;
+    }
+    for (char *word = strtok_r(text, " \n", &save); word; word = strtok_r(NULL, " \n", &save)) {
+        char off[64];
+        snprintf(off, sizeof off, "-%s", word);
+        write_file(parent, "cgroup.subtree_control", off);
+    }
+    for (int round = 0; round < 100 && read_file(leaf, "cgroup.procs", text, sizeof text) > 0; round++)
+        for (char *pid = strtok_r(text, "\n", &save); pid; pid = strtok_r(NULL, "\n", &save)) write_file(parent, "cgroup.procs", pid);
+    close(leaf);
+    remove_cgroup_dir(parent, name);
+}
+
 static void reap(struct launcher *s) {
     int status;
     bool orphans = false;
@@ -360,6 +395,10 @@ static void end_all(struct launcher *s) {
         struct owned *o = &s->owned[i];
         if (o->kind == OWNED_TREE) remove_tree(o->parent, o->name);
         else if (o->kind == OWNED_CGROUP) remove_cgroup(o->parent, o->name, 0);
+    }
+    for (unsigned i = 0; i < s->nowned; i++) {
+        struct owned *o = &s->owned[i];
+        if (o->kind == OWNED_LEAF) remove_leaf(o->parent, o->name);
     }
 }
 

@@ -12,7 +12,7 @@ import threading
 from ringfence.levels.workdir import WorkDirectory
 from ringfence.linux import cgroups, ids, mounts
 from ringfence.wire import messages
-from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_TREE, Launcher, launcher
+from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_LEAF, OWN_TREE, Launcher, launcher
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ class State:
                 return None
             return self._manager.create(memory_bytes=memory_bytes, cpus=cpus, pids=pids)
 
-    def _claim_cgroup(self, parent_fd: int, name: bytes) -> None:
-        self._own(OWN_CGROUP, parent_fd, name)
+    def _claim_cgroup(self, parent_fd: int, name: bytes, leaf: bool = False) -> None:
+        self._own(OWN_LEAF if leaf else OWN_CGROUP, parent_fd, name)
 
     def leave_cgroup(self, cgroup: Cgroup, limits: tuple[int | None, float | None, int | None]) -> None:
         """The sandbox is gone. Its cgroup is kept for another one under the same limits, or removed."""

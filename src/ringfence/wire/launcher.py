@@ -22,9 +22,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["OWN_CGROUP", "OWN_HELD", "OWN_TREE", "Launcher", "core_path", "launcher", "probe_path"]
+__all__ = ["OWN_CGROUP", "OWN_HELD", "OWN_LEAF", "OWN_TREE", "Launcher", "core_path", "launcher", "probe_path"]
 
-OWN_TREE, OWN_CGROUP, OWN_HELD = 1, 2, 3
+OWN_TREE, OWN_CGROUP, OWN_HELD, OWN_LEAF = 1, 2, 3, 4
 # How long this process waits at its own end for the launcher to have cleaned up.
 _GOODBYE_MS = 5000
 
@@ -96,7 +96,8 @@ class Launcher:
 
     def own(self, kind: int, parent: int, name: bytes) -> None:
         """Hands over `name` below the directory `parent`: the launcher removes it when we are gone, whether it is there
-        already or is yet to be made. OWN_HELD: it only keeps the descriptor open until every sandbox is gone.
+        already or is yet to be made. OWN_LEAF: a cgroup that this process itself went down into, which goes up again.
+        OWN_HELD: it only keeps the descriptor open until every sandbox is gone.
         """
         self._ask(messages.own(kind, name), [parent])
 

@@ -34,7 +34,7 @@ def manager() -> Manager:
     return _known_manager
 
 
-def open_manager(found: Layout, claim: Callable[[int, bytes], None] | None = None) -> Manager:
+def open_manager(found: Layout, claim: Callable[..., None] | None = None) -> Manager:
     """A manager for a layout. Where no controller is usable it can still say why, by `usable`."""
     if found.kind == "v2":
         from ringfence.linux.cgroups.v2 import V2Manager

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    Claim = Callable[..., None]
+
 __all__ = ["CONTROLLERS", "Base", "Cgroup", "Controller", "InForce", "Layout", "Manager", "Usage", "layout"]
 
 # Those that ringfence uses. In version 2 the time of cpuacct is in every cgroup's cpu.stat, without a
@@ -169,9 +171,10 @@ class Manager(abc.ABC):
 
     version: int
 
-    def __init__(self, found: Layout, claim: Callable[[int, bytes], None] | None = None) -> None:
-        """claim: called with (parent directory, name) before each base is made, so that whoever removes it after a
-        crash knows of it before it is there.
+    def __init__(self, found: Layout, claim: Claim | None = None) -> None:
+        """claim: called with (parent directory, name) before each base is made, and with True after these before
+        this process goes down into a leaf of that name, so that whoever puts it right after a crash knows of it
+        before it is there.
         """
         self.layout = found
         self.pid = os.getpid()

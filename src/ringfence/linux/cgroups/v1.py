@@ -35,7 +35,7 @@ class V1Manager(Manager):
 
     version = 1
 
-    def __init__(self, found: Layout, claim: Callable[[int, bytes], None] | None = None) -> None:
+    def __init__(self, found: Layout, claim: Callable[..., None] | None = None) -> None:
         super().__init__(found, claim)
         # Controllers that are mounted together have one path, and so one base.
         self._paths = {one.name: one.path for one in found.controllers if one.version == 1 and one.usable}

@@ -100,9 +100,7 @@ class V2Manager(Manager):
 
     version = 2
 
-    def __init__(
-        self, found: Layout, home: Home | None = None, claim: Callable[[int, bytes], None] | None = None
-    ) -> None:
+    def __init__(self, found: Layout, home: Home | None = None, claim: Callable[..., None] | None = None) -> None:
         super().__init__(found, claim)
         self._home = home if home is not None else find_home(found.unified)
         self._base: Base | None = None
@@ -171,6 +169,8 @@ class V2Manager(Manager):
 
     def _move_to_leaf(self, own_fd: int) -> None:
         """Make room: this process and its descendants go to a leaf, still under the same limits."""
+        if self._claim is not None:
+            self._claim(own_fd, os.fsencode(_SELF), True)
         base.make_directory(_SELF, own_fd)
         self._moved = True
         leaf_fd = base.open_directory(_SELF, own_fd)
