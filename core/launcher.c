@@ -2,7 +2,6 @@
  * of its own (so that a start doesn't depend on the host's mount table), and cleans up when Python is gone. */
 #include "rf.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
 #include <poll.h>
@@ -11,7 +10,6 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
-#include <sys/random.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -22,7 +20,6 @@
 
 #define SANDBOXES_MAX 8192
 #define OWNED_MAX 64
-#define DEPTH_MAX 200 /* directories that a removal holds open at once */
 
 struct sandbox { pid_t pid; bool has_uid; uint32_t uid; };
 enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3, OWNED_LEAF = 4 };
@@ -250,110 +247,7 @@ static int own(struct launcher *s, struct rf_frame *f, struct rf_error *e) {
     return 0;
 }
 
-/* ---- cleaning up ---- */
-
-/* Removes all below `dir`, and what lies deeper than DEPTH_MAX only after moving it up to `top`: a workload may have
- * made a tree deeper than the descriptors that we may hold. */
-static int empty_tree(int dir, int top, unsigned depth) {
-    int copy = fcntl(dir, F_DUPFD_CLOEXEC, 0);
-    DIR *d = copy < 0 ? NULL : fdopendir(copy);
-    if (!d) {
-        if (copy >= 0) close(copy);
-        return -1;
-    }
-    int moved = 0;
-    for (struct dirent *entry; (entry = readdir(d));) {
-        const char *name = entry->d_name;
-        if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0) continue;
-        if (unlinkat(dir, name, 0) == 0) continue;
-        int child = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (child < 0 && errno == EACCES && fchmodat(dir, name, 0700, 0) == 0) /* not ours to enter, when unprivileged */
-            child = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (child < 0) continue;
-        if (depth < DEPTH_MAX) {
-            int r = empty_tree(child, top, depth + 1);
-            if (r > 0) moved = 1;
-        } else {
-            /* By a name that the workload could not foresee, and so not take. */
-            char up[64];
-            uint64_t random[2];
-            if (getrandom(random, sizeof random, 0) == sizeof random) {
-                snprintf(up, sizeof up, ".rf-%016llx%016llx", (unsigned long long)random[0], (unsigned long long)random[1]);
-                if (renameat(dir, name, top, up) == 0) moved = 1;
-            }
-        }
-        close(child);
-        unlinkat(dir, name, AT_REMOVEDIR);
-    }
-    closedir(d);
-    return moved;
-}
-
-static void remove_tree(int parent, const char *name) {
-    int top = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (top >= 0) {
-        for (int round = 0; round < 1000 && empty_tree(top, top, 0) > 0; round++) continue;
-        close(top);
-    }
-    unlinkat(parent, name, AT_REMOVEDIR);
-}
-
-/* A cgroup holds its last process for a moment after that process was reaped. */
-static void remove_cgroup_dir(int parent, const char *name) {
-    for (int i = 0; i < 500 && unlinkat(parent, name, AT_REMOVEDIR) < 0 && errno == EBUSY; i++) {
-        struct timespec pause = {.tv_nsec = 2000000};
-        nanosleep(&pause, NULL);
-    }
-}
-
-static void remove_cgroup(int parent, const char *name, unsigned depth) {
-    int dir = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (dir < 0) return;
-    DIR *d = fdopendir(dir);
-    if (!d) {
-        close(dir);
-        return;
-    }
-    for (struct dirent *entry; (entry = readdir(d));)
-        if (entry->d_type == DT_DIR && entry->d_name[0] != '.' && depth < 8) remove_cgroup(dirfd(d), entry->d_name, depth + 1);
-    closedir(d);
-    remove_cgroup_dir(parent, name);
-}
-
-static ssize_t read_file(int dir, const char *file, char *buf, size_t n) {
-    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd < 0 ? -1 : read(fd, buf, n - 1);
-    if (fd >= 0) close(fd);
-    buf[got < 0 ? 0 : got] = 0;
-    return got;
-}
-
-static void write_file(int dir, const char *file, const char *text) {
-    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    if (write(fd, text, strlen(text)) < 0) { /* a process that has ended meanwhile, or a controller in use */ }
-    close(fd);
-}
-
-/* On cgroup v2 Python went down into a leaf of its own cgroup, with all its children, us included, as a cgroup that hands
- * out controllers may hold no process. What is left of them goes up again, and the leaf away. */
-static void remove_leaf(int parent, const char *name) {
-    char text[4096], *save = NULL;
-    int leaf = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (leaf < 0 || read_file(parent, "cgroup.subtree_control", text, sizeof text) < 0) {
-        if (leaf >= 0) close(leaf);
-        return;
-    }
-    for (char *word = strtok_r(text, " \n", &save); word; word = strtok_r(NULL, " \n", &save)) {
-        char off[64];
-        snprintf(off, sizeof off, "-%s", word);
-        write_file(parent, "cgroup.subtree_control", off);
-    }
-    for (int round = 0; round < 100 && read_file(leaf, "cgroup.procs", text, sizeof text) > 0; round++)
-        for (char *pid = strtok_r(text, "\n", &save); pid; pid = strtok_r(NULL, "\n", &save)) write_file(parent, "cgroup.procs", pid);
-    close(leaf);
-    remove_cgroup_dir(parent, name);
-}
+/* ---- ends ---- */
 
 static void reap(struct launcher *s) {
     int status;
@@ -393,12 +287,12 @@ static void end_all(struct launcher *s) {
     }
     for (unsigned i = 0; i < s->nowned; i++) {
         struct owned *o = &s->owned[i];
-        if (o->kind == OWNED_TREE) remove_tree(o->parent, o->name);
-        else if (o->kind == OWNED_CGROUP) remove_cgroup(o->parent, o->name, 0);
+        if (o->kind == OWNED_TREE) rf_remove_tree(o->parent, o->name);
+        else if (o->kind == OWNED_CGROUP) rf_remove_cgroup(o->parent, o->name);
     }
     for (unsigned i = 0; i < s->nowned; i++) {
         struct owned *o = &s->owned[i];
-        if (o->kind == OWNED_LEAF) remove_leaf(o->parent, o->name);
+        if (o->kind == OWNED_LEAF) rf_remove_leaf(o->parent, o->name);
     }
 }
 

@@ -251,6 +251,14 @@ int rf_file_data(struct rf_transfer *t, const struct rf_frame *f, struct rf_erro
 int rf_file_list(struct rf_channel *ch, const char *workdir, uint32_t id, struct rf_error *e);
 int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_frame *f, struct rf_error *e);
 
+/* ---- remove.c: each as far as it can, for a launcher that nobody listens to any more ------------------------- */
+
+void rf_remove_tree(int parent, const char *name);
+/* A cgroup with its children, once their last processes are gone. */
+void rf_remove_cgroup(int parent, const char *name);
+/* A leaf of cgroup v2 that this process itself is in. */
+void rf_remove_leaf(int parent, const char *name);
+
 /* ---- small helpers (error.c) --------------------------------------------------------------------------------- */
 
 uint64_t rf_monotonic_ns(void);

@@ -31,6 +31,7 @@ __all__ = [
     "ContainerLevel",
     "ContainerSandbox",
     "device_steps",
+    "directories_above",
     "own_directories",
     "own_namespaces",
     "private_steps",
@@ -289,11 +290,7 @@ class ContainerSandbox(LocalSandbox):
     def host_mount(self, source: bytes, target: bytes, flags: int, *, must: bool = False) -> list[MountStep]:
         """The steps that show a host path at `target`: what its owner owns outside, the workload owns inside."""
         about = os.stat(source)
-        parent = target
-        above = []
-        while (parent := os.path.dirname(parent)) != b"/":
-            above.append(parent)
-        steps = [messages.directory(path) for path in reversed(above)]
+        steps = directories_above(target)
         steps.append(messages.directory(target) if stat.S_ISDIR(about.st_mode) else messages.file(target))
         what: bytes | int = source
         if self._host.privileged:
@@ -420,6 +417,14 @@ def own_directories() -> list[MountStep]:
     ]
     steps += [messages.symlink(b"/var/tmp", b"/tmp"), messages.symlink(b"/var/run", b"/run")]
     return steps
+
+
+def directories_above(target: bytes) -> list[MountStep]:
+    """The directories on the way to a mount's target."""
+    above = []
+    while (target := os.path.dirname(target)) != b"/":
+        above.append(target)
+    return [messages.directory(path) for path in reversed(above)]
 
 
 def device_steps(open_device: Callable[[bytes], bytes | int]) -> list[MountStep]:

@@ -13,7 +13,7 @@ import time
 from ringfence.errors import ProtocolError, SpecError, StartError, Unavailable, Unmet
 from ringfence.images import tree
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
-from ringfence.levels.container import device_steps, own_directories, private_steps
+from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
 from ringfence.levels.local import CAPABILITIES_ALL, rlimits
 from ringfence.levels.state import state
@@ -466,11 +466,7 @@ def _share(tag: bytes, target: bytes, *, writable: bool) -> MountStep:
 
 def _mount_steps(tag: bytes, source: bytes, target: bytes, *, writable: bool) -> list[MountStep]:
     """A share shows a folder; a single file is in a folder of its own there, and bound to its place."""
-    above = []
-    parent = target
-    while (parent := os.path.dirname(parent)) != b"/":
-        above.append(parent)
-    steps = [messages.directory(path) for path in reversed(above)]
+    steps = directories_above(target)
     if os.path.isdir(source):
         return [*steps, messages.directory(target), _share(tag, target, writable=writable)]
     hidden = b"/." + tag

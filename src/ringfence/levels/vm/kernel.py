@@ -11,6 +11,7 @@ Where it comes from, in this order:
 
 from __future__ import annotations
 
+import abc
 import os
 
 from ringfence import _cache
@@ -197,15 +198,16 @@ def _from_host(cache_dir: str | None, progress: Progress | None) -> str:
     return _cache.obtain(_KIND, f"host-{_key_of_file(path)}", fill, cache_dir=cache_dir, progress=progress)
 
 
-class _ModuleTree:
+class _ModuleTree(abc.ABC):
     """Where modules are looked up while a kernel is prepared: by name, as plain ELF."""
 
     def __init__(self, builtin: frozenset[str] | None) -> None:
         # None: there is no modules.builtin, so nothing tells what the kernel has in it.
         self.builtin = builtin
 
+    @abc.abstractmethod
     def read(self, name: str) -> bytes | None:
-        raise NotImplementedError
+        """A module's plain ELF, or None where there is no such file."""
 
 
 class _DirectoryTree(_ModuleTree):
