@@ -74,12 +74,12 @@ static void back_to_host_network(const struct launcher *s) {
     if (setns(s->host_network, CLONE_NEWNET) < 0) _exit(1);
 }
 
-/* Making one is the dearest step of a launch, so the next sandbox's is made while this one's command runs. Nobody has
- * been in it, and it belongs to the host's user namespace: not even root inside can change it. */
+/* Making one is the dearest step of a launch, so the next sandbox's is made before it is asked for. Nobody has been in
+ * it, and it belongs to the host's user namespace: not even root inside can change it. */
 static void prepare_network(struct launcher *s) {
     struct rf_error ignored; /* without one in stock, clone3 makes it */
-    if (!s->own_mounts || s->next_network >= 0) return;
     s->wants_network = false;
+    if (!s->own_mounts || s->next_network >= 0) return;
     if (unshare(CLONE_NEWNET) < 0) return;
     if (rf_loopback_up(&ignored) == 0) s->next_network = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
     back_to_host_network(s);
@@ -140,7 +140,7 @@ static int become_init(const struct launcher *s, const struct rf_launch *l, int 
 
 /* A launch is a relay: launcher, init, command, one after the other. Spread over idle CPUs each hand-over would be a
  * wake-up from idle, which costs more than the step that it starts. `before`: the CPUs that we may use; the command gets
- * them back before it is executed, and init once it has reported. */
+ * them back before it is executed, and init once it has started it. */
 static void stay_on_this_cpu(cpu_set_t *before) {
     int cpu = sched_getcpu();
     if (sched_getaffinity(0, sizeof *before, before) < 0) CPU_ZERO(before);
