@@ -173,7 +173,8 @@ def descriptors() -> list[str]:
     found = []
     for name in os.listdir("/proc/self/fd"):
         try:
-            target = os.readlink(f"/proc/self/fd/{name}")
+            # Pytest removes old temporary folders whenever it likes.
+            target = os.readlink(f"/proc/self/fd/{name}").removesuffix(" (deleted)")
         except FileNotFoundError:  # the one that read the folder
             continue
         # Pytest's own, which come and go between the phases of a test.

@@ -526,6 +526,7 @@ class TestVersion2Files:
             cgroup = manager.create(memory_bytes=2**28)
             assert cgroup.in_force[0].mechanism == "cgroup v2 memory.max"
             assert cgroup.usage().memory_peak_bytes is None
+            cgroup._close()
             # With swap that isn't counted the limit would leak, so it isn't called one.
             monkeypatch.setattr(v2, "_has_swap", lambda: True)
             with pytest.raises(KernelError, match=r"memory\.swap\.max"):
