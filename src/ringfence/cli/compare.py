@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 
 from ringfence.cli import output
+from ringfence.cli._inputs import name_and_path, read_file
 from ringfence.cli._options import Option, Options
-from ringfence.spec import ISOLATIONS, File, Limits
+from ringfence.spec import ISOLATIONS, Limits
 from ringfence.spec.parse import count
 
 TYPE_CHECKING = False
@@ -28,13 +28,6 @@ def _levels(word: str) -> tuple[str, ...]:
     return names
 
 
-def _name_and_path(word: str) -> tuple[str, str]:
-    name, equals, path = word.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"must be NAME=PATH, not {word!r}")
-    return name, path
-
-
 def _repeat(word: str) -> int:
     return count(word, "repeat", 1, 100_000)
 
@@ -49,7 +42,7 @@ OPTIONS = Options(
         Option("repeat", "how often at each (20, in a vm 3, less where it takes long)", metavar="N", convert=_repeat),
         Option("input", "what the command reads from its stdin; - is ours", metavar="FILE"),
         Option("file", "put a copy of a file into the work directory", metavar="NAME=PATH", repeatable=True,
-               convert=_name_and_path),
+               convert=name_and_path),
         Option("collect", 'compare files of the work directory too: "out/*.csv"', metavar="PATTERN", repeatable=True),
         Option("memory", 'how much memory it may use at a level, swap included: "256M"', metavar="SIZE"),
         Option("cpus", "how many CPUs it may use at a level: 0.5", metavar="NUMBER"),
@@ -80,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         [os.fsencode(word) for word in given.operands],
         levels=given["levels"] or ISOLATIONS,
         input=_input(given["input"]),
-        files={name: _read(path, "--file") for name, path in given["file"]},
+        files={name: read_file(OPTIONS, "--file", path) for name, path in given["file"]},
         collect=given["collect"],
         limits=Limits(
             memory=given["memory"],
@@ -107,12 +100,4 @@ def _input(path: str | None) -> bytes | None:
         return None
     if path == "-":
         return sys.stdin.buffer.read()
-    return _read(path, "--input").data
-
-
-def _read(path: str, option: str) -> File:
-    try:
-        with open(path, "rb") as file:
-            return File(file.read(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o777)
-    except OSError as error:
-        raise OPTIONS.error(f"{option}: {path}: {error.strerror}") from None
+    return read_file(OPTIONS, "--input", path).data

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import stat
 
 from ringfence.api import check_spec, run_spec
 from ringfence.cli import output
+from ringfence.cli._inputs import name_and_path, read_file
 from ringfence.cli._options import Option, Options
 from ringfence.cli.main import REFUSED
 from ringfence.errors import SpecError, StartError
@@ -28,13 +28,6 @@ _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _READ_BYTES = 1 << 20
 # What the numbers of `Applied` are in, where that isn't plain from the rule.
 _UNITS = {"memory": "bytes", "output": "bytes", "disk": "bytes", "wall_time": "ns", "cpu_time": "ns"}
-
-
-def _name_and_path(word: str) -> tuple[str, str]:
-    name, equals, path = word.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"must be NAME=PATH, not {word!r}")
-    return name, path
 
 
 def _variable(word: str) -> tuple[bytes, bytes]:
@@ -85,7 +78,7 @@ OPTIONS = Options(
             short="f",
             metavar="NAME=PATH",
             repeatable=True,
-            convert=_name_and_path,
+            convert=name_and_path,
         ),
         Option(
             "collect",
@@ -191,12 +184,7 @@ def _files(named: Sequence[tuple[str, str]]) -> dict[str, File]:
     for name, path in named:
         if name in found:
             raise OPTIONS.error(f"--file: {name!r} is given twice")
-        try:
-            with open(path, "rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o777
-                found[name] = File(file.read(), mode)
-        except OSError as error:
-            raise OPTIONS.error(f"--file: {path}: {error.strerror}") from None
+        found[name] = read_file(OPTIONS, "--file", path)
     return found
 
 

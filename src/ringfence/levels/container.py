@@ -120,7 +120,6 @@ class ContainerLevel(Level):
 class ContainerSandbox(LocalSandbox):
     """extra: makes more steps of the file tree, for a VMM. extra_gid: a group of the host's that the command is in."""
 
-    level = "container"
     vmm_started: messages.Started | None = None
 
     def __init__(
@@ -132,17 +131,11 @@ class ContainerSandbox(LocalSandbox):
         extra: Callable[[ContainerSandbox], list[MountStep]] | None = None,
         extra_gid: int | None = None,
     ) -> None:
-        super().__init__(spec, state)
-        self._host = host
         self._extra = extra
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
         self._namespaces: dict[tuple[int, int] | None, int] = {}
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(spec, host, state)
 
     def _open(self) -> None:
         spec, host = self.spec, self._host
@@ -310,9 +303,6 @@ class ContainerSandbox(LocalSandbox):
     def user_mechanism(self) -> str:
         inside = self._maps[0].split()
         return f"user namespace: id {inside[0].decode()} is {inside[1].decode()} outside, {inside[2].decode()} mapped"
-
-    def why_no_seccomp(self) -> str:
-        return self._host.seccomp
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         found = super().applied(outcome)

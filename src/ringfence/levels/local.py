@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import resource
 import select
@@ -18,8 +19,7 @@ from ringfence.wire.frames import Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from ringfence.levels.host import Host
     from ringfence.linux.cgroups import Cgroup
     from ringfence.spec import Spec
     from ringfence.wire.channel import Channel
@@ -33,6 +33,7 @@ _END_LIMIT_MS = 10_000
 CAPABILITIES_ALL = (1 << 41) - 1
 _SET_NAMES = ("effective", "permitted", "inheritable", "bounding", "ambient")
 _INFINITY = 2**64 - 1
+_SECCOMP_MECHANISM = "libseccomp filter; the mode read from /proc/self/status"
 _RLIMIT_NAMES = {
     resource.RLIMIT_CORE: "rlimit core",
     resource.RLIMIT_CPU: "rlimit cpu",
@@ -53,11 +54,10 @@ def rlimits(spec: Spec) -> list[tuple[int, int]]:
 class LocalSandbox(Sandbox):
     """Owns all that a sandbox has on the host: its init, its channel, its cgroup, its work directory, its ids."""
 
-    level: str
-
-    def __init__(self, spec: Spec, state: State) -> None:
+    def __init__(self, spec: Spec, host: Host, state: State) -> None:
         self.spec = spec
         self.state = state
+        self._host = host
         self.berth: Berth | None = None
         self.cgroup: Cgroup | None = None
         self.channel: Channel | None = None
@@ -66,8 +66,17 @@ class LocalSandbox(Sandbox):
         self._owned_fds: list[int] = []
         limits = spec.limits
         self._cgroup_limits = (limits.memory_bytes, limits.cpus, limits.pids)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
 
     # ---- starting ----
+
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Takes a berth and a cgroup, makes the plan, starts init. On an error what it took is given back."""
 
     def make_cgroup(self) -> None:
         memory_bytes, cpus, pids = self._cgroup_limits
@@ -100,19 +109,17 @@ class LocalSandbox(Sandbox):
 
     # ---- running ----
 
-    def run(self, command: Command, extra_fds: Sequence[int] = ()) -> Outcome:
-        """`extra_fds`: the command gets them as 3, 4, …"""
+    def run(self, command: Command) -> Outcome:
         channel = self.channel
         assert channel is not None
         id = self._next_id
         self._next_id += 1
         pipes = Pipes(command.input, self.state.null)
         try:
-            given = [*pipes.child, *extra_fds]
             request = messages.execute(
-                command.argv, command.env, command.cwd, id=id, once=command.once, streams=False, nfds=len(given)
+                command.argv, command.env, command.cwd, id=id, once=command.once, streams=False, nfds=len(pipes.child)
             )
-            channel.send(request, given)
+            channel.send(request, pipes.child)
             if channel.wants_to_send:
                 channel.flush_blocking()
             pipes.sent()
@@ -214,7 +221,7 @@ class LocalSandbox(Sandbox):
                 rule="seccomp",
                 requested=None,
                 effective="filter" if started.seccomp == 2 else None,
-                mechanism=self.seccomp_mechanism() if started.seccomp == 2 else self.why_no_seccomp(),
+                mechanism=_SECCOMP_MECHANISM if started.seccomp == 2 else self._host.seccomp,
             )
         )
         for which, (soft, hard) in started.rlimits.items():
@@ -225,12 +232,6 @@ class LocalSandbox(Sandbox):
 
     def user_mechanism(self) -> str:
         return "setresuid, read by getresuid"
-
-    def seccomp_mechanism(self) -> str:
-        return "libseccomp filter; the mode read from /proc/self/status"
-
-    def why_no_seccomp(self) -> str:
-        return ""
 
     # ---- ending ----
 

@@ -14,7 +14,7 @@ from ringfence.errors import Unmet
 from ringfence.levels.base import Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox
-from ringfence.levels.state import Berth, State, state
+from ringfence.levels.state import Berth, state
 from ringfence.linux import ids, landlock, seccomp
 from ringfence.result import Applied
 from ringfence.wire import messages
@@ -125,16 +125,7 @@ def _anyone_writes(path: bytes) -> bool:
 
 
 class ProcessSandbox(LocalSandbox):
-    level = "process"
-
-    def __init__(self, spec: Spec, host: Host, state: State) -> None:
-        super().__init__(spec, state)
-        self._host = host
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+    """A command of the host's own system."""
 
     def _open(self) -> None:
         spec, host = self.spec, self._host
@@ -199,9 +190,6 @@ class ProcessSandbox(LocalSandbox):
             berth.rulesets[key] = landlock.host_read_only([berth.workdir.fd], deny_network=no_network).detach()
         self.landlock = landlock.describe(deny_network=no_network)
         plan.landlock(berth.rulesets[key])
-
-    def why_no_seccomp(self) -> str:
-        return self._host.seccomp
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         found = super().applied(outcome)
