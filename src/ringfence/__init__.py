@@ -24,25 +24,31 @@ from ringfence.errors import (
     WorkloadFailed,
 )
 from ringfence.levels.host import Host, host
-from ringfence.result import Applied, Result, TerminationReason, Usage
-from ringfence.spec import File, Limits, Mount, Network
+from ringfence.result import Applied, Change, Denial, Result, TerminationReason, Usage
+from ringfence.spec import Device, File, Limits, Mount, Namespaces, Network, Seccomp, Tmpfs
 
 __all__ = [
     "Applied",
     "CannotEnforce",
+    "Change",
     "Comparison",
+    "Denial",
+    "Device",
     "File",
     "Host",
     "KernelError",
     "Limits",
     "Mount",
+    "Namespaces",
     "Network",
     "ProtocolError",
     "Result",
     "RingfenceError",
+    "Seccomp",
     "SpecError",
     "StartError",
     "TerminationReason",
+    "Tmpfs",
     "Unavailable",
     "Unmet",
     "Usage",

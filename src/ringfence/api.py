@@ -12,14 +12,11 @@ from ringfence.spec import Spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Mapping, Sequence
-    from typing import Any
+    from collections.abc import Sequence
+    from typing import Any, Unpack
 
     from ringfence.levels.base import Level, Outcome, Sandbox
-    from ringfence.spec import Limits, Mount, Network
-
-    Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+    from ringfence.spec.options import Options, Path
 
 __all__ = ["check_spec", "level", "run", "run_spec"]
 
@@ -43,55 +40,27 @@ def level(isolation: str) -> Level:
     return VmLevel()
 
 
-def run(
-    argv: Sequence[Path],
-    *,
-    isolation: str = "container",
-    input: bytes | bytearray | memoryview | str | None = None,
-    env: Mapping[Any, Any] | None = None,
-    files: Mapping[Any, Any] | None = None,
-    collect: Iterable[Path] = (),
-    mounts: Iterable[Mount] = (),
-    image: Path | None = None,
-    user: int | str | None = None,
-    hostname: str | None = None,
-    network: str | Network | None = None,
-    limits: Limits | None = None,
-    check: bool = False,
-    text: bool = False,
-) -> Result:
+def run(argv: Sequence[Path], **options: Unpack[Options]) -> Result:
     """Runs a command behind a boundary, and waits for its end.
 
-    argv: a list of str or bytes; no shell is involved. isolation: "process", "container" or "vm".
+    argv: a list of str or bytes; no shell is involved. isolation: "process", "container" (the default) or "vm".
     input: all of stdin; without it stdin is empty, never the caller's. env: over a clean one (PATH, HOME, LANG, TERM).
     files: {name: content} put into the work directory, which is the cwd. collect: patterns (`*` within a name, `**`
-    across folders) of files brought back from there in `Result.files`. mounts: host paths to show.
-    image: "host" (the default: the host's /usr, /etc and so on, read-only) or a rootfs folder.
+    across folders) of files brought back from there in `Result.files`. mounts: `Mount` and `Tmpfs` to show.
+    image: "host" (the default: the host's /usr, /etc and so on, read-only) or a rootfs folder. overlay: whether the
+    root can be written to, in a layer of its own; what changed is in `Result.changes`.
     user: a uid, "uid:gid" or a name inside; the default is one without privileges. hostname: inside.
-    network: "none" (the default) or "host". limits: see `Limits`. check: raise WorkloadFailed unless it exits with 0.
-    text: stdout and stderr as str (UTF-8, undecodable bytes kept by surrogateescape).
+    network: "none" (the default), "host" or `Network`. limits: see `Limits`. namespaces: see `Namespaces`.
+    capabilities: names of those that it keeps; none by default. seccomp: see `Seccomp`. devices: paths or `Device`.
+    readable, writable: the paths, besides the work directory, to which Landlock narrows reading, and opens writing.
+    check: raise WorkloadFailed unless it exits with 0. text: stdout and stderr as str (UTF-8, undecodable bytes kept by
+    surrogateescape).
 
     A limit that was reached is a Result with its termination_reason. Raises SpecError (the request makes no sense),
     CannotEnforce (a rule that was asked for can't be enforced here), Unavailable (the level can't run here), all before
-    anything starts; StartError where the command was never run.
+    anything starts; StartError where the command was never run. An argument of another name is a TypeError.
     """
-    spec = Spec.make(
-        argv,
-        isolation=isolation,
-        input=input,
-        env=env,
-        files=files,
-        collect=collect,
-        mounts=mounts,
-        image=image,
-        user=user,
-        hostname=hostname,
-        network=network,
-        limits=limits,
-        check=check,
-        text=text,
-    )
-    return run_spec(spec)
+    return run_spec(Spec.make(argv, **options))
 
 
 def check_spec(spec: Spec, on: Host | None = None) -> tuple[Level, Host]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any, Self
 
-__all__ = ["Applied", "Result", "TerminationReason", "Usage"]
+__all__ = ["Applied", "Change", "Denial", "Result", "TerminationReason", "Usage"]
 
 
 class TerminationReason(enum.StrEnum):
@@ -62,6 +62,48 @@ class Applied(Value):
             "effective": _plain(self.effective),
             "mechanism": self.mechanism,
         }
+
+
+class Denial(Value):
+    """A system call that the filter denied, or would have (`Seccomp.mode` "audit").
+
+    call: its name, or "syscall_N" where nobody knows the number. count: how often. errno: what the workload got, by
+    name, or None where it was let through. arguments: of the first, as the kernel saw them.
+    """
+
+    __slots__ = ("arguments", "call", "count", "errno")
+    call: str
+    count: int
+    errno: str | None
+    arguments: tuple[int, ...]
+
+    def __init__(self, *, call: str, count: int, errno: str | None, arguments: Sequence[int] = ()) -> None:
+        self._set(call=call, count=count, errno=errno, arguments=tuple(arguments))
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {"call": self.call, "count": self.count, "errno": self.errno, "arguments": list(self.arguments)}
+
+
+class Change(Value):
+    """What a workload did to a path of its writable layer.
+
+    path: inside. kind: "created", "changed" or "deleted". what: "file", "directory", "symlink" or "other", of the new
+    state, or None where it was deleted. size_bytes: of a file, else None.
+    """
+
+    __slots__ = ("kind", "path", "size_bytes", "what")
+    path: str
+    kind: str
+    what: str | None
+    size_bytes: int | None
+
+    def __init__(self, *, path: str, kind: str, what: str | None, size_bytes: int | None = None) -> None:
+        self._set(path=path, kind=kind, what=what, size_bytes=size_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {"path": _plain(self.path), "kind": self.kind, "what": self.what, "size_bytes": self.size_bytes}
 
 
 class Usage(Value):
@@ -124,11 +166,15 @@ class Result(Value):
     files: what `collect` matched, by path relative to the work directory (undecodable bytes in a name are
     kept by surrogateescape, as in os.fsdecode).
     usage: what it cost. applied: rule by rule, what is in force.
+    denials: system calls that the filter denied; None where nobody looked (see `Seccomp.mode`).
+    changes: what it did to its writable layer, sorted by path; None where it had none (see `overlay`).
     """
 
     __slots__ = (
         "accelerator",
         "applied",
+        "changes",
+        "denials",
         "exit_code",
         "files",
         "isolation",
@@ -151,6 +197,8 @@ class Result(Value):
     files: dict[str, bytes]
     usage: Usage
     applied: tuple[Applied, ...]
+    denials: tuple[Denial, ...] | None
+    changes: tuple[Change, ...] | None
 
     def __init__(
         self,
@@ -166,6 +214,8 @@ class Result(Value):
         usage: Usage | None = None,
         applied: Sequence[Applied] = (),
         accelerator: str | None = None,
+        denials: Sequence[Denial] | None = None,
+        changes: Sequence[Change] | None = None,
     ) -> None:
         self._set(
             isolation=isolation,
@@ -179,6 +229,8 @@ class Result(Value):
             files=dict(files) if files else {},
             usage=usage if usage is not None else Usage(),
             applied=tuple(applied),
+            denials=None if denials is None else tuple(denials),
+            changes=None if changes is None else tuple(changes),
         )
 
     @property
@@ -237,6 +289,8 @@ class Result(Value):
             "files": {name: _plain(data) for name, data in self.files.items()},
             "usage": self.usage.to_json(),
             "applied": [one.to_json() for one in self.applied],
+            "denials": None if self.denials is None else [one.to_json() for one in self.denials],
+            "changes": None if self.changes is None else [one.to_json() for one in self.changes],
         }
 
 

@@ -99,6 +99,8 @@ def test_json_has_every_field_and_keeps_binary_data() -> None:
             },
             {"rule": "network", "requested": None, "effective": ["lo"], "mechanism": "network namespace"},
         ],
+        "denials": None,
+        "changes": None,
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import ringfence as rf
 from ringfence.errors import SpecError
 from ringfence.spec import File, FileIn, Limits, Mount, Network, Spec
 
@@ -233,7 +234,7 @@ def test_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Mount("/tmp", "/procedure").target == b"/procedure"
     refused("the source '/no/such/thing' doesn't exist", mounts=[Mount("/no/such/thing", "/data")])
     refused("two of them have the target '/data'", mounts=[Mount("/tmp", "/data"), Mount("/usr", "/data/")])
-    refused("mounts must be a list of Mount(...), not of str", mounts=["/tmp:/data"])
+    refused("mounts must be a list of Mount(...) and Tmpfs(...), not of str", mounts=["/tmp:/data"])
     refused("mounts must be a list of Mount(...), not int", mounts=7)
 
 
@@ -287,7 +288,7 @@ def test_hostname_refuses(hostname: Any) -> None:
 def test_network() -> None:
     network = Network(allow=["api.example.com:443", "[::1]:80"], publish={8080: 80, 443: 443})
     assert network.mode == "nat"
-    assert network.allow == ("api.example.com:443", "[::1]:80")
+    assert [str(one) for one in network.allow or ()] == ["api.example.com:443", "[::1]:80"]
     assert network.publish == ((443, 443), (8080, 80))
     assert network.replace(allow=None).publish == network.publish
     assert Spec.make(["true"], network=network).network == network
@@ -300,7 +301,17 @@ def test_network() -> None:
     "arguments",
     [
         {"mode": "none", "allow": ["a:1"]},
-        {"mode": "host", "publish": {1: 1}},
+        {"mode": "none", "publish": {1: 1}},
+        {"mode": "none", "bandwidth": "1M"},
+        {"publish": [(80, 1), (80, 2)]},
+        {"bandwidth": 0},
+        {"allow": ["::1:80"]},
+        {"allow": ["[a]:80"]},
+        {"allow": ["1.2.3.400:80"]},
+        {"allow": ["10.0.0.1/8:80"]},
+        {"allow": ["a.*.b:80"]},
+        {"allow": ["a..b:80"]},
+        {"allow": ["x" * 64 + ":80"]},
         {"allow": "a:1"},
         {"allow": ["a"]},
         {"allow": ["a:0"]},
@@ -315,6 +326,79 @@ def test_network() -> None:
 def test_network_refuses(arguments: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="network"):
         Network(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("API.Example.com.:443", "api.example.com:443"),
+        ("*.example.com:*", "*.example.com:*"),
+        ("[2001:DB8::0:7]:443", "[2001:db8::7]:443"),
+        ("192.0.2.0/24:53", "192.0.2.0/24:53"),
+        ("[2001:db8::/32]:53", "[2001:db8::/32]:53"),
+        ("*:443", "*:443"),
+    ],
+)
+def test_a_destination_has_one_spelling(given: str, kept: str) -> None:
+    network = Network(allow=[given])
+    assert [str(one) for one in network.allow or ()] == [kept]
+    assert network.replace() == network
+
+
+def test_cgroup_limits() -> None:
+    limits = Limits(memory="64M", swap=0, cpu_weight=50, cpuset="3,0-1", io_read="10M", io_write_ops=100)
+    assert (limits.swap_bytes, limits.cpu_weight, limits.cpuset) == (0, 50, (0, 1, 3))
+    assert (limits.io_read_bytes_per_second, limits.io_write_ops) == (10 * 2**20, 100)
+    assert limits.replace() == limits
+    assert limits.asked == {"memory", "swap", "cpu_weight", "cpuset", "io_read", "io_write_ops"}
+    refusable: tuple[dict[str, Any], ...] = (
+        {"swap": "1M"},
+        {"cpu_weight": 0},
+        {"cpuset": ""},
+        {"cpuset": "2-1"},
+        {"cpuset": []},
+        {"io_read": -1},
+    )
+    for bad in refusable:
+        with pytest.raises(SpecError):
+            Limits(**bad)
+
+
+def test_namespaces() -> None:
+    found = Spec.make(["true"], namespaces={"net": "host", "ipc": 1234, "uts": "/run/x", "monotonic_offset": "-1h"})
+    assert (found.namespaces.net, found.namespaces.ipc, found.namespaces.uts) == ("host", 1234, b"/run/x")
+    assert (found.namespaces.user, found.namespaces.monotonic_offset_ns) == ("own", -3600 * 10**9)
+    assert found.namespaces.replace() == found.namespaces
+    assert "namespaces" in found.asked
+    for bad in ({"net": "other"}, {"net": 0}, {"no": "own"}, {"time": "host", "boottime_offset": 1}, 7):
+        refused("namespaces", namespaces=bad)
+
+
+def test_capabilities_seccomp_and_devices() -> None:
+    spec = Spec.make(
+        ["true"],
+        capabilities=["net_raw", "CAP_CHOWN"],
+        seccomp={"defaultAction": "SCMP_ACT_ALLOW"},
+        devices=["/dev/null"],
+    )
+    assert spec.capabilities == ("CAP_CHOWN", "CAP_NET_RAW")
+    assert spec.seccomp.profile == '{"defaultAction": "SCMP_ACT_ALLOW"}'
+    assert [(one.source, one.target, one.access) for one in spec.devices] == [(b"/dev/null", b"/dev/null", "rw")]
+    assert {"capabilities", "seccomp", "devices"} <= spec.asked
+    refused("capabilities: 'fly' is none", capabilities=["fly"])
+    refused("capabilities must be a list", capabilities="net_raw")
+    refused("is no device", devices=["/dev/fd"])
+    refused("is below /dev", devices=["/etc/passwd"])
+
+
+def test_tmpfs_and_paths() -> None:
+    spec = Spec.make(["true"], mounts=[rf.Tmpfs("/b", "1M"), rf.Mount("/usr", "/a")], readable=["/usr", "/etc/"])
+    assert [one.target for one in spec.tmpfs] == [b"/b"] and [one.target for one in spec.mounts] == [b"/a"]
+    assert spec.tmpfs[0].size_bytes == 2**20 and spec.tmpfs[0].replace() == spec.tmpfs[0]
+    assert (spec.readable, spec.writable) == ((b"/etc", b"/usr"), ())
+    assert spec.asked == {"mounts", "tmpfs", "readable"}
+    refused("two of them have the target", mounts=[rf.Tmpfs("/a"), rf.Mount("/usr", "/a")])
+    refused("readable must be a list", readable="/usr")
 
 
 def test_other_arguments_are_refused() -> None:

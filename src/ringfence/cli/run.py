@@ -13,7 +13,7 @@ from ringfence.cli._options import Option, Options
 from ringfence.cli.main import REFUSED
 from ringfence.errors import SpecError, StartError
 from ringfence.result import TerminationReason
-from ringfence.spec import ISOLATIONS, File, Limits, Mount, Spec
+from ringfence.spec import ISOLATIONS, NAMESPACES, Device, File, Limits, Mount, Network, Seccomp, Spec, Tmpfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,10 +44,36 @@ def _variable(word: str) -> tuple[bytes, bytes]:
 
 def _mount(word: str) -> Mount:
     source, _, rest = word.partition(":")
-    target, colon, mode = rest.partition(":")
-    if not target or mode not in ("", "ro", "rw") or (colon and not mode):
+    target, colon, modes = rest.partition(":")
+    given = modes.split(",") if colon else []
+    if not target or not {"ro", "rw", "secret"}.issuperset(given) or {"ro", "rw"} <= set(given):
         raise ValueError(f"must be SOURCE:TARGET, SOURCE:TARGET:ro or SOURCE:TARGET:rw, not {word!r}")
-    return Mount(source, target, writable=mode == "rw")
+    return Mount(source, target, writable="rw" in given, secret="secret" in given)
+
+
+def _tmpfs(word: str) -> Tmpfs:
+    target, colon, size = word.partition(":")
+    return Tmpfs(target, size) if colon else Tmpfs(target)
+
+
+def _device(word: str) -> Device:
+    source, colon, rest = word.partition(":")
+    target, _, access = rest.partition(":")
+    return Device(source, target if colon and target else None, access or "rw")
+
+
+def _namespace(word: str) -> tuple[str, str | int]:
+    name, equals, value = word.partition("=")
+    if not equals or name not in (*NAMESPACES, "monotonic_offset", "boottime_offset"):
+        raise ValueError(f"must be NAME=own, NAME=host, NAME=PATH or NAME=PID, not {word!r}")
+    return name, int(value) if value.isdecimal() and name in NAMESPACES else value
+
+
+def _published(word: str) -> tuple[str, str]:
+    outer, colon, inner = word.partition(":")
+    if not colon:
+        raise ValueError(f"must be PORT:PORT, the host's first, not {word!r}")
+    return outer, inner
 
 
 OPTIONS = Options(
@@ -58,12 +84,19 @@ OPTIONS = Options(
     [
         Option("isolation", "the boundary (container)", short="i", choices=ISOLATIONS),
         Option("memory", 'how much memory it may use, swap included: "256M"', metavar="SIZE"),
+        Option("swap", "how much more it may hold in swap, on top of --memory (0)", metavar="SIZE"),
         Option("cpus", "how many CPUs it may use: 0.5", metavar="NUMBER"),
+        Option("cpu-weight", "its share of busy CPUs, 1 to 10000, where others have 100", metavar="NUMBER"),
+        Option("cpuset", 'the CPUs that it may run on: "0-1,3"', metavar="CPUS"),
         Option("pids", "how many processes and threads it may have at once", metavar="NUMBER"),
         Option("timeout", 'the wall_time limit, from its start: "10s", "1.5m"', metavar="TIME"),
         Option("cpu-time", "how much CPU time all its processes may use", metavar="TIME"),
         Option("output-limit", "how much of each of stdout and stderr is kept; more ends it (64M)", metavar="SIZE"),
         Option("disk", "how much it may write", metavar="SIZE"),
+        Option("io-read", "bytes a second from the work directory's disk", metavar="SIZE"),
+        Option("io-write", "bytes a second to it", metavar="SIZE"),
+        Option("io-read-ops", "operations a second, likewise", metavar="NUMBER"),
+        Option("io-write-ops", "operations a second, likewise", metavar="NUMBER"),
         Option(
             "env",
             "set a variable, over PATH, HOME, LANG and TERM, which are all it has; NAME alone passes ours on",
@@ -91,15 +124,50 @@ OPTIONS = Options(
         Option("force", "replace files there; without it they are an error"),
         Option(
             "mount",
-            "show a file or folder of the host, read-only unless it says rw",
-            metavar="SOURCE:TARGET[:rw]",
+            "show a file or folder of the host, read-only unless it says rw; a place of secrets only with secret",
+            metavar="SOURCE:TARGET[:rw][,secret]",
             repeatable=True,
             convert=_mount,
         ),
+        Option("tmpfs", "an empty file system in memory (64M)", metavar="DIR[:SIZE]", repeatable=True, convert=_tmpfs),
+        Option(
+            "device",
+            "show a device node of the host",
+            metavar="PATH[:PATH][:r|w|rw]",
+            repeatable=True,
+            convert=_device,
+        ),
         Option("image", '"host", or a folder that is its root file system (host)', metavar="DIR"),
+        Option("overlay", "let the root be written to, in a layer that is gone with the sandbox"),
+        Option("readable", "of the files, only this path, and below (process)", metavar="PATH", repeatable=True),
+        Option("writable", "also this path, and below (process)", metavar="PATH", repeatable=True),
         Option("user", 'a uid, "uid:gid" or a name inside (one without privileges)', short="u", metavar="USER"),
         Option("hostname", "the host name inside", metavar="NAME"),
         Option("network", "which network it has (none)", choices=("none", "host", "nat")),
+        Option(
+            "allow",
+            "of the network, only this destination: a name, *.name, address or network, or *; and a port or *",
+            metavar="HOST:PORT",
+            repeatable=True,
+        ),
+        Option(
+            "publish",
+            "a port of the host's loopback that leads to one inside",
+            metavar="PORT:PORT",
+            repeatable=True,
+            convert=_published,
+        ),
+        Option("bandwidth", "bytes a second each way", metavar="SIZE"),
+        Option(
+            "namespace",
+            "share or join a namespace: net=host, ipc=1234, uts=/proc/1234/ns/uts; or monotonic_offset=1h",
+            metavar="NAME=WHICH",
+            repeatable=True,
+            convert=_namespace,
+        ),
+        Option("capability", "keep this one, such as net_raw (none)", metavar="NAME", repeatable=True),
+        Option("seccomp", '"default", "unconfined" or an OCI profile in JSON (default)', metavar="PROFILE"),
+        Option("seccomp-mode", "what becomes of other calls (enforce)", choices=("enforce", "report", "audit")),
         Option("no-stdin", "give it an empty stdin, and read nothing of ours"),
         Option("json", "print the whole result as one line of JSON instead of its stdout and stderr"),
         Option("applied", "list on stderr which rules were in force, and by what", short="v"),
@@ -162,21 +230,49 @@ def _spec(given: Parsed) -> Spec:
         env=dict(given["env"]),
         files=_files(given["file"]),
         collect=given["collect"],
-        mounts=given["mount"],
+        mounts=[*given["mount"], *given["tmpfs"]],
         image=given["image"],
+        overlay=given["overlay"],
         user=given["user"],
         hostname=given["hostname"],
-        network=given["network"],
+        network=_network(given),
+        namespaces=dict(given["namespace"]) or None,
+        capabilities=given["capability"],
+        seccomp=_seccomp(given),
+        devices=given["device"],
+        readable=given["readable"] or None,
+        writable=given["writable"],
         limits=Limits(
             memory=given["memory"],
+            swap=given["swap"],
             cpus=given["cpus"],
+            cpu_weight=given["cpu-weight"],
+            cpuset=given["cpuset"],
             pids=given["pids"],
             wall_time=given["timeout"],
             cpu_time=given["cpu-time"],
             output=given["output-limit"],
             disk=given["disk"],
+            io_read=given["io-read"],
+            io_write=given["io-write"],
+            io_read_ops=given["io-read-ops"],
+            io_write_ops=given["io-write-ops"],
         ),
     )
+
+
+def _network(given: Parsed) -> Network | str | None:
+    mode: str | None = given["network"]
+    if not (given["allow"] or given["publish"] or given["bandwidth"]):
+        return mode
+    return Network(
+        mode or "nat", allow=given["allow"] or None, publish=dict(given["publish"]), bandwidth=given["bandwidth"]
+    )
+
+
+def _seccomp(given: Parsed) -> Seccomp | None:
+    profile, mode = given["seccomp"], given["seccomp-mode"]
+    return None if profile is None and mode is None else Seccomp(profile or "default", mode=mode or "enforce")
 
 
 def _files(named: Sequence[tuple[str, str]]) -> dict[str, File]:

@@ -176,7 +176,10 @@ class Level(abc.ABC):
         unmet = []
         for rule in sorted(spec.asked):
             ability = abilities.get(f"network={spec.network.mode}" if rule == "network" else rule)
-            if ability is not None and not ability.available:
+            if ability is None:
+                # A rule that a level has never heard of is one that it would leave out.
+                ability = Ability(rule=rule, reason=f"the {self.name} level has no such rule yet", help="leave it out")
+            if not ability.available:
                 unmet.append(Unmet(rule, requested(spec, rule), ability.reason, ability.help))
         unmet += self.unmet(spec, host)
         if unmet:
@@ -188,8 +191,15 @@ def requested(spec: Spec, rule: str) -> object:
     limits = spec.limits
     values: dict[str, object] = {
         "memory": limits.memory_bytes,
+        "swap": limits.swap_bytes,
         "cpus": limits.cpus,
+        "cpu_weight": limits.cpu_weight,
+        "cpuset": limits.cpuset,
         "pids": limits.pids,
+        "io_read": limits.io_read_bytes_per_second,
+        "io_write": limits.io_write_bytes_per_second,
+        "io_read_ops": limits.io_read_ops,
+        "io_write_ops": limits.io_write_ops,
         "wall_time": limits.wall_time_ns,
         "cpu_time": limits.cpu_time_ns,
         "output": limits.output_bytes,
@@ -197,7 +207,24 @@ def requested(spec: Spec, rule: str) -> object:
         "hostname": spec.hostname,
         "user": spec.user,
         "network": spec.network.mode,
+        "allow": None if spec.network.allow is None else tuple(map(str, spec.network.allow)),
+        "publish": spec.network.publish,
+        "bandwidth": spec.network.bandwidth_bytes_per_second,
         "image": spec.image,
+        "overlay": spec.overlay,
+        "namespaces": {name: getattr(spec.namespaces, name, None) for name in sorted(spec.namespaces.asked)},
+        "capabilities": spec.capabilities,
+        "seccomp": f"{_shown(spec.seccomp.profile)}, {spec.seccomp.mode}",
+        "devices": tuple((one.source, one.target, one.access) for one in spec.devices),
+        "readable": spec.readable,
+        "writable": spec.writable,
+        "tmpfs": tuple((one.target, one.size_bytes) for one in spec.tmpfs),
         "mounts": tuple((mount.source, mount.target, mount.writable) for mount in spec.mounts),
     }
     return values[rule]
+
+
+def _shown(profile: str | bytes) -> str:
+    if isinstance(profile, bytes):
+        return profile.decode(errors="replace")
+    return "a profile in JSON" if profile.startswith("{") else profile

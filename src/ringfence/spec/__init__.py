@@ -1,16 +1,25 @@
 """What to run and under which rules: frozen values, and the parsing of what people write."""
 
+from ringfence.spec.boundary import CAPABILITIES, NAMESPACES, Device, Namespaces, Seccomp
 from ringfence.spec.model import DEFAULT_ENV, ISOLATIONS, Spec
-from ringfence.spec.rules import WORK_DIRECTORY, File, FileIn, Limits, Mount, Network
+from ringfence.spec.network import Allowed, Network
+from ringfence.spec.rules import WORK_DIRECTORY, File, FileIn, Limits, Mount, Tmpfs
 
 __all__ = [
+    "CAPABILITIES",
     "DEFAULT_ENV",
     "ISOLATIONS",
+    "NAMESPACES",
     "WORK_DIRECTORY",
+    "Allowed",
+    "Device",
     "File",
     "FileIn",
     "Limits",
     "Mount",
+    "Namespaces",
     "Network",
+    "Seccomp",
     "Spec",
+    "Tmpfs",
 ]

@@ -11,8 +11,10 @@ import stat
 
 from ringfence._value import Value
 from ringfence.errors import SpecError
-from ringfence.spec import parse
-from ringfence.spec.rules import File, FileIn, Limits, Mount, Network
+from ringfence.spec import boundary, parse
+from ringfence.spec.boundary import Device, Namespaces, Seccomp
+from ringfence.spec.network import Network
+from ringfence.spec.rules import File, FileIn, Limits, Mount, Tmpfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ _MOST_HOSTNAME_BYTES = 64
 _MOST_ID = 2**32 - 2
 
 _NO_NETWORK = Network("none")
+_OWN_NAMESPACES = Namespaces()
+_DEFAULT_SECCOMP = Seccomp()
 
 
 class Spec(Value):
@@ -51,10 +55,13 @@ class Spec(Value):
     argv: the command, bytes. isolation: "process", "container" or "vm".
     input: all of stdin; None is an empty one. env: the caller's own variables (see `environment`).
     files: what goes into the work directory. collect: patterns of what comes back (`parse.match_pattern`).
-    mounts: sorted by target, so that parents come first. image: "host" or the absolute path of a rootfs
-    folder.
+    mounts, tmpfs: sorted by target, so that parents come first. image: "host" or the absolute path of a rootfs
+    folder. overlay: whether the root can be written to, in a layer that is gone with the sandbox.
     user: (uid, gid) inside, a name that the level has to resolve there, or None for the level's default.
-    hostname: or None for the level's default. network, limits: as given.
+    hostname: or None for the level's default. network, limits, namespaces, seccomp: as given.
+    capabilities: names, sorted by number. devices: sorted by target.
+    readable: the only paths that may be read besides the work directory, or None for all. writable: paths that may be
+    written to besides it.
     check: whether an end other than exit status 0 is an exception. text: whether stdout and stderr are str.
     asked: the names of the rules that the caller gave explicitly; a level must enforce these or refuse.
     """
@@ -62,8 +69,10 @@ class Spec(Value):
     __slots__ = (
         "argv",
         "asked",
+        "capabilities",
         "check",
         "collect",
+        "devices",
         "env",
         "files",
         "hostname",
@@ -72,9 +81,15 @@ class Spec(Value):
         "isolation",
         "limits",
         "mounts",
+        "namespaces",
         "network",
+        "overlay",
+        "readable",
+        "seccomp",
         "text",
+        "tmpfs",
         "user",
+        "writable",
     )
     argv: tuple[bytes, ...]
     isolation: str
@@ -83,51 +98,25 @@ class Spec(Value):
     files: tuple[FileIn, ...]
     collect: tuple[bytes, ...]
     mounts: tuple[Mount, ...]
+    tmpfs: tuple[Tmpfs, ...]
     image: str
+    overlay: bool
     user: tuple[int, int] | str | None
     hostname: str | None
     network: Network
     limits: Limits
+    namespaces: Namespaces
+    capabilities: tuple[str, ...]
+    seccomp: Seccomp
+    devices: tuple[Device, ...]
+    readable: tuple[bytes, ...] | None
+    writable: tuple[bytes, ...]
     check: bool
     text: bool
     asked: frozenset[str]
 
-    def __init__(
-        self,
-        *,
-        argv: tuple[bytes, ...],
-        isolation: str,
-        input: bytes | None,
-        env: tuple[tuple[bytes, bytes], ...],
-        files: tuple[FileIn, ...],
-        collect: tuple[bytes, ...],
-        mounts: tuple[Mount, ...],
-        image: str,
-        user: tuple[int, int] | str | None,
-        hostname: str | None,
-        network: Network,
-        limits: Limits,
-        check: bool,
-        text: bool,
-        asked: frozenset[str],
-    ) -> None:
-        self._set(
-            argv=argv,
-            isolation=isolation,
-            input=input,
-            env=env,
-            files=files,
-            collect=collect,
-            mounts=mounts,
-            image=image,
-            user=user,
-            hostname=hostname,
-            network=network,
-            limits=limits,
-            check=check,
-            text=text,
-            asked=asked,
-        )
+    def __init__(self, **fields: Any) -> None:
+        self._set(**fields)
 
     @classmethod
     def make(
@@ -139,20 +128,29 @@ class Spec(Value):
         env: Mapping[Any, Any] | None = None,
         files: Mapping[Any, Any] | None = None,
         collect: Iterable[Path] = (),
-        mounts: Iterable[Mount] = (),
+        mounts: Iterable[Mount | Tmpfs] = (),
         image: Path | None = None,
+        overlay: bool = False,
         user: int | str | None = None,
         hostname: str | None = None,
         network: str | Network | None = None,
         limits: Limits | None = None,
+        namespaces: Namespaces | Mapping[str, Any] | None = None,
+        capabilities: Iterable[str] = (),
+        seccomp: str | Mapping[str, Any] | Seccomp | None = None,
+        devices: Iterable[Device | Path] = (),
+        readable: Iterable[Path] | None = None,
+        writable: Iterable[Path] = (),
         check: bool = False,
         text: bool = False,
     ) -> Spec:
-        """The spec of a run, from the arguments of `rf.run`. Raises SpecError; nothing is started.
+        """The spec of a run, from the arguments of `rf.run` (and `spec.options`, which names their types).
 
-        image, user, hostname, network: None is the default (image "host", network "none"), which nobody asked
-        for and a level may therefore apply as far as the host lets it. env: {name: value}, each str or bytes.
-        files: {path: bytes, str, File or (data, mode)}.
+        Raises SpecError; nothing is started.
+
+        image, user, hostname, network, namespaces, seccomp: None is the default (image "host", network "none"), which
+        nobody asked for and a level may therefore apply as far as the host lets it. env: {name: value}, each str or
+        bytes. files: {path: bytes, str, File or (data, mode)}. readable, writable: paths that exist.
         """
         if isolation not in ISOLATIONS:
             raise SpecError(f"isolation must be 'process', 'container' or 'vm', not {isolation!r}")
@@ -162,13 +160,30 @@ class Spec(Value):
         command = _argv(argv)
         variables = _env(env)
         _check_exec_size(command, variables)
-        mounted = _mounts(mounts)
+        mounted, in_memory = _mounts(mounts)
+        wanted_network = _network(network)
+        shared = _namespaces(namespaces)
+        granted = boundary.capabilities(capabilities)
+        nodes = _devices(devices)
+        may_read = None if readable is None else _paths(readable, "readable")
+        may_write = _paths(writable, "writable")
         given = {
             "hostname": hostname is not None,
             "user": user is not None,
             "network": network is not None,
+            "allow": wanted_network.allow is not None,
+            "publish": bool(wanted_network.publish),
+            "bandwidth": wanted_network.bandwidth_bytes_per_second is not None,
             "mounts": bool(mounted),
+            "tmpfs": bool(in_memory),
             "image": image is not None,
+            "overlay": bool(overlay),
+            "namespaces": bool(shared.asked),
+            "capabilities": bool(granted),
+            "seccomp": seccomp is not None,
+            "devices": bool(nodes),
+            "readable": may_read is not None,
+            "writable": bool(may_write),
         }
         return cls(
             argv=command,
@@ -178,11 +193,19 @@ class Spec(Value):
             files=_files(files),
             collect=_collect(collect),
             mounts=mounted,
+            tmpfs=in_memory,
             image=_image(image),
+            overlay=bool(overlay),
             user=None if user is None else _user(user),
             hostname=None if hostname is None else _hostname(hostname),
-            network=_network(network),
+            network=wanted_network,
             limits=limits,
+            namespaces=shared,
+            capabilities=granted,
+            seccomp=_seccomp(seccomp),
+            devices=nodes,
+            readable=may_read,
+            writable=may_write,
             check=bool(check),
             text=bool(text),
             asked=limits.asked | {name for name, was_given in given.items() if was_given},
@@ -284,19 +307,64 @@ def _collect(collect: Iterable[Path]) -> tuple[bytes, ...]:
     return tuple(parse.relative_path(pattern, "collect") for pattern in collect)
 
 
-def _mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+def _mounts(mounts: Iterable[Mount | Tmpfs]) -> tuple[tuple[Mount, ...], tuple[Tmpfs, ...]]:
     if not hasattr(mounts, "__iter__"):
         raise SpecError(f"mounts must be a list of Mount(...), not {type(mounts).__name__}")
-    found: dict[bytes, Mount] = {}
+    found: dict[bytes, Mount | Tmpfs] = {}
     for mount in mounts:
-        if not isinstance(mount, Mount):
-            raise SpecError(f"mounts must be a list of Mount(...), not of {type(mount).__name__}")
+        if not isinstance(mount, (Mount, Tmpfs)):
+            raise SpecError(f"mounts must be a list of Mount(...) and Tmpfs(...), not of {type(mount).__name__}")
         if mount.target in found:
             raise SpecError(f"mounts: two of them have the target {os.fsdecode(mount.target)!r}")
-        if not os.path.exists(mount.source):
+        if isinstance(mount, Mount) and not os.path.exists(mount.source):
             raise SpecError(f"mounts: the source {os.fsdecode(mount.source)!r} doesn't exist")
         found[mount.target] = mount
-    return tuple(sorted(found.values(), key=lambda mount: mount.target))
+    in_order = [found[target] for target in sorted(found)]
+    binds = tuple(one for one in in_order if isinstance(one, Mount))
+    return binds, tuple(one for one in in_order if isinstance(one, Tmpfs))
+
+
+def _devices(devices: Iterable[Device | Path]) -> tuple[Device, ...]:
+    if isinstance(devices, (str, bytes)) or not hasattr(devices, "__iter__"):
+        raise SpecError(f"devices must be a list of paths or Device(...), not {type(devices).__name__}")
+    found: dict[bytes, Device] = {}
+    for one in devices:
+        device = one if isinstance(one, Device) else Device(one)
+        if device.target in found:
+            raise SpecError(f"devices: two of them have the target {os.fsdecode(device.target)!r}")
+        try:
+            mode = os.stat(device.source).st_mode
+        except OSError as error:
+            raise SpecError(f"devices: {os.fsdecode(device.source)!r}: {error.strerror}") from None
+        if not (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
+            raise SpecError(f"devices: {os.fsdecode(device.source)!r} is no device")
+        found[device.target] = device
+    return tuple(found[target] for target in sorted(found))
+
+
+def _paths(paths: Iterable[Path], what: str) -> tuple[bytes, ...]:
+    if isinstance(paths, (str, bytes)) or not hasattr(paths, "__iter__"):
+        raise SpecError(f"{what} must be a list of paths, not a {type(paths).__name__}")
+    return tuple(sorted({parse.absolute_path(path, what) for path in paths}))
+
+
+def _namespaces(namespaces: Namespaces | Mapping[str, Any] | None) -> Namespaces:
+    if namespaces is None:
+        return _OWN_NAMESPACES
+    if isinstance(namespaces, Namespaces):
+        return namespaces
+    if not hasattr(namespaces, "items"):
+        raise SpecError(f"namespaces must be Namespaces(...) or a dict, not {type(namespaces).__name__}")
+    try:
+        return Namespaces(**namespaces)
+    except TypeError as error:
+        raise SpecError(f"namespaces: {error}") from None
+
+
+def _seccomp(seccomp: str | Mapping[str, Any] | Seccomp | None) -> Seccomp:
+    if seccomp is None:
+        return _DEFAULT_SECCOMP
+    return seccomp if isinstance(seccomp, Seccomp) else Seccomp(seccomp)
 
 
 def _image(image: Path | None) -> str:

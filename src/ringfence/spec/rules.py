@@ -9,12 +9,12 @@ from ringfence.spec import parse
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from typing import Any
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-__all__ = ["WORK_DIRECTORY", "File", "FileIn", "Limits", "Mount", "Network"]
+__all__ = ["WORK_DIRECTORY", "File", "FileIn", "Limits", "Mount", "Tmpfs"]
 
 # Where the work directory is inside a container and a VM; at process level it is a directory of the host.
 WORK_DIRECTORY = b"/work"
@@ -29,6 +29,12 @@ _LEAST_TIME_NS = 10**6
 _LEAST_DISK_BYTES = 4096
 # PID_MAX_LIMIT of include/linux/threads.h.
 _MOST_PIDS = 4 * 2**20
+# CGROUP_WEIGHT_MAX of include/linux/cgroup.h; a group that nobody weighed has 100.
+_MOST_WEIGHT = 10_000
+# A day's worth of bytes a second is no limit at all, and the kernel's files take no more.
+_MOST_RATE = 2**63 - 1
+# CONFIG_NR_CPUS of the largest kernels.
+_MOST_CPUS = 8192
 
 
 class File(Value):
@@ -63,9 +69,14 @@ class Limits(Value):
     """How much a workload may use. None is no limit, but for output, which always has one.
 
     Arguments (human spellings as in `spec.parse`) and the fields they become:
-    memory: "256M" or bytes, at least 1 MiB -> memory_bytes. Swap is not granted on top.
+    memory: "256M" or bytes, at least 1 MiB -> memory_bytes. Swap is not granted on top, unless by `swap`.
+    swap: "64M", bytes or 0: how much more it may hold in swap, on top of `memory`, which it needs -> swap_bytes.
     cpus: 0.5 or "2" CPUs, at least 0.01 -> cpus.
+    cpu_weight: 1 to 10000, its share of busy CPUs against others, who have 100 -> cpu_weight.
+    cpuset: "0-1,3" or numbers: the CPUs that it may run on -> cpuset, sorted numbers.
     pids: processes and threads at once -> pids.
+    io_read, io_write: "10M" or bytes a second, from and to the disk of the work directory -> *_bytes_per_second.
+    io_read_ops, io_write_ops: operations a second, likewise -> the same names.
     wall_time: "10s" or seconds, at least 1 ms -> wall_time_ns.
     cpu_time: "5s" or seconds of CPU of all its processes, at least 1 ms -> cpu_time_ns.
     output: bytes kept of each of stdout and stderr, 64 MiB by default -> output_bytes.
@@ -78,16 +89,30 @@ class Limits(Value):
     __slots__ = (
         "asked",
         "cpu_time_ns",
+        "cpu_weight",
         "cpus",
+        "cpuset",
         "disk_bytes",
+        "io_read_bytes_per_second",
+        "io_read_ops",
+        "io_write_bytes_per_second",
+        "io_write_ops",
         "memory_bytes",
         "output_bytes",
         "pids",
+        "swap_bytes",
         "wall_time_ns",
     )
     memory_bytes: int | None
+    swap_bytes: int | None
     cpus: float | None
+    cpu_weight: int | None
+    cpuset: tuple[int, ...] | None
     pids: int | None
+    io_read_bytes_per_second: int | None
+    io_write_bytes_per_second: int | None
+    io_read_ops: int | None
+    io_write_ops: int | None
     wall_time_ns: int | None
     cpu_time_ns: int | None
     output_bytes: int
@@ -98,8 +123,15 @@ class Limits(Value):
         self,
         *,
         memory: str | int | float | None = None,
+        swap: str | int | float | None = None,
         cpus: str | int | float | None = None,
+        cpu_weight: str | int | None = None,
+        cpuset: str | int | Iterable[int] | None = None,
         pids: str | int | None = None,
+        io_read: str | int | float | None = None,
+        io_write: str | int | float | None = None,
+        io_read_ops: str | int | None = None,
+        io_write_ops: str | int | None = None,
         wall_time: str | int | float | None = None,
         cpu_time: str | int | float | None = None,
         output: str | int | float | None = None,
@@ -107,17 +139,33 @@ class Limits(Value):
     ) -> None:
         given = {
             "memory": memory,
+            "swap": swap,
             "cpus": cpus,
+            "cpu_weight": cpu_weight,
+            "cpuset": cpuset,
             "pids": pids,
+            "io_read": io_read,
+            "io_write": io_write,
+            "io_read_ops": io_read_ops,
+            "io_write_ops": io_write_ops,
             "wall_time": wall_time,
             "cpu_time": cpu_time,
             "output": output,
             "disk": disk,
         }
+        if swap is not None and memory is None:
+            raise SpecError("swap is what may be held on top of memory: limit memory too")
         self._set(
             memory_bytes=None if memory is None else _at_least(memory, "memory", _LEAST_MEMORY_BYTES, "1 MiB"),
+            swap_bytes=None if swap is None else 0 if swap in (0, "0") else parse.size(swap, "swap"),
             cpus=None if cpus is None else parse.cpus(cpus),
+            cpu_weight=None if cpu_weight is None else parse.count(cpu_weight, "cpu_weight", 1, _MOST_WEIGHT),
+            cpuset=None if cpuset is None else _cpuset(cpuset),
             pids=None if pids is None else parse.count(pids, "pids", 1, _MOST_PIDS),
+            io_read_bytes_per_second=None if io_read is None else parse.size(io_read, "io_read"),
+            io_write_bytes_per_second=None if io_write is None else parse.size(io_write, "io_write"),
+            io_read_ops=None if io_read_ops is None else parse.count(io_read_ops, "io_read_ops", 1, _MOST_RATE),
+            io_write_ops=None if io_write_ops is None else parse.count(io_write_ops, "io_write_ops", 1, _MOST_RATE),
             wall_time_ns=None if wall_time is None else _time(wall_time, "wall_time"),
             cpu_time_ns=None if cpu_time is None else _time(cpu_time, "cpu_time"),
             output_bytes=_DEFAULT_OUTPUT_BYTES if output is None else parse.size(output, "output"),
@@ -128,8 +176,15 @@ class Limits(Value):
     def _init_arguments(self) -> dict[str, Any]:
         return {
             "memory": self.memory_bytes,
+            "swap": self.swap_bytes,
             "cpus": self.cpus,
+            "cpu_weight": self.cpu_weight,
+            "cpuset": self.cpuset,
             "pids": self.pids,
+            "io_read": self.io_read_bytes_per_second,
+            "io_write": self.io_write_bytes_per_second,
+            "io_read_ops": self.io_read_ops,
+            "io_write_ops": self.io_write_ops,
             "wall_time": None if self.wall_time_ns is None else f"{self.wall_time_ns}ns",
             "cpu_time": None if self.cpu_time_ns is None else f"{self.cpu_time_ns}ns",
             "output": self.output_bytes if "output" in self.asked else None,
@@ -143,76 +198,85 @@ class Mount(Value):
     source: its path on the host; a relative one counts from the caller's current directory at this moment.
     target: an absolute path inside, not over /, /proc, /sys, /dev or the work directory.
     writable: whether the workload may write to it. False by default.
+    secret: that the caller means it, where the source is, holds or lies in a place of known secrets (keys, credentials,
+    sockets of agents and daemons): without it such a mount is refused.
 
     Raises SpecError. Whether the source exists is checked when a spec is made of it.
     """
 
-    __slots__ = ("source", "target", "writable")
+    __slots__ = ("secret", "source", "target", "writable")
     source: bytes
     target: bytes
     writable: bool
+    secret: bool
 
-    def __init__(self, source: Path, target: Path, writable: bool = False) -> None:
-        inside = parse.absolute_path(target, "a mount's target")
-        # What the sandbox itself mounts there is part of the boundary.
-        for reserved in (b"/proc", b"/sys", b"/dev", WORK_DIRECTORY):
-            if inside == reserved or inside.startswith(reserved + b"/"):
-                raise SpecError(f"a mount's target can't be in {reserved.decode()}: {parse.shown(inside)}")
-        if inside == b"/":
-            raise SpecError("a mount's target can't be /: give the folder as image instead")
+    def __init__(self, source: Path, target: Path, writable: bool = False, *, secret: bool = False) -> None:
         self._set(
             source=parse.host_path(source, "a mount's source"),
-            target=inside,
+            target=_target(target),
             writable=bool(writable),
+            secret=bool(secret),
         )
 
 
-class Network(Value):
-    """Which network a workload has.
+class Tmpfs(Value):
+    """An empty file system in memory, to show inside. It is gone with the sandbox, and counts as its memory.
 
-    mode: "none" (a loopback of its own at most), "nat" (its own stack, connected through the host), or
-    "host".
-    allow: with nat, the only "host:port" that it may connect to; None is all of them.
-    publish: with nat, {port of the host: port inside}; kept as sorted pairs.
+    target: as for `Mount`. size: "64M" or bytes that it holds at most, at least 4 KiB -> size_bytes.
+    mode: of its root directory, 0o1777 by default, as /tmp has it.
 
     Raises SpecError.
     """
 
-    __slots__ = ("allow", "mode", "publish")
-    mode: str
-    allow: tuple[str, ...] | None
-    publish: tuple[tuple[int, int], ...]
+    __slots__ = ("mode", "size_bytes", "target")
+    target: bytes
+    size_bytes: int
+    mode: int
 
-    def __init__(
-        self,
-        mode: str = "nat",
-        *,
-        allow: Iterable[str] | None = None,
-        publish: Mapping[int, int] | Iterable[tuple[int, int]] = (),
-    ) -> None:
-        if mode not in ("none", "nat", "host"):
-            raise SpecError(f"network must be 'none', 'nat' or 'host', not {mode!r}")
-        if isinstance(allow, (str, bytes)):
-            raise SpecError("network allow must be a list of 'host:port', not a str")
-        pairs = publish.items() if hasattr(publish, "items") else publish
-        allowed = None if allow is None else tuple(_host_and_port(one) for one in allow)
-        published = tuple(sorted((_port(outer), _port(inner)) for outer, inner in pairs))
-        if mode != "nat" and (allowed is not None or published):
-            raise SpecError(f"network allow and publish need mode 'nat', not {mode!r}")
-        self._set(mode=mode, allow=allowed, publish=published)
+    def __init__(self, target: Path, size: str | int | float = "64M", mode: Any = 0o1777) -> None:
+        if isinstance(mode, bool) or not isinstance(mode, int) or not 0 <= mode <= 0o1777:
+            shown = oct(mode) if isinstance(mode, int) else repr(mode)
+            raise SpecError(f"a tmpfs's mode must be between 0 and 0o1777, not {shown}")
+        self._set(
+            target=_target(target),
+            size_bytes=_at_least(size, "a tmpfs's size", _LEAST_DISK_BYTES, "4 KiB"),
+            mode=mode,
+        )
+
+    def _init_arguments(self) -> dict[str, Any]:
+        return {"target": self.target, "size": self.size_bytes, "mode": self.mode}
 
 
-def _host_and_port(value: str) -> str:
-    if not isinstance(value, str):
-        raise SpecError(f"network allow: {value!r} must be a str such as 'example.com:443'")
-    host, _, port = value.rpartition(":")
-    if not host or any(character.isspace() or character in "/@\0" for character in host):
-        raise SpecError(f"network allow: {value!r} must be 'host:port', such as 'example.com:443'")
-    return f"{host}:{_port(port)}"
+def _target(target: Path) -> bytes:
+    """Where something of the caller's choice may be mounted."""
+    inside = parse.absolute_path(target, "a mount's target")
+    # What the sandbox itself mounts there is part of the boundary.
+    for reserved in (b"/proc", b"/sys", b"/dev", WORK_DIRECTORY):
+        if inside == reserved or inside.startswith(reserved + b"/"):
+            raise SpecError(f"a mount's target can't be in {reserved.decode()}: {parse.shown(inside)}")
+    if inside == b"/":
+        raise SpecError("a mount's target can't be /: give the folder as image instead")
+    return inside
 
 
-def _port(value: str | int) -> int:
-    return parse.count(value, "network: a port", 1, 65535)
+def _cpuset(value: str | int | Iterable[int]) -> tuple[int, ...]:
+    """Numbers of CPUs, sorted, from "0-1,3", a number, or numbers (cpuset(7), "List format")."""
+    if isinstance(value, bool) or not (isinstance(value, (str, int)) or hasattr(value, "__iter__")):
+        raise SpecError(f"cpuset must be such as '0-1,3' or numbers of CPUs, not {value!r}")
+    parts: list[Any] = (
+        value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+    )
+    found: set[int] = set()
+    for part in parts:
+        first, dash, last = part.partition("-") if isinstance(part, str) else (part, "", "")
+        start = parse.count(first, "cpuset: a CPU", 0, _MOST_CPUS - 1)
+        end = parse.count(last, "cpuset: a CPU", 0, _MOST_CPUS - 1) if dash else start
+        if end < start:
+            raise SpecError(f"cpuset: {part!r} ends before it begins")
+        found.update(range(start, end + 1))
+    if not found:
+        raise SpecError("cpuset must name a CPU")
+    return tuple(sorted(found))
 
 
 def _time(value: str | int | float, what: str) -> int:

@@ -1,0 +1,46 @@
+"""The keyword arguments of `rf.run`, `rf.Sandbox` and their like, as a type. Imported by type checkers only.
+
+The one signature is that of `Spec.make`; what passes it on takes `**options: Unpack[Options]`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
+
+from ringfence.spec.boundary import Device, Namespaces, Seccomp
+from ringfence.spec.network import Network
+from ringfence.spec.rules import Limits, Mount, Tmpfs
+
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+class SandboxOptions(TypedDict, total=False):
+    """What a sandbox has for all its commands."""
+
+    isolation: str
+    env: Mapping[Any, Any] | None
+    files: Mapping[Any, Any] | None
+    mounts: Iterable[Mount | Tmpfs]
+    image: Path | None
+    overlay: bool
+    user: int | str | None
+    hostname: str | None
+    network: str | Network | None
+    limits: Limits | None
+    namespaces: Namespaces | Mapping[str, Any] | None
+    capabilities: Iterable[str]
+    seccomp: str | Mapping[str, Any] | Seccomp | None
+    devices: Iterable[Device | Path]
+    readable: Iterable[Path] | None
+    writable: Iterable[Path]
+
+
+class Options(SandboxOptions, total=False):
+    """What one run has besides."""
+
+    input: bytes | bytearray | memoryview | str | None
+    collect: Iterable[Path]
+    check: bool
+    text: bool
