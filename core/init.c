@@ -81,7 +81,9 @@ static void kill_everything(struct init *s) {
     if (s->where != RF_IN_PROCESS) {
         kill(-1, SIGKILL); /* all of the PID namespace but ourselves */
     } else if (s->launch.has_kill_uid) {
-        rf_kill_uid(s->launch.kill_uid, RF_KILLER_INIT, &ignored);
+        /* By the ids of our own user namespace, where the sandbox has one. */
+        const struct rf_launch *l = &s->launch;
+        rf_kill_uid(l->uid_map ? l->kill_uid - l->slot_base : l->kill_uid, (l->uid_map ? 0 : l->slot_base) + RF_KILLER_INIT, &ignored);
         rf_die_with_parent(&s->launch, &ignored); /* the changes of ids have cleared it */
     } else {
         rf_kill_descendants(NULL, 0, 0);
@@ -340,19 +342,36 @@ static void signal_command(struct init *s, const struct rf_frame *f) {
 
 /* ---- PLAN ---- */
 
+static int become(struct init *s, unsigned long uid, unsigned long gid, struct rf_error *e) {
+    char text[21];
+    if (syscall(SYS_setresgid, gid, gid, gid) < 0) return rf_fail(e, "user namespace", "setresgid", rf_decimal(text, gid));
+    if (syscall(SYS_setresuid, uid, uid, uid) < 0) return rf_fail(e, "user namespace", "setresuid", rf_decimal(text, uid));
+    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "prctl", "PR_SET_DUMPABLE");
+    return rf_die_with_parent(&s->launch, e);
+}
+
+/* The first id that a joined user namespace has. */
+static int first_id(const char *map, uint64_t *id, struct rf_error *e) {
+    int fd = open(map, O_RDONLY | O_CLOEXEC);
+    int r = fd < 0 ? -1 : rf_read_number(fd, NULL, id);
+    if (fd >= 0) close(fd);
+    return r < 0 ? rf_fail_errno(e, EINVAL, "user namespace", "read", map) : 0;
+}
+
 /* Becomes id 0 of the user namespace, once the launcher has written its maps: what is made from here on has owners. */
 static int take_ids(struct init *s, struct rf_error *e) {
+    if (s->launch.joins_user) {
+        uint64_t uid = 0, gid = 0;
+        if (first_id("/proc/self/uid_map", &uid, e) < 0 || first_id("/proc/self/gid_map", &gid, e) < 0) return -1;
+        return become(s, uid, gid, e);
+    }
     if (s->go < 0) return 0;
     char ready;
     if (read(s->go, &ready, 1) != 1) return rf_fail_errno(e, ECANCELED, "user namespace", "read", "the launcher gave up");
     close(s->go);
     s->go = -1;
     /* The first id that the maps have inside: 0, or the only one. */
-    unsigned long uid = strtoul(s->launch.uid_map, NULL, 10), gid = strtoul(s->launch.gid_map, NULL, 10);
-    if (syscall(SYS_setresgid, gid, gid, gid) < 0) return rf_fail(e, "user namespace", "setresgid", s->launch.gid_map);
-    if (syscall(SYS_setresuid, uid, uid, uid) < 0) return rf_fail(e, "user namespace", "setresuid", s->launch.uid_map);
-    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "prctl", "PR_SET_DUMPABLE");
-    return rf_die_with_parent(&s->launch, e);
+    return become(s, strtoul(s->launch.uid_map, NULL, 10), strtoul(s->launch.gid_map, NULL, 10), e);
 }
 
 /* A plan may only change what is this sandbox's own. The same request in a namespace of the host's would rename the host

@@ -21,7 +21,7 @@
 #define SANDBOXES_MAX 8192
 #define OWNED_MAX 64
 
-struct sandbox { pid_t pid; bool has_uid; uint32_t uid; };
+struct sandbox { pid_t pid; bool has_uid; uint32_t uid, killer; };
 enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3, OWNED_LEAF = 4 };
 struct owned { enum owned_kind kind; int parent; char name[256]; };
 
@@ -29,6 +29,7 @@ struct launcher {
     int socket, signals, proc, host_mounts, host_root, host_network;
     int next_network; /* a network namespace in which nothing has run yet, or -1 */
     bool own_mounts, wants_network;
+    struct rf_ids ids; /* what sandboxes are run as */
     struct sandbox live[SANDBOXES_MAX];
     unsigned nlive;
     struct owned owned[OWNED_MAX];
@@ -85,8 +86,30 @@ static void prepare_network(struct launcher *s) {
     back_to_host_network(s);
 }
 
+/* Never two sandboxes in one: it is given up whatever became of the clone. */
+static void use_up_network(struct launcher *s) {
+    close(s->next_network);
+    s->next_network = -1;
+}
+
+/* Init by way of a process that goes ahead, into namespaces that exist already. */
+static pid_t clone_elsewhere(struct launcher *s, struct rf_launch *l, struct rf_error *e) {
+    struct rf_launch changed = *l;
+    bool stock = (l->clone_flags & CLONE_NEWNET) && s->next_network >= 0;
+    if (stock) {
+        static_assert(RF_JOINS_MAX >= 8, "there is room for one more: mounts are never joined");
+        changed.joins[changed.njoins++] = (struct rf_join){.flag = CLONE_NEWNET, .fd = s->next_network};
+        changed.clone_flags &= ~(uint64_t)CLONE_NEWNET;
+        l->network_ready = true;
+    }
+    pid_t pid = rf_clone_elsewhere(s->proc, &changed, e);
+    if (pid != 0 && stock) use_up_network(s);
+    return pid;
+}
+
 /* clone3, with the network namespace that is in stock where there is one. */
 static pid_t clone_sandbox(struct launcher *s, struct rf_launch *l, int *pidfd, struct rf_error *e) {
+    if (l->njoins || l->has_offsets) return clone_elsewhere(s, l, e);
     uint64_t flags = l->clone_flags;
     int network = (flags & CLONE_NEWNET) ? s->next_network : -1;
     if (network >= 0) {
@@ -97,9 +120,7 @@ static pid_t clone_sandbox(struct launcher *s, struct rf_launch *l, int *pidfd, 
     pid_t pid = rf_clone(flags, pidfd);
     if (pid < 0) rf_fail(e, "launch", "clone3", "");
     if (pid != 0 && network >= 0) {
-        /* Never two sandboxes in one: it is given up whatever became of the clone. */
-        close(network);
-        s->next_network = -1;
+        use_up_network(s);
         back_to_host_network(s);
     }
     return pid;
@@ -153,7 +174,7 @@ static void stay_on_this_cpu(cpu_set_t *before) {
 
 static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error *e) {
     struct rf_launch l;
-    if (rf_launch_parse(f->payload, f->length, &l, e) < 0) return -1;
+    if (rf_launch_parse(f->payload, f->length, f->fds, f->nfds, &s->ids, &l, e) < 0) return -1;
     if (s->nlive == SANDBOXES_MAX) return rf_fail_errno(e, EAGAIN, "launch", "sandboxes", "too many at once");
     int go[2] = {-1, -1}, pidfd = -1;
     if (l.uid_map && pipe2(go, O_CLOEXEC) < 0) return rf_fail(e, "launch", "pipe2", "");
@@ -168,7 +189,7 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
         _exit(1);
     }
     int r = pid < 0 ? -1 : 0;
-    if (r == 0) s->live[s->nlive++] = (struct sandbox){.pid = pid, .has_uid = l.has_kill_uid, .uid = l.kill_uid};
+    if (r == 0) s->live[s->nlive++] = (struct sandbox){.pid = pid, .has_uid = l.has_kill_uid, .uid = l.kill_uid, .killer = l.slot_base + RF_KILLER_LAUNCHER};
     if (r == 0) r = write_maps(s, pid, &l, e);
     if (r == 0 && go[1] >= 0 && write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
     if (go[0] >= 0) close(go[0]), close(go[1]); /* without its byte the child ends by itself */
@@ -204,7 +225,7 @@ static int template(struct launcher *s, const struct rf_frame *f, struct rf_erro
 /* A user namespace lives as long as somebody holds it: a child makes it, we open it, the child goes. */
 static int user_namespace(struct launcher *s, const struct rf_frame *f, int *result, struct rf_error *e) {
     struct rf_launch l;
-    if (rf_launch_parse(f->payload, f->length, &l, e) < 0) return -1;
+    if (rf_launch_parse(f->payload, f->length, f->fds, f->nfds, &s->ids, &l, e) < 0) return -1;
     int pidfd = -1;
     pid_t pid = rf_clone(CLONE_NEWUSER, &pidfd);
     if (pid < 0) return rf_fail(e, "user namespace", "clone3", "");
@@ -258,7 +279,7 @@ static void reap(struct launcher *s) {
             struct rf_error ignored;
             /* An init that ended by itself left nothing; one that was killed from outside may have. */
             bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-            if (!clean && s->live[i].has_uid) rf_kill_uid(s->live[i].uid, RF_KILLER_LAUNCHER, &ignored);
+            if (!clean && s->live[i].has_uid) rf_kill_uid(s->live[i].uid, s->live[i].killer, &ignored);
             orphans |= !clean && !s->live[i].has_uid;
             s->live[i] = s->live[--s->nlive];
             break;
@@ -274,7 +295,7 @@ static void end_all(struct launcher *s) {
     struct rf_error ignored;
     for (unsigned i = 0; i < s->nlive; i++) {
         kill(s->live[i].pid, SIGKILL);
-        if (s->live[i].has_uid) rf_kill_uid(s->live[i].uid, RF_KILLER_LAUNCHER, &ignored);
+        if (s->live[i].has_uid) rf_kill_uid(s->live[i].uid, s->live[i].killer, &ignored);
     }
     /* A process sandbox's descendants come to us once their init is dead: we are the next subreaper. */
     for (;;) {
@@ -354,12 +375,14 @@ static void drop_bounding_set(void) {
     for (int c = 0; prctl(PR_CAPBSET_READ, c, 0, 0, 0) >= 0; c++) prctl(PR_CAPBSET_DROP, c, 0, 0, 0);
 }
 
-int rf_launcher_main(int socket_fd, bool privileged) {
+int rf_launcher_main(int socket_fd, const struct rf_ids *ids) {
+    bool privileged = ids != NULL;
     struct launcher *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (s == MAP_FAILED) return 1;
     struct rf_error e = {0};
     s->socket = socket_fd;
     s->next_network = -1;
+    if (ids) s->ids = *ids;
     fcntl(socket_fd, F_SETFD, FD_CLOEXEC);
     syscall(SYS_close_range, (unsigned)socket_fd + 1, ~0U, 0); /* whatever Python's extensions left inheritable */
     /* Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec: undone once, for all that is

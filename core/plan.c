@@ -2,6 +2,7 @@
 #include "rf.h"
 
 #include <linux/sched.h>
+#include <stdio.h>
 #include <unistd.h>
 
 /* What LAUNCH may ask of clone3. Another flag, CLONE_VM above all, would let init run in the launcher's own memory. */
@@ -158,7 +159,48 @@ int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf
     return 0;
 }
 
-int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struct rf_error *e) {
+/* A namespace to enter: exactly one type, once, and not the mounts, which are always a sandbox's own. Descriptor 0 is where
+ * the answer goes. */
+static int parse_join(const struct rf_attr *a, const int *fds, unsigned nfds, struct rf_launch *l) {
+    uint32_t index;
+    struct rf_join j;
+    if (a->length != 12 || l->njoins == RF_JOINS_MAX) return -1;
+    memcpy(&j.flag, a->data, 8);
+    memcpy(&index, a->data + 8, 4);
+    if (index == 0 || index >= nfds || !(j.flag & NAMESPACES) || (j.flag & (j.flag - 1)) || j.flag == CLONE_NEWNS) return -1;
+    for (unsigned i = 0; i < l->njoins; i++)
+        if (l->joins[i].flag == j.flag) return -1;
+    j.fd = fds[index];
+    l->joins_user |= j.flag == CLONE_NEWUSER;
+    l->joins[l->njoins++] = j;
+    return 0;
+}
+
+static int parse_offsets(const struct rf_attr *a, struct rf_launch *l) {
+    if (a->length != 16) return -1;
+    l->has_offsets = true;
+    memcpy(&l->monotonic_ns, a->data, 8);
+    memcpy(&l->boottime_ns, a->data + 8, 8);
+    return 0;
+}
+
+/* What a uid to kill by must be: a sandbox's. Never root, nor an account: all that such a uid runs would be killed. */
+static int check_kill_uid(const struct rf_ids *ids, struct rf_launch *l, struct rf_error *e) {
+    if (!l->has_kill_uid) return 0;
+    uint32_t at = l->kill_uid - ids->first; /* wraps far beyond count for a smaller one */
+    uint32_t inside = at % RF_SLOT_IDS;
+    if (l->kill_uid < ids->first || at >= ids->count || inside == RF_KILLER_INIT || inside == RF_KILLER_LAUNCHER)
+        return malformed(e, "launch", "not a sandbox's own uid");
+    l->slot_base = l->kill_uid - inside;
+    if (!l->uid_map) return 0;
+    /* Init kills by the ids inside. They are these only where 0 is the slot's first. */
+    char begin[32];
+    int n = snprintf(begin, sizeof begin, "0 %u ", l->slot_base);
+    return strncmp(l->uid_map, begin, (size_t)n) == 0 ? 0 : malformed(e, "launch", "an id map that is not the uid's slot");
+}
+
+int rf_launch_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfds, const struct rf_ids *ids, struct rf_launch *l,
+                    struct rf_error *e) {
     memset(l, 0, sizeof *l);
     struct rf_reader r = {payload, payload + n};
     struct rf_attr a;
@@ -172,14 +214,18 @@ int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struc
         case 3: ok = rf_attr_string(&a, &l->gid_map); break;
         case 5: ok = attr_id(&a, &l->kill_uid); l->has_kill_uid = true; break;
         case 6: ok = a.length ? -1 : 0; l->host_mounts = true; break;
+        case 7: ok = parse_join(&a, fds, nfds, l); break;
+        case 8: ok = parse_offsets(&a, l); break;
         default: ok = -1;
         }
         char tag[21];
-        if (ok < 0 || again(&seen, a.tag)) return malformed(e, "launch attribute", rf_decimal(tag, a.tag));
+        if (ok < 0 || (again(&seen, a.tag) && a.tag != 7)) return malformed(e, "launch attribute", rf_decimal(tag, a.tag));
     }
     if (got < 0) return malformed(e, "launch", "an attribute passes the end");
-    /* Never root, nor an account: all that such a uid runs would be killed. */
-    if (l->has_kill_uid && (l->kill_uid < RF_UIDS || l->kill_uid >= RF_UIDS + RF_KILLER_LAUNCHER)) return malformed(e, "launch", "not a sandbox's own uid");
     if (!l->uid_map != !l->gid_map) return malformed(e, "launch", "one id map without the other");
-    return 0;
+    for (unsigned i = 0; i < l->njoins; i++)
+        if (l->clone_flags & l->joins[i].flag) return malformed(e, "launch", "a namespace that is both new and joined");
+    if (l->joins_user && l->uid_map) return malformed(e, "launch", "id maps for a user namespace that has its own");
+    if (l->has_offsets && !(l->clone_flags & CLONE_NEWTIME)) return malformed(e, "launch", "clocks without a time namespace");
+    return check_kill_uid(ids, l, e);
 }

@@ -170,18 +170,29 @@ struct rf_exec {
 enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_ALL = 3 };
 int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e);
 
-/* Where the uids of process sandboxes begin (ringfence.linux.ids). */
-#define RF_UIDS 0x70000000u
+/* The ids that this host has for sandboxes, RF_SLOT_IDS of them for each (ringfence.linux.ids). */
+#define RF_SLOT_IDS 65536u
+struct rf_ids { uint32_t first, count; };
+
+#define RF_JOINS_MAX 8
+struct rf_join { uint64_t flag; int fd; };
 
 struct rf_launch {
     uint64_t clone_flags;
+    struct rf_join joins[RF_JOINS_MAX]; /* namespaces that exist already; none of them is in clone_flags */
+    unsigned njoins;
+    bool joins_user, has_offsets;
+    int64_t monotonic_ns, boottime_ns; /* how far the clocks of the time namespace in clone_flags are ahead */
     const char *uid_map, *gid_map;
     bool has_kill_uid, host_mounts;
     cpu_set_t cpus;     /* those of the launcher, which stays on one of them during the start */
     bool network_ready; /* the network namespace was made before, its loopback is up, and it isn't ours to change */
     uint32_t kill_uid;
+    uint32_t slot_base; /* where the ids begin that kill_uid is one of; with id maps they are 0 and up inside */
 };
-int rf_launch_parse(const uint8_t *payload, size_t n, struct rf_launch *l, struct rf_error *e);
+/* ids: those that kill_uid must be one of. The joins refer to `fds`. */
+int rf_launch_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfds, const struct rf_ids *ids, struct rf_launch *l,
+                    struct rf_error *e);
 
 /* ---- rootfs.c: the file tree --------------------------------------------------------------------------------- */
 
@@ -217,15 +228,20 @@ int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
 /* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e);
-/* SIGKILL to every process of `uid`, at once. `killer`: one of the bits below, by who calls. */
+/* SIGKILL to every process of `uid`, at once. `killer`: the real uid meanwhile, one of the sandbox's own that nothing runs as. */
 int rf_kill_uid(uint32_t uid, uint32_t killer, struct rf_error *e);
-#define RF_KILLER_INIT 0x00800000u
-#define RF_KILLER_LAUNCHER 0x00400000u
+/* Which of a slot's ids those are. */
+#define RF_KILLER_INIT 65532u
+#define RF_KILLER_LAUNCHER 65533u
 /* SIGKILL to every descendant of this process, by /proc, but `n` children and their own. For a subreaper that has no
  * better means. `spared`: where the first one's pid is; the next is `stride` bytes on. */
 void rf_kill_descendants(const pid_t *spared, size_t stride, unsigned n);
 /* clone3 without CLONE_VM: returns 0 in the child, the pid in the parent. */
 pid_t rf_clone(uint64_t flags, int *pidfd);
+
+/* join.c: the same into the namespaces that the launch joins, and with its clocks; the child is the caller's. `proc`: /proc.
+ * -1 with the error of whoever went ahead. */
+pid_t rf_clone_elsewhere(int proc, const struct rf_launch *l, struct rf_error *e);
 
 /* Brings up lo of this process's network namespace. */
 int rf_loopback_up(struct rf_error *e);
@@ -237,8 +253,8 @@ enum rf_where { RF_IN_PROCESS, RF_IN_CONTAINER, RF_IN_GUEST };
 int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l, int go);
 /* A signal at the launcher's death. To be asked for anew after each change of ids, which clears it. */
 int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e);
-/* privileged: whether Python found all that it takes to change ids and mounts on the host. */
-int rf_launcher_main(int socket_fd, bool privileged);
+/* ids: what sandboxes are run as, where Python found all that it takes to change ids and mounts on the host; else NULL. */
+int rf_launcher_main(int socket_fd, const struct rf_ids *ids);
 int rf_guest_main(void);
 /* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */
 int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e);

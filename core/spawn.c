@@ -67,7 +67,7 @@ int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, u
  * the real one: it is nobody's but this killer's, as init and the launcher may have to kill at the same moment, and must
  * not reach each other. The saved one, root, keeps the workload from signalling us meanwhile (kill(2)). */
 int rf_kill_uid(uint32_t uid, uint32_t killer, struct rf_error *e) {
-    if (syscall(SYS_setresuid, uid | killer, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
+    if (syscall(SYS_setresuid, killer, uid, 0) < 0) return rf_fail(e, "kill", "setresuid", "");
     int r = kill(-1, SIGKILL) < 0 && errno != ESRCH ? rf_fail(e, "kill", "kill", "by uid") : 0;
     if (syscall(SYS_setresuid, 0, 0, 0) < 0) _exit(1); /* never go on as somebody else */
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);                /* a change of ids sets it to fs.suid_dumpable */

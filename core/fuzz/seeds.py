@@ -56,7 +56,7 @@ def _container() -> messages.Plan:
 
 def _process() -> messages.Plan:
     plan = messages.Plan()
-    plan.ids(0x70000001, 0x70000001)
+    plan.ids(0x71000000, 0x71000000)
     plan.flags()
     plan.workdir(b"/var/lib/ringfence/w")
     plan.landlock(5)
@@ -111,7 +111,17 @@ def seeds() -> dict[str, bytes]:
         "launch/container": _payload(
             messages.launch(clone_flags=0x7E020080, uid_map=b"0 1895825408 65536\n", gid_map=b"0 1895825408 65536\n")
         ),
-        "launch/process": _payload(messages.launch(clone_flags=0, kill_uid=0x70000001, host_mounts=True)),
+        "launch/process": _payload(messages.launch(clone_flags=0, kill_uid=0x71000000, host_mounts=True)),
+        "launch/joins": _payload(
+            messages.launch(
+                clone_flags=0x1C020080,
+                uid_map=b"0 1895825408 65536\n",
+                gid_map=b"0 1895825408 65536\n",
+                kill_uid=0x71000000 + 1000,
+                joins=(0x40000000, 0x20000000),
+                offsets_ns=(10**9, -(10**9)),
+            )
+        ),
         "launch/userns": _payload(messages.user_namespace(b"0 1 1\n", b"0 1 1\n")),
         "channel/descriptors": _pieces(_execute(streams=False), size=63, nfds=3),
         "channel/small": _pieces(streams, size=7, nfds=0),

@@ -291,7 +291,7 @@ def test_a_user_that_the_image_does_not_have() -> None:
 def test_who_the_default_is_on_the_host() -> None:
     """Without an account: a uid per process sandbox, a range of them per container."""
     need_root()
-    for isolation, first in (("process", 0x70000000), ("container", 0x71000000)):
+    for isolation, first in (("process", 0x71000000), ("container", 0x71000000)):
         facts, _ = sandbox_facts(isolation)
         outside = facts["uids"]["real"] if isolation == "process" else int(facts["uid_map"].split()[1])
         assert outside >= first

@@ -44,7 +44,7 @@ def test_user(isolation: str) -> None:
     if isolation in USERS:
         assert uid == USERS[isolation]
     else:
-        assert 0x70000000 <= uid < 0x71000000
+        assert 0x71000000 <= uid < 0x7FFE0000
 
 
 @pytest.mark.parametrize("isolation", ["container", "vm"])

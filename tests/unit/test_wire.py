@@ -27,6 +27,7 @@ from ringfence.wire.launcher import Launcher
 
 LIMIT_SECONDS = 20.0
 CLONE_VM = 0x100
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x04000000, 0x10000000, 0x40000000
 # CLONE_NEW{NS,UTS,IPC,USER,PID,NET} and CLONE_NEWTIME.
 NAMESPACES = 0x7C020080
 UNSET = 2**32 - 1
@@ -480,6 +481,10 @@ def test_the_launcher_survives_garbage_and_serves(launcher: Launcher, packet: by
         time.sleep(0.01)
 
 
+def join(flag: int, index: int) -> bytes:
+    return frames.attribute(7, struct.pack("<QI", flag, index))
+
+
 LAUNCHES = {
     "shared memory": frames.u64(1, CLONE_VM),
     "root by uid": frames.u64(1, 0) + frames.u32(5, 0),
@@ -487,13 +492,44 @@ LAUNCHES = {
     "one map": frames.u64(1, 0) + frames.string(2, b"0 0 1\n"),
     "flags twice": frames.u64(1, 0) * 2,
     "unknown tag": frames.u32(4, 1),
+    "an account's uid": frames.u64(1, 0) + frames.u32(5, 1000),
+    "past the last slot": frames.u64(1, 0) + frames.u32(5, 0x7FFE0000),
+    "a uid of another slot's map": frames.u64(1, CLONE_NEWUSER)
+    + frames.string(2, b"0 1895825408 65536\n")
+    + frames.string(3, b"0 1895825408 65536\n")
+    + frames.u32(5, 0x71010000 + 1000),
+    "the answer's socket joined": frames.u64(1, 0) + join(CLONE_NEWNET, 0),
+    "a descriptor that didn't come": frames.u64(1, 0) + join(CLONE_NEWNET, 2),
+    "mounts joined": frames.u64(1, 0) + join(CLONE_NEWNS, 1),
+    "two types in one": frames.u64(1, 0) + join(CLONE_NEWNET | CLONE_NEWUTS, 1),
+    "joined twice": frames.u64(1, 0) + join(CLONE_NEWNET, 1) * 2,
+    "joined and new": frames.u64(1, CLONE_NEWNET) + join(CLONE_NEWNET, 1),
+    "maps of another's user namespace": frames.u64(1, 0)
+    + frames.string(2, b"0 0 1\n")
+    + frames.string(3, b"0 0 1\n")
+    + join(CLONE_NEWUSER, 1),
+    "the host's clocks": frames.u64(1, 0) + frames.attribute(8, bytes(16)),
 }
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_launcher_refuses_a_malformed_launch(launcher: Launcher, name: str) -> None:
-    with Talk(launcher.launch(frames.encode(Type.LAUNCH, LAUNCHES[name], nfds=1))) as refused:
-        assert refused.refusal().errno == errno.EPROTO
+    joins = [os.open("/proc/self/ns/net", os.O_RDONLY)]
+    try:
+        with Talk(launcher.launch(frames.encode(Type.LAUNCH, LAUNCHES[name], nfds=2), joins)) as refused:
+            assert refused.refusal().errno == errno.EPROTO
+    finally:
+        os.close(joins[0])
+
+
+def test_a_joined_namespace_is_of_its_type(launcher: Launcher) -> None:
+    for path, wanted in (("/proc/self/ns/uts", errno.EINVAL), ("/dev/null", errno.ENOTTY)):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            with Talk(launcher.launch(messages.launch(clone_flags=0, joins=(CLONE_NEWNET,)), [fd])) as refused:
+                assert refused.refusal().errno == wanted
+        finally:
+            os.close(fd)
 
 
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"x" * 256])

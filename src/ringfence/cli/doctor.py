@@ -267,8 +267,12 @@ def _ids(machine: Host) -> Fact:
         ids.slots()
     except OSError as error:
         return Fact("ids", False, f"{error.filename}: {error.strerror}")
-    first = ids.process_uid(0)
-    return Fact("ids", True, f"each sandbox gets its own, from {first} on; {ids.SLOTS} at once")
+    found = ids.range_()
+    if found.problem:
+        return Fact("ids", False, found.problem, found.help)
+    return Fact(
+        "ids", True, f"each sandbox gets its own, from {found.first} on; {found.slots} at once ({found.source})"
+    )
 
 
 # ---- showing it ----

@@ -70,7 +70,7 @@ class ContainerLevel(Level):
     def unavailable(self, host: Host) -> tuple[str, str] | None:
         if host.user_namespaces:
             return host.user_namespaces, "run as root, or switch them on: see 'ringfence doctor'"
-        return None
+        return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         found = limit_abilities(host)

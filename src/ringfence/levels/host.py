@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence._value import Value
-from ringfence.linux import cgroups, landlock, privileges, seccomp
+from ringfence.linux import cgroups, ids, landlock, privileges, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ class Host(Value):
     kernel: its release. machine: the architecture, as uname(2) has it. privileged: as
     `linux.privileges` tells it. cgroups: their layout. landlock_abi: 0 is none.
     user_namespaces, seccomp: why they can't be used, or "".
+    ids: why a privileged caller's sandboxes can't have ids of their own, and what would help; or None.
     """
 
-    __slots__ = ("cgroups", "kernel", "landlock_abi", "machine", "privileged", "seccomp", "user_namespaces")
+    __slots__ = ("cgroups", "ids", "kernel", "landlock_abi", "machine", "privileged", "seccomp", "user_namespaces")
     kernel: str
     machine: str
     privileged: bool
@@ -30,6 +31,7 @@ class Host(Value):
     landlock_abi: int
     user_namespaces: str
     seccomp: str
+    ids: tuple[str, str] | None
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Host(Value):
         landlock_abi: int,
         user_namespaces: str,
         seccomp: str,
+        ids: tuple[str, str] | None = None,
     ) -> None:
         self._set(
             kernel=kernel,
@@ -50,6 +53,7 @@ class Host(Value):
             landlock_abi=landlock_abi,
             user_namespaces=user_namespaces,
             seccomp=seccomp,
+            ids=ids,
         )
 
 
@@ -71,6 +75,7 @@ def host() -> Host:
             landlock_abi=landlock.abi(),
             user_namespaces=_why_no_user_namespaces(privileged),
             seccomp="" if usable else reason,
+            ids=ids.why_not() if privileged else None,
         )
     return _known
 

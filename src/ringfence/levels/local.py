@@ -19,6 +19,8 @@ from ringfence.wire.frames import Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ringfence.levels.host import Host
     from ringfence.linux.cgroups import Cgroup
     from ringfence.spec import Spec
@@ -102,9 +104,11 @@ class LocalSandbox(Sandbox):
                     raise KernelError("open", ["cpuacct.usage"], 2, "the cgroup tells no CPU time")
                 plan.cpu_limit(self.spec.limits.cpu_time_ns, usage)
 
-    def start(self, request: bytes, plan: messages.Plan) -> None:
-        """Has init started and hands it the plan. Its answers come while a command is driven."""
-        self.channel = self.state.launcher.launch(request)
+    def start(self, request: bytes, plan: messages.Plan, joins: Sequence[int] = ()) -> None:
+        """Has init started and hands it the plan. Its answers come while a command is driven. joins: descriptors of the
+        namespaces that the request names.
+        """
+        self.channel = self.state.launcher.launch(request, joins)
         self.channel.send(plan.encode(), plan.fds)
 
     # ---- running ----

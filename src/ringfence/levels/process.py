@@ -37,7 +37,7 @@ class ProcessLevel(Level):
     name = "process"
 
     def unavailable(self, host: Host) -> tuple[str, str] | None:
-        return None
+        return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         container = "use isolation='container' or 'vm'"

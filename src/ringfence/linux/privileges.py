@@ -32,7 +32,7 @@ def _has_capabilities() -> bool:
 
 
 def _has_ids() -> bool:
-    first, last = ids.process_uid(0), ids.container_base(ids.SLOTS)
+    first, last = ids.range_().first, ids.range_().end
     with open("/proc/self/uid_map", encoding="ascii") as file:
         ranges = [tuple(int(word) for word in line.split()) for line in file]
     return any(inside <= first and last <= inside + count for inside, _, count in ranges)

@@ -13,7 +13,7 @@ import socket
 import threading
 
 from ringfence.errors import ProtocolError, Unavailable
-from ringfence.linux import privileges
+from ringfence.linux import ids, privileges
 from ringfence.wire import frames, messages
 from ringfence.wire.channel import Channel, send_packet
 from ringfence.wire.frames import Type
@@ -58,7 +58,7 @@ class Launcher:
             try:
                 self.pid = os.posix_spawn(
                     core_path(),
-                    ["ringfence-core", "launcher", "privileged" if self.own_mounts else "unprivileged"],
+                    ["ringfence-core", "launcher", *_ids(self.own_mounts)],
                     {},
                     file_actions=[(os.POSIX_SPAWN_DUP2, null, fd) for fd in (0, 1, 2)]
                     + [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 3)],
@@ -76,11 +76,14 @@ class Launcher:
         self.templates: set[bytes] = set()
         self.lock = threading.Lock()
 
-    def launch(self, request: bytes) -> Channel:
-        """Starts a sandbox's init. Returns the channel on which LAUNCHED, and all of init's answers, will come."""
+    def launch(self, request: bytes, joins: Sequence[int] = ()) -> Channel:
+        """Starts a sandbox's init. Returns the channel on which LAUNCHED, and all of init's answers, will come.
+
+        joins: descriptors of the namespaces that the request names.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._send(request, [theirs.fileno()])
+            self._send(request, [theirs.fileno(), *joins])
         except BaseException:
             ours.close()
             raise
@@ -168,6 +171,14 @@ class Launcher:
             raise self._gone()
         finally:
             channel.close()
+
+
+def _ids(privileged: bool) -> tuple[str, ...]:
+    """What the launcher is told of the ids that it may kill by."""
+    if not privileged:
+        return ("unprivileged",)
+    found = ids.range_()
+    return str(found.first), str(found.count)
 
 
 _lock = threading.Lock()

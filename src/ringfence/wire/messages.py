@@ -170,8 +170,14 @@ def launch(
     gid_map: bytes | None = None,
     kill_uid: int | None = None,
     host_mounts: bool = False,
+    joins: Iterable[int] = (),
+    offsets_ns: tuple[int, int] | None = None,
 ) -> bytes:
-    """LAUNCH; the socket for the answers is its one descriptor."""
+    """LAUNCH; its descriptors are the socket for the answers, then those of the namespaces to join.
+
+    joins: the CLONE_NEW* flag of each, in that order. offsets_ns: how far the monotonic and the boot clock of its own
+    time namespace are ahead.
+    """
     payload = frames.u64(1, clone_flags)
     if uid_map is not None:
         payload += frames.string(2, uid_map)
@@ -181,7 +187,13 @@ def launch(
         payload += frames.u32(5, kill_uid)
     if host_mounts:
         payload += frames.attribute(6)
-    return frames.encode(Type.LAUNCH, payload, nfds=1)
+    nfds = 1
+    for flag in joins:
+        payload += frames.attribute(7, struct.pack("<QI", flag, nfds))
+        nfds += 1
+    if offsets_ns is not None:
+        payload += frames.attribute(8, struct.pack("<qq", *offsets_ns))
+    return frames.encode(Type.LAUNCH, payload, nfds=nfds)
 
 
 def template(name: bytes, steps: Iterable[MountStep]) -> tuple[bytes, list[int]]:

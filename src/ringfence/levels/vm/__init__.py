@@ -68,7 +68,7 @@ class VmLevel(Level):
             return f"QEMU is jailed in a container, and {host.user_namespaces}", "see 'ringfence doctor'"
         if kernel.find() is None:
             return "the guest's kernel isn't prepared", "run 'ringfence setup'"
-        return None
+        return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         cgroup = "the guest's cgroup v2"
