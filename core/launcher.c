@@ -20,8 +20,10 @@
 
 #define SANDBOXES_MAX 8192
 #define OWNED_MAX 64
+#define LATER_MAX 8
 
 struct sandbox { pid_t pid; bool has_uid; uint32_t uid, killer; };
+struct later { int control; uint32_t id; size_t length; uint8_t payload[512]; };
 enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3, OWNED_LEAF = 4 };
 struct owned { enum owned_kind kind; int parent; char name[256]; };
 
@@ -34,6 +36,8 @@ struct launcher {
     unsigned nlive;
     struct owned owned[OWNED_MAX];
     unsigned nowned;
+    struct later later[LATER_MAX]; /* launches that wait for a quiet moment, oldest first */
+    unsigned nlater;
     uint8_t packet[sizeof(struct rf_header) + RF_PACKET_MAX];
 };
 
@@ -172,9 +176,23 @@ static void stay_on_this_cpu(cpu_set_t *before) {
     sched_setaffinity(0, sizeof one, &one);
 }
 
+/* Whether a launch for later was put off: while a sandbox lives, its start or its end is what matters. */
+static bool put_off(struct launcher *s, const struct rf_frame *f) {
+    if (s->nlive == 0 || s->nlater == LATER_MAX || f->nfds != 1 || f->length > sizeof s->later[0].payload) return false;
+    struct later *later = &s->later[s->nlater];
+    later->control = fcntl(f->fds[0], F_DUPFD_CLOEXEC, 0);
+    if (later->control < 0) return false;
+    later->id = f->id;
+    later->length = f->length;
+    memcpy(later->payload, f->payload, f->length);
+    s->nlater++;
+    return true;
+}
+
 static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error *e) {
     struct rf_launch l;
     if (rf_launch_parse(f->payload, f->length, f->fds, f->nfds, &s->ids, &l, e) < 0) return -1;
+    if (l.later && put_off(s, f)) return 0;
     if (s->nlive == SANDBOXES_MAX) return rf_fail_errno(e, EAGAIN, "launch", "sandboxes", "too many at once");
     int go[2] = {-1, -1}, pidfd = -1;
     if (l.uid_map && pipe2(go, O_CLOEXEC) < 0) return rf_fail(e, "launch", "pipe2", "");
@@ -196,6 +214,20 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     if (pidfd >= 0) close(pidfd);
     s->wants_network |= r == 0 && (l.clone_flags & CLONE_NEWNET);
     return r;
+}
+
+/* What was put off, now that it is in nobody's way. */
+static void launch_later(struct launcher *s) {
+    unsigned n = s->nlater;
+    s->nlater = LATER_MAX; /* full: none of them is put off again */
+    for (unsigned i = 0; i < n; i++) {
+        struct later *later = &s->later[i];
+        struct rf_frame f = {.type = RF_LAUNCH, .id = later->id, .payload = later->payload, .length = later->length, .fds = &later->control, .nfds = 1};
+        struct rf_error e = {0};
+        if (launch(s, &f, &e) < 0) rf_send_error(later->control, 0, &e);
+        close(later->control);
+    }
+    s->nlater = 0;
 }
 
 /* ---- TEMPLATE, USERNS, OWN ---- */
@@ -409,15 +441,17 @@ int rf_launcher_main(int socket_fd, const struct rf_ids *ids) {
     if (s->proc < 0) return 1;
     for (;;) {
         struct pollfd wait[2] = {{.fd = s->socket, .events = POLLIN}, {.fd = s->signals, .events = POLLIN}};
-        /* The next sandbox's network namespace is made once this launch is out of the way, and not beside it. */
+        /* The next sandbox and its network namespace are made once this launch is out of the way, and not beside it. */
         const struct timespec pause = {.tv_nsec = 3000000};
-        int ready = ppoll(wait, 2, s->wants_network ? &pause : NULL, NULL);
+        int ready = ppoll(wait, 2, s->wants_network || s->nlater ? &pause : NULL, NULL);
         if (ready < 0 && errno != EINTR) break;
-        if (ready == 0) prepare_network(s);
+        if (ready == 0 && s->nlater) launch_later(s);
+        else if (ready == 0) prepare_network(s);
         if (wait[1].revents) {
             struct signalfd_siginfo info[8];
             while (read(s->signals, info, sizeof info) > 0) continue;
             reap(s);
+            if (s->nlater) launch_later(s);
         }
         if (wait[0].revents && receive(s) == 0) break;
     }

@@ -216,6 +216,7 @@ int rf_launch_parse(const uint8_t *payload, size_t n, const int *fds, unsigned n
         case 6: ok = a.length ? -1 : 0; l->host_mounts = true; break;
         case 7: ok = parse_join(&a, fds, nfds, l); break;
         case 8: ok = parse_offsets(&a, l); break;
+        case 10: ok = a.length ? -1 : 0; l->later = true; break;
         default: ok = -1;
         }
         char tag[21];

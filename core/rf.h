@@ -185,6 +185,7 @@ struct rf_launch {
     int64_t monotonic_ns, boottime_ns; /* how far the clocks of the time namespace in clone_flags are ahead */
     const char *uid_map, *gid_map;
     bool has_kill_uid, host_mounts;
+    bool later;         /* once a sandbox has ended, or after a pause */
     cpu_set_t cpus;     /* those of the launcher, which stays on one of them during the start */
     bool network_ready; /* the network namespace was made before, its loopback is up, and it isn't ours to change */
     uint32_t kill_uid;

@@ -112,6 +112,7 @@ def seeds() -> dict[str, bytes]:
             messages.launch(clone_flags=0x7E020080, uid_map=b"0 1895825408 65536\n", gid_map=b"0 1895825408 65536\n")
         ),
         "launch/process": _payload(messages.launch(clone_flags=0, kill_uid=0x71000000, host_mounts=True)),
+        "launch/later": _payload(messages.launch(clone_flags=0, kill_uid=0x71000000, host_mounts=True, later=True)),
         "launch/joins": _payload(
             messages.launch(
                 clone_flags=0x1C020080,

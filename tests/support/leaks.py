@@ -240,7 +240,12 @@ Snapshot = dict[str, Counter[str]]
 
 
 def snapshot() -> Snapshot:
-    """Everything that a sandbox could have left, by kind; without what is kept on purpose."""
+    """Everything that a sandbox could have left, by kind; without what is kept on purpose.
+
+    A sandbox that waits for the next run is ended first: it would not be told from one that was left.
+    """
+    if state_module._state is not None:
+        state_module._state.ready.clear()
     pid = os.getpid()
     what = kept()
     open_now = Counter(target for target in descriptors() if not _held_by_what_is_kept(target, what))

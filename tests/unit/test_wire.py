@@ -347,6 +347,19 @@ def good_plan() -> bytes:
     return plan.encode()
 
 
+def test_a_launch_for_later_waits_for_a_sandbox_to_end_or_for_quiet(launcher: Launcher) -> None:
+    def later() -> Talk:
+        return Talk(launcher.launch(messages.launch(clone_flags=0, host_mounts=True, later=True)))
+
+    with plain_init(launcher) as running, later() as second, later() as third:
+        for init in (running, second, third):
+            init.channel.send(good_plan())
+            assert init.serves()
+    with later() as alone:
+        alone.channel.send(good_plan())
+        assert alone.serves()
+
+
 def test_a_real_init_serves(launcher: Launcher) -> None:
     """The control of what follows: the same requests, well-formed, work."""
     with plain_init(launcher) as init:

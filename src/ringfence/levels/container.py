@@ -12,7 +12,7 @@ from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
 from ringfence.levels.base import Ability, Level, Outcome
 from ringfence.levels.limits import limit_abilities
-from ringfence.levels.local import LocalSandbox
+from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
 from ringfence.linux import ids, landlock, mounts, seccomp
@@ -114,7 +114,7 @@ class ContainerLevel(Level):
         return unmet
 
     def open(self, spec: Spec, host: Host) -> ContainerSandbox:
-        return ContainerSandbox(spec, host, state())
+        return open_local(ContainerSandbox, spec, host, state())
 
 
 class ContainerSandbox(LocalSandbox):
@@ -128,6 +128,7 @@ class ContainerSandbox(LocalSandbox):
         host: Host,
         state: State,
         *,
+        later: bool = False,
         extra: Callable[[ContainerSandbox], list[MountStep]] | None = None,
         extra_gid: int | None = None,
     ) -> None:
@@ -135,7 +136,7 @@ class ContainerSandbox(LocalSandbox):
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
         self._namespaces: dict[tuple[int, int] | None, int] = {}
-        super().__init__(spec, host, state)
+        super().__init__(spec, host, state, later=later)
 
     def _open(self) -> None:
         spec, host = self.spec, self._host
@@ -158,7 +159,7 @@ class ContainerSandbox(LocalSandbox):
             self.berth = self.state.berth("container", None)
             self._maps = (b"%d %d 1" % (uid, os.geteuid()), b"%d %d 1" % (gid, os.getegid()))
         self.user = (uid, gid)
-        self.berth.workdir.put(spec.files)
+        self.put_files()
         self.home = _HOME
         self.make_cgroup()
         plan = messages.Plan()
@@ -174,7 +175,8 @@ class ContainerSandbox(LocalSandbox):
         self._scope_sockets(plan)
         self.common_plan(plan)
         flags = _NAMESPACES | (0 if spec.network.mode == "host" else _NEWNET)
-        self.start(messages.launch(clone_flags=flags, uid_map=self._maps[0], gid_map=self._maps[1]), plan)
+        uid_map, gid_map = self._maps
+        self.start(messages.launch(clone_flags=flags, uid_map=uid_map, gid_map=gid_map, later=self.later), plan)
 
     def _scope_sockets(self, plan: messages.Plan) -> None:
         """Abstract UNIX sockets belong to the network namespace. Landlock keeps the host's out of reach."""

@@ -112,6 +112,7 @@ class _Drive:
         kill_hard: Callable[[], None],
         on_frame: Callable[[frames.Frame], None],
         watch: dict[int, Callable[[], None]],
+        on_started: Callable[[], None] | None,
     ) -> None:
         self.channel = channel
         self.command = command
@@ -120,6 +121,7 @@ class _Drive:
         self.kill_hard = kill_hard
         self.on_frame = on_frame
         self.watch = watch
+        self.on_started = on_started
         self.outcome = Outcome()
         self.out = _Kept(command.output_bytes)
         self.err = _Kept(command.output_bytes)
@@ -224,6 +226,8 @@ class _Drive:
             wall = self.command.wall_time_ns
             if not self.killing:
                 self.deadline = None if wall is None else outcome.started_ns + wall
+            if self.on_started is not None:
+                self.on_started()
         elif kind == Type.EXITED and frame.id == self.id:
             if outcome.started is None:
                 raise ProtocolError("the command was reported as ended before it had started")
@@ -311,12 +315,13 @@ def drive(
     kill_hard: Callable[[], None],
     on_frame: Callable[[frames.Frame], None],
     watch: dict[int, Callable[[], None]] | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> Outcome:
     """Drives a command whose EXEC was sent, until it is over or the channel ends.
 
     id: the command's, in EXEC. pipes: its streams, or None where they travel as frames. start_limit_ns: how long it
     may take until STARTED. kill_hard: ends the sandbox when init doesn't. on_frame: takes what isn't the command's.
-    watch: other descriptors, and what to call when one can be read.
+    watch: other descriptors, and what to call when one can be read. on_started: called once the command runs.
 
     Raises StartError with the error that init reported, ProtocolError where the other side breaks the protocol.
     """
@@ -329,5 +334,6 @@ def drive(
         kill_hard=kill_hard,
         on_frame=on_frame,
         watch=watch or {},
+        on_started=on_started,
     )
     return loop.run()

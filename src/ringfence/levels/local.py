@@ -9,10 +9,12 @@ import select
 import signal
 import time
 
-from ringfence.errors import KernelError, ProtocolError
+from ringfence.errors import KernelError, ProtocolError, RingfenceError
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
+from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
+from ringfence.linux import landlock
 from ringfence.result import Applied
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
@@ -20,13 +22,16 @@ from ringfence.wire.frames import Type
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import TypeVar
 
     from ringfence.levels.host import Host
     from ringfence.linux.cgroups import Cgroup
     from ringfence.spec import Spec
     from ringfence.wire.channel import Channel
 
-__all__ = ["CAPABILITIES_ALL", "LocalSandbox", "rlimits"]
+    _Local = TypeVar("_Local", bound="LocalSandbox")
+
+__all__ = ["CAPABILITIES_ALL", "LocalSandbox", "open_local", "rlimits"]
 
 _START_LIMIT_NS = 30_000_000_000
 # From the kill to the last process being reaped. A sandbox that takes longer has one in uninterruptible sleep.
@@ -53,11 +58,33 @@ def rlimits(spec: Spec) -> list[tuple[int, int]]:
     return found
 
 
-class LocalSandbox(Sandbox):
-    """Owns all that a sandbox has on the host: its init, its channel, its cgroup, its work directory, its ids."""
+def open_local(level: type[_Local], spec: Spec, host: Host, state: State) -> _Local:
+    """A sandbox of that level: the one that waits for such a spec, or a new one."""
+    # An unprivileged process sandbox is the caller's own user: without scoped signals it could stop one that waits.
+    safe = host.privileged or spec.isolation != "process" or host.landlock_abi >= landlock.SCOPES_ABI
+    kind = kind_of(spec, host) if safe else None
+    if kind is not None:
+        waiting = state.ready.take(kind)
+        if isinstance(waiting, level):
+            waiting.adopt(spec)
+            return waiting
+    made = level(spec, host, state)
+    made.kind = kind
+    return made
 
-    def __init__(self, spec: Spec, host: Host, state: State) -> None:
+
+class LocalSandbox(Sandbox):
+    """Owns all that a sandbox has on the host: its init, its channel, its cgroup, its work directory, its ids.
+
+    later: it is made ahead, for a spec of the same kind (`ready.kind_of`), which `adopt` hands it.
+    """
+
+    def __init__(self, spec: Spec, host: Host, state: State, *, later: bool = False) -> None:
         self.spec = spec
+        self.later = later
+        self.kind = kind_of(spec, host) if later else None
+        self._next: LocalSandbox | None = None
+        self._unsent: tuple[bytes, messages.Plan, Sequence[int]] | None = None
         self.state = state
         self._host = host
         self.berth: Berth | None = None
@@ -79,6 +106,45 @@ class LocalSandbox(Sandbox):
     @abc.abstractmethod
     def _open(self) -> None:
         """Takes a berth and a cgroup, makes the plan, starts init. On an error what it took is given back."""
+
+    def put_files(self) -> None:
+        """The spec's files, unless it is another one that will be run."""
+        if not self.later:
+            assert self.berth is not None
+            self.berth.workdir.put(self.spec.files)
+
+    def adopt(self, spec: Spec) -> None:
+        """Becomes the sandbox of that spec, for whose kind it was made."""
+        self.spec = spec
+        self.later = False
+        try:
+            self.put_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def _another(self) -> LocalSandbox:
+        """One of the same kind, made ahead. It keeps nothing of this one's command."""
+        spec = self.spec.replace(argv=(), input=None, env=(), files=(), collect=())
+        return type(self)(spec, self._host, self.state, later=True)
+
+    def _send_next_off(self) -> None:
+        """Once the command runs. Where it fails, `Ready.offer` finds out."""
+        if self._next is not None:
+            try:
+                self._next.send_off()
+            except (RingfenceError, OSError):
+                return
+
+    def is_waiting(self) -> bool:
+        """Whether init has said nothing yet, as one does that has made all that its plan says, or still does."""
+        return self.channel is not None and self.channel.is_quiet()
+
+    def forget(self) -> None:
+        """In a forked child, or once the launcher is gone: closes what it holds, and ends nothing."""
+        channel, self.channel = self.channel, None
+        if channel is not None:
+            channel.close()
 
     def make_cgroup(self) -> None:
         memory_bytes, cpus, pids = self._cgroup_limits
@@ -108,8 +174,16 @@ class LocalSandbox(Sandbox):
         """Has init started and hands it the plan. Its answers come while a command is driven. joins: descriptors of the
         namespaces that the request names.
         """
+        if self.later and self._unsent is None:
+            self._unsent = (request, plan, joins)
+            return
         self.channel = self.state.launcher.launch(request, joins)
         self.channel.send(plan.encode(), plan.fds)
+
+    def send_off(self) -> None:
+        """Has the init of a sandbox that is made ahead started."""
+        if self._unsent is not None and self.channel is None:
+            self.start(*self._unsent)
 
     # ---- running ----
 
@@ -127,6 +201,9 @@ class LocalSandbox(Sandbox):
             if channel.wants_to_send:
                 channel.flush_blocking()
             pipes.sent()
+            if command.once and self.kind is not None:
+                # While the command is on its way nothing is to be done here.
+                self._next = self.state.ready.next_of(self.kind, self._another)
             outcome = drive(
                 channel,
                 command,
@@ -135,6 +212,8 @@ class LocalSandbox(Sandbox):
                 start_limit_ns=_START_LIMIT_NS,
                 kill_hard=self.kill,
                 on_frame=self.take,
+                # Not before: what it wakes would be in the way of the command's start.
+                on_started=self._send_next_off if self._next is not None else None,
             )
         finally:
             pipes.close()
@@ -265,6 +344,9 @@ class LocalSandbox(Sandbox):
         try:
             ended = self._end()
         finally:
+            following, self._next = self._next, None
+            if following is not None and self.kind is not None:
+                self.state.ready.offer(self.kind, following)
             if self.pidfd >= 0:
                 os.close(self.pidfd)
                 self.pidfd = -1

@@ -13,7 +13,7 @@ import stat
 from ringfence.errors import Unmet
 from ringfence.levels.base import Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities
-from ringfence.levels.local import LocalSandbox
+from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.state import Berth, state
 from ringfence.linux import ids, landlock, seccomp
 from ringfence.result import Applied
@@ -101,7 +101,7 @@ class ProcessLevel(Level):
         return unmet
 
     def open(self, spec: Spec, host: Host) -> ProcessSandbox:
-        return ProcessSandbox(spec, host, state())
+        return open_local(ProcessSandbox, spec, host, state())
 
 
 def _threads_of(uid: int) -> int:
@@ -140,7 +140,7 @@ class ProcessSandbox(LocalSandbox):
         else:
             given = user
             self.berth = self.state.berth(f"process {given}", lambda _: given)
-        self.berth.workdir.put(spec.files)
+        self.put_files()
         self.home = os.path.join(self.state.run_path, self.berth.name)
         plan = messages.Plan()
         if uid is None:
@@ -154,7 +154,7 @@ class ProcessSandbox(LocalSandbox):
         if not host.seccomp:
             plan.seccomp(seccomp.cached(seccomp.policy(namespaces=False, network=spec.network.mode != "none")))
         self.common_plan(plan)
-        self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True), plan)
+        self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True, later=self.later), plan)
 
     def _bound_processes(self, plan: messages.Plan, user: tuple[int, int] | None) -> None:
         """Without an id of its own a sandbox is killed process by process, which only ends where their number does."""

@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 
+from ringfence.levels.ready import Ready
 from ringfence.levels.workdir import WorkDirectory
 from ringfence.linux import cgroups, ids, mounts
 from ringfence.wire import messages
@@ -50,6 +51,7 @@ class State:
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self.lock = threading.Lock()
         self.pid = os.getpid()
+        self.ready = Ready()
         self._count = 0
         self._manager: Manager | None = None
         self._berths: dict[str, list[Berth]] = {}
@@ -80,6 +82,7 @@ class State:
 
     def inherit(self, old: State) -> None:
         """Another launcher died before its time: what it should have removed is ours to have removed."""
+        old.ready.forget()
         for kind, parent_fd, name in old._owned:
             self._own(kind, parent_fd, name)
 
@@ -206,6 +209,8 @@ def state() -> State:
 def _after_fork_in_child() -> None:
     global _state, _lock
     _lock = threading.Lock()
+    if _state is not None:
+        _state.ready.forget()
     _state = None
 
 

@@ -21,6 +21,7 @@ _FLUSH_LIMIT_MS = 30_000
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
 _CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_LOOK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _FD_BYTES = array.array("i").itemsize
 # The other side sends one descriptor with one frame, once. A few more are room for that to change.
 _CONTROL_BYTES = socket.CMSG_SPACE(4 * _FD_BYTES)
@@ -142,6 +143,16 @@ class Channel:
             at = end
         del self._in[:at]
         return found
+
+    def is_quiet(self) -> bool:
+        """Whether the other side has sent nothing that wasn't received yet, and is there."""
+        try:
+            self._socket.recv(1, _LOOK)
+        except BlockingIOError:
+            return not self.at_end
+        except OSError:
+            return False
+        return False
 
     def finish(self) -> None:
         """Sends no more, which the other side sees as the end; what it still sends can be received."""

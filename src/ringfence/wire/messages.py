@@ -172,11 +172,12 @@ def launch(
     host_mounts: bool = False,
     joins: Iterable[int] = (),
     offsets_ns: tuple[int, int] | None = None,
+    later: bool = False,
 ) -> bytes:
     """LAUNCH; its descriptors are the socket for the answers, then those of the namespaces to join.
 
     joins: the CLONE_NEW* flag of each, in that order. offsets_ns: how far the monotonic and the boot clock of its own
-    time namespace are ahead.
+    time namespace are ahead. later: when it is in no other sandbox's way.
     """
     payload = frames.u64(1, clone_flags)
     if uid_map is not None:
@@ -193,6 +194,8 @@ def launch(
         nfds += 1
     if offsets_ns is not None:
         payload += frames.attribute(8, struct.pack("<qq", *offsets_ns))
+    if later:
+        payload += frames.attribute(10)
     return frames.encode(Type.LAUNCH, payload, nfds=nfds)
 
 

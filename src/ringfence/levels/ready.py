@@ -1,0 +1,117 @@
+"""The next sandbox, made before it is asked for.
+
+Its init has its namespaces, its file tree and its plan, and waits for a command: the dearest part of a start is over
+before the call. Each is used once, like any other sandbox, and is made of parts that no sandbox is in any more. Only
+what a spec says of the sandbox itself has to be the same; command, files, streams and time come with the command.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+
+from ringfence.errors import RingfenceError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from ringfence.levels.host import Host
+    from ringfence.levels.local import LocalSandbox
+    from ringfence.spec import Spec
+
+__all__ = ["Ready", "kind_of"]
+
+# How many wait at once, each of another kind: an idle one costs some 300 KiB, most of it the kernel's.
+_MOST = 2
+# The rules that a sandbox can be made ahead with. Any other, and any yet to come, may refer to what can change until
+# the call: a path, a port, a device.
+_RULES = frozenset({"memory", "cpus", "pids", "cpu_time", "wall_time", "output", "user", "hostname", "network"})
+
+
+def kind_of(spec: Spec, host: Host) -> tuple[Any, ...] | None:
+    """What has to be the same for a sandbox to serve that spec; None where it can't be made ahead."""
+    if not spec.asked <= _RULES or isinstance(spec.user, str) or spec.network.mode not in ("none", "host"):
+        return None
+    limits = spec.limits
+    return (
+        spec.isolation,
+        limits.memory_bytes,
+        limits.cpus,
+        limits.pids,
+        limits.cpu_time_ns,
+        spec.user,
+        spec.hostname,
+        spec.network.mode,
+        # The limits that the caller itself is under go into the plan.
+        resource.getrlimit(resource.RLIMIT_CORE),
+        resource.getrlimit(resource.RLIMIT_CPU),
+        os.geteuid(),
+        id(host),
+    )
+
+
+class Ready:
+    """The sandboxes that wait. May be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[tuple[Any, ...], LocalSandbox] = {}
+        # The kinds of the last two runs: a sandbox is made for a third of one of them.
+        self._last: tuple[tuple[Any, ...] | None, tuple[Any, ...] | None] = (None, None)
+
+    def take(self, kind: tuple[Any, ...]) -> LocalSandbox | None:
+        """The one of that kind, which is the caller's from now on; None where there is none."""
+        with self._lock:
+            found = self._waiting.pop(kind, None)
+        if found is not None and not found.is_waiting():
+            found.close()  # its plan failed, or somebody ended it
+            return None
+        return found
+
+    def next_of(self, kind: tuple[Any, ...], make: Callable[[], LocalSandbox]) -> LocalSandbox | None:
+        """Another one of the kind of which a command is just running; None where none is needed, or none can be made.
+
+        It is to be handed to `offer` once that command is over.
+        """
+        with self._lock:
+            again = kind in self._last
+            self._last = (kind, self._last[0])
+            if not again or kind in self._waiting:
+                return None
+        try:
+            return make()
+        except (RingfenceError, OSError):
+            return None  # whoever needs one makes it then, and is told what fails
+
+    def offer(self, kind: tuple[Any, ...], sandbox: LocalSandbox) -> None:
+        """Lets it wait for a run of its kind."""
+        try:
+            sandbox.send_off()
+        except (RingfenceError, OSError):
+            sandbox.close()
+            return
+        surplus = [sandbox]
+        with self._lock:
+            if kind not in self._waiting:
+                self._waiting[kind] = surplus.pop()
+                if len(self._waiting) > _MOST:
+                    surplus.append(self._waiting.pop(next(iter(self._waiting))))
+        for one in surplus:
+            one.close()
+
+    def clear(self) -> None:
+        """Ends all that wait."""
+        with self._lock:
+            found, self._waiting = list(self._waiting.values()), {}
+            self._last = (None, None)
+        for one in found:
+            one.close()
+
+    def forget(self) -> None:
+        """Lets go of them without ending them: they are another process's, or their launcher is gone."""
+        found, self._waiting = list(self._waiting.values()), {}
+        for one in found:
+            one.forget()
