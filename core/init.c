@@ -46,6 +46,7 @@ struct init {
     struct rf_channel channel;
     struct rf_plan plan;
     struct rf_exec exec;
+    struct rf_prefork prefork;
     struct rf_transfer transfer;
     struct command commands[COMMANDS_MAX];
     uint8_t plan_payload[RF_PAYLOAD_MAX];
@@ -62,6 +63,7 @@ int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e) {
 /* ---- killing and reaping ---- */
 
 static void note_exit(struct init *s, pid_t pid, int status) {
+    if (pid == s->prefork.pid) rf_prefork_gone(&s->prefork);
     for (unsigned i = 0; i < COMMANDS_MAX; i++) {
         struct command *c = &s->commands[i];
         if (!c->used || !c->running || c->pid != pid) continue; /* its number may be another one's by now */
@@ -318,6 +320,7 @@ static int start_command(struct init *s, const struct rf_frame *f, struct rf_err
     struct rf_readback rb;
     int r = streams ? make_pipes(c, pipes, e) : 0;
     getrusage(RUSAGE_CHILDREN, &c->before);
+    if (r == 0 && !streams) r = rf_prefork_exec(&s->prefork, f->payload, f->length, f->fds, f->nfds, &c->pid, &rb, e);
     if (r == 0) r = rf_spawn(&s->plan, &s->exec, streams ? pipes : f->fds, streams ? 3 : f->nfds, &c->pid, &rb, e);
     close_fds(pipes, 3);
     if (r < 0) {
@@ -410,6 +413,8 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
         if (r < 0) return -1;
     }
     s->planned = true;
+    /* Nobody waits for this sandbox yet, so there is time to make its command's process too. */
+    if (s->launch.later) rf_prefork_make(&s->prefork, p, s->in, &s->exec);
     return 0;
 }
 

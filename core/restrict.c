@@ -162,6 +162,32 @@ static int enter_seccomp(const struct rf_plan *p, struct rf_error *e) {
     return 0;
 }
 
+/* What comes after the descriptors and before the working directory. */
+static int restrict_ids(const struct rf_plan *p, struct rf_error *e) {
+    umask(022);
+    if (drop_bounding(p, e) < 0) return -1; /* needs CAP_SETPCAP, so before the ids */
+    if (set_rlimits(p, e) < 0) return -1;
+    if (become(p, e) < 0) return -1;
+    return set_capabilities(p, e);
+}
+
+static int restrict_calls(const struct rf_plan *p, int landlock_fd, struct rf_readback *rb, struct rf_error *e) {
+    /* After the last change of ids, which clears it: the command doesn't outlive its init. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) return fail(e, "signals", "prctl", "PR_SET_PDEATHSIG");
+    if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
+    if (unblock_signals(e) < 0) return -1;
+    if (enter_landlock(landlock_fd, rb, e) < 0) return -1;
+    if (enter_seccomp(p, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
+    read_back(p, rb);
+    return 0;
+}
+
+static int leave_cpu(const struct rf_plan *p, struct rf_error *e) {
+    if (!p->cpus || CPU_COUNT(p->cpus) == 0 || sched_setaffinity(0, sizeof *p->cpus, p->cpus) == 0) return 0;
+    return fail(e, "cpus", "sched_setaffinity", "");
+}
+
 int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_readback *rb,
                 struct rf_error *e) {
     if (join_cgroups(p, e) < 0) return -1;
@@ -169,23 +195,27 @@ int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds
     int landlock_fd = p->landlock_fd;
     if (place_fds(fds, nfds, &landlock_fd, e) < 0) return -1;
     if (seal_fds(nfds, e) < 0) return -1;
-    umask(022);
-    if (drop_bounding(p, e) < 0) return -1; /* needs CAP_SETPCAP, so before the ids */
-    if (set_rlimits(p, e) < 0) return -1;
-    if (become(p, e) < 0) return -1;
-    if (set_capabilities(p, e) < 0) return -1;
+    if (restrict_ids(p, e) < 0) return -1;
     /* As the command's own user, so that a directory it may not enter is told now. */
     if (chdir(x->cwd) < 0) return fail(e, "chdir", "chdir", x->cwd);
-    /* After the last change of ids, which clears it: the command doesn't outlive its init. */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) return fail(e, "signals", "prctl", "PR_SET_PDEATHSIG");
-    if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-        return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
-    if (unblock_signals(e) < 0) return -1;
-    if (p->cpus && CPU_COUNT(p->cpus) > 0 && sched_setaffinity(0, sizeof *p->cpus, p->cpus) < 0) return fail(e, "cpus", "sched_setaffinity", "");
-    if (enter_landlock(landlock_fd, rb, e) < 0) return -1;
-    if (enter_seccomp(p, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
-    read_back(p, rb);
-    return 0;
+    if (leave_cpu(p, e) < 0) return -1;
+    return restrict_calls(p, landlock_fd, rb, e);
+}
+
+int rf_restrict_ahead(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
+    if (join_cgroups(p, e) < 0) return -1;
+    if (setsid() < 0) return fail(e, "session", "setsid", "");
+    if (seal_fds(0, e) < 0) return -1;
+    if (restrict_ids(p, e) < 0) return -1;
+    return restrict_calls(p, p->landlock_fd, rb, e);
+}
+
+int rf_restrict_rest(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_error *e) {
+    int none = -1;
+    if (place_fds(fds, nfds, &none, e) < 0) return -1;
+    if (seal_fds(nfds, e) < 0) return -1;
+    if (chdir(x->cwd) < 0) return fail(e, "chdir", "chdir", x->cwd);
+    return leave_cpu(p, e);
 }
 
 static const char *variable(char *const *envp, const char *name) {

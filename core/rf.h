@@ -221,6 +221,10 @@ struct rf_readback {
 /* Runs in the command's process, between clone and exec. `fds` become 0, 1, 2, …; nothing else stays open. */
 int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_readback *rb,
                 struct rf_error *e);
+/* The same in two parts, for a process that is restricted before its command is known; the first does all but what the
+ * command itself says. */
+int rf_restrict_ahead(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e);
+int rf_restrict_rest(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_error *e);
 /* execve, with PATH searched as execvp does; returns only on failure. */
 int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
 
@@ -237,6 +241,18 @@ int rf_kill_uid(uint32_t uid, uint32_t killer, struct rf_error *e);
 /* SIGKILL to every descendant of this process, by /proc, but `n` children and their own. For a subreaper that has no
  * better means. `spared`: where the first one's pid is; the next is `stride` bytes on. */
 void rf_kill_descendants(const pid_t *spared, size_t stride, unsigned n);
+/* ---- prefork.c: a command's process, made before the command is known ------------------------------------------------- */
+
+#define RF_PREFORK_MAX (64u << 10)
+struct rf_prefork { pid_t pid; int socket; }; /* pid 0: there is none */
+/* Starts one under `p`, or doesn't. `buf` (RF_PREFORK_MAX bytes) and `x` are its to use, in its own copy of memory. */
+void rf_prefork_make(struct rf_prefork *st, const struct rf_plan *p, uint8_t *buf, struct rf_exec *x);
+/* Has it execute what an EXEC payload says: 1, or -1 with the error of what failed. 0 where there is none that could. */
+int rf_prefork_exec(struct rf_prefork *st, const uint8_t *payload, size_t n, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
+                 struct rf_error *e);
+void rf_prefork_drop(struct rf_prefork *st); /* ends it */
+void rf_prefork_gone(struct rf_prefork *st); /* it was reaped */
+
 /* clone3 without CLONE_VM: returns 0 in the child, the pid in the parent. */
 pid_t rf_clone(uint64_t flags, int *pidfd);
 

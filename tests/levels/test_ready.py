@@ -31,14 +31,18 @@ def waiting() -> list[Any]:
 
 def inits() -> list[leaks.Process]:
     """Those that wait: nothing else of ours runs."""
-    found: list[leaks.Process] = []
+    return leaks.settled_to(lambda: [one for one in below() if one.parent == state().launcher.pid])
 
-    def look() -> bool:
-        found[:] = [one for one in leaks.descendants(state().launcher.pid) if one.name.startswith("ringfence-core")]
-        return not found
 
-    leaks.settled(look, 1.0)
-    return found
+def preforked() -> list[leaks.Process]:
+    """The commands' processes that wait to be told what to execute."""
+    return leaks.settled_to(lambda: [one for one in below() if one.parent != state().launcher.pid])
+
+
+def below() -> list[leaks.Process]:
+    """All of ours, but for those that have ended and weren't reaped yet."""
+    found = leaks.descendants(state().launcher.pid)
+    return [one for one in found if one.name.startswith("ringfence-core") and leaks.is_alive(one)]
 
 
 def run(isolation: str, **options: Any) -> rf.Result:
@@ -100,6 +104,54 @@ def test_one_that_was_killed_is_replaced(isolation: str) -> None:
     os.kill(init.pid, signal.SIGKILL)
     leaks.settled(lambda: init.pid in leaks.processes(), 2.0)
     run(isolation)
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_its_command_is_restricted_before_it_is_known(isolation: str) -> None:
+    run(isolation)
+    run(isolation)
+    (command,) = preforked()
+    about: dict[str, str] = {}
+
+    def restricted() -> bool:
+        text = Path(f"/proc/{command.pid}/status").read_text()
+        for line in text.splitlines():
+            name, _, value = line.partition(":\t")
+            about[name] = value
+        return about["Seccomp"] == "2" and len(os.listdir(f"/proc/{command.pid}/fd")) == 1
+
+    leaks.settled(lambda: not restricted(), 2.0)
+    assert (about["Seccomp"], about["NoNewPrivs"]) == ("2", "1")
+    assert {about[f"Cap{name}"] for name in ("Eff", "Prm", "Inh", "Amb")} == {"0" * 16}
+    # Only the socket by which init will tell it: no channel, no file of the host's, no cgroup.
+    (descriptor,) = os.listdir(f"/proc/{command.pid}/fd")
+    assert os.readlink(f"/proc/{command.pid}/fd/{descriptor}").startswith("socket:")
+    uids = about["Uid"].split()
+    assert len(set(uids)) == 1
+    if os.geteuid() == 0:
+        assert int(uids[0]) >= 0x70000000
+    assert "ringfence-" in Path(f"/proc/{command.pid}/cgroup").read_text()
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_a_command_that_died_before_it_was_told_is_started_anew(isolation: str) -> None:
+    run(isolation)
+    run(isolation)
+    (init,) = inits()
+    (command,) = preforked()
+    os.kill(command.pid, signal.SIGKILL)
+    leaks.settled(lambda: command.pid in leaks.processes(), 2.0)
+    assert [one.key for one in inits()] == [init.key]
+    run(isolation)
+    assert not leaks.settled(lambda: init.key in [one.key for one in below()], 1.0)
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_a_command_too_long_to_be_told_is_started_anew(isolation: str) -> None:
+    run(isolation)
+    run(isolation)
+    result = rf.run(["sh", "-c", "echo ${#1}", "sh", "x" * 100_000], isolation=isolation)
+    assert result.stdout == b"100000\n"
 
 
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)

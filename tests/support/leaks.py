@@ -96,6 +96,15 @@ def _own_processes() -> list[Process]:
     return [one for one in ours if running is None or one.pid != running.pid]
 
 
+def is_alive(one: Process) -> bool:
+    """Whether it still runs: neither gone nor a zombie."""
+    try:
+        fields = _text(f"/proc/{one.pid}/stat").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return int(fields[19]) == one.start and fields[0] not in "ZX"
+
+
 def run_folder_parent() -> Path:
     return Path(os.environ.get("TMPDIR", "/tmp"))
 
@@ -278,5 +287,13 @@ def settled(look: Callable[[], _Found], within_s: float) -> _Found:
     """What `look` finds once it finds nothing, or after `within_s` seconds."""
     deadline = time.monotonic() + within_s
     while (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+def settled_to(look: Callable[[], _Found], within_s: float = 1.0) -> _Found:
+    """What `look` finds once it finds something, or after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
+    while not (found := look()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return found

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from ringfence.spec import Spec
     from ringfence.wire.messages import Exited, Started
 
-__all__ = ["Ability", "Command", "Level", "Outcome", "Sandbox", "requested"]
+__all__ = ["PLAIN_RULES", "Ability", "Command", "Level", "Outcome", "Sandbox", "requested"]
+
+
+# The rules that say all there is to say of them: no path, port or device, which may be another one at the next call.
+PLAIN_RULES = frozenset({"memory", "cpus", "pids", "cpu_time", "wall_time", "output", "user", "hostname", "network"})
 
 
 class Ability(Value):
@@ -150,9 +154,13 @@ class Sandbox(abc.ABC):
 
 
 class Level(abc.ABC):
-    """A kind of boundary."""
+    """A kind of boundary.
+
+    lasting: the rules whose abilities follow from the `Host` alone, and so are worked out once for it.
+    """
 
     name: str
+    lasting: frozenset[str] = frozenset()
 
     @abc.abstractmethod
     def unavailable(self, host: Host) -> tuple[str, str] | None:
@@ -170,9 +178,15 @@ class Level(abc.ABC):
     def open(self, spec: Spec, host: Host) -> Sandbox:
         """Starts a sandbox for a spec that was checked."""
 
+    def _abilities(self, host: Host) -> Mapping[str, Ability]:
+        known = _known.get(self.name)
+        if known is None or known[0] is not host:
+            known = _known[self.name] = (host, self.abilities(host))
+        return known[1]
+
     def check(self, spec: Spec, host: Host) -> None:
         """Raises CannotEnforce with every rule that was asked for and can't be enforced. Starts nothing."""
-        abilities = self.abilities(host)
+        abilities = self._abilities(host) if spec.asked <= self.lasting else self.abilities(host)
         unmet = []
         for rule in sorted(spec.asked):
             ability = abilities.get(f"network={spec.network.mode}" if rule == "network" else rule)
@@ -184,6 +198,10 @@ class Level(abc.ABC):
         unmet += self.unmet(spec, host)
         if unmet:
             raise CannotEnforce(self.name, unmet)
+
+
+# Level to the host that was asked last, and its answer.
+_known: dict[str, tuple[Host, Mapping[str, Ability]]] = {}
 
 
 def requested(spec: Spec, rule: str) -> object:

@@ -10,7 +10,7 @@ import stat
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
-from ringfence.levels.base import Ability, Level, Outcome
+from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.state import State, state
@@ -66,6 +66,7 @@ _READONLY = (b"/proc/bus", b"/proc/fs", b"/proc/irq", b"/proc/sys", b"/proc/sysr
 
 class ContainerLevel(Level):
     name = "container"
+    lasting = PLAIN_RULES - {"user"}
 
     def unavailable(self, host: Host) -> tuple[str, str] | None:
         if host.user_namespaces:

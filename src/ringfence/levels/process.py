@@ -11,7 +11,7 @@ import resource
 import stat
 
 from ringfence.errors import Unmet
-from ringfence.levels.base import Ability, Level, Outcome, requested
+from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.state import Berth, state
@@ -35,6 +35,7 @@ _NO_LANDLOCK_HELP = "use a kernel with Landlock, or isolation='container'"
 
 class ProcessLevel(Level):
     name = "process"
+    lasting = PLAIN_RULES
 
     def unavailable(self, host: Host) -> tuple[str, str] | None:
         return host.ids

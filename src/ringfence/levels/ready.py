@@ -12,6 +12,7 @@ import resource
 import threading
 
 from ringfence.errors import RingfenceError
+from ringfence.levels.base import PLAIN_RULES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,16 +27,18 @@ __all__ = ["Ready", "kind_of"]
 
 # How many wait at once, each of another kind: an idle one costs some 300 KiB, most of it the kernel's.
 _MOST = 2
-# The rules that a sandbox can be made ahead with. Any other, and any yet to come, may refer to what can change until
-# the call: a path, a port, a device.
-_RULES = frozenset({"memory", "cpus", "pids", "cpu_time", "wall_time", "output", "user", "hostname", "network"})
+# What the command's process uses while it waits, some 100 KiB, would show in the peak of a smaller limit.
+_LEAST_MEMORY = 16 << 20
 
 
 def kind_of(spec: Spec, host: Host) -> tuple[Any, ...] | None:
     """What has to be the same for a sandbox to serve that spec; None where it can't be made ahead."""
-    if not spec.asked <= _RULES or isinstance(spec.user, str) or spec.network.mode not in ("none", "host"):
+    # Any other rule, and any yet to come, may refer to what can change until the call.
+    if not spec.asked <= PLAIN_RULES or isinstance(spec.user, str) or spec.network.mode not in ("none", "host"):
         return None
     limits = spec.limits
+    if limits.memory_bytes is not None and limits.memory_bytes < _LEAST_MEMORY:
+        return None
     return (
         spec.isolation,
         limits.memory_bytes,

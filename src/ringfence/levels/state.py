@@ -133,8 +133,14 @@ class State:
         limits = (memory_bytes, cpus, pids)
         with self.lock:
             free = self._cgroups.get(limits)
-            if free:
-                return free.pop()
+            kept = free.pop() if free else None
+        if kept is not None:
+            try:
+                kept.renew()
+                return kept
+            except OSError:
+                kept.remove()
+        with self.lock:
             if self._manager is None:
                 self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup)
             if not any(one.usable for one in self._manager.layout.controllers):
@@ -149,7 +155,7 @@ class State:
         with self.lock:
             free = self._cgroups.setdefault(limits, [])
             room = len(free) < _MOST_KEPT and len(self._cgroups) <= _MOST_KEPT
-        if room and cgroup.reset():
+        if room and cgroup.is_clean():
             with self.lock:
                 free.append(cgroup)
         elif not cgroup.remove():

@@ -262,12 +262,16 @@ class Cgroup(abc.ABC):
     def usage(self) -> Usage:
         """What it used until now; to be asked before `remove`."""
 
-    def reset(self) -> bool:
-        """Make it ready for another sandbox under the same limits, its counters at their beginning; False where that
-        can't be done, and it is to be removed instead.
+    def is_clean(self) -> bool:
+        """Whether it can be had by another sandbox under the same limits, once that is `renew`ed: nothing is in it, and
+        nothing that counts was left. Otherwise it is to be removed.
         """
         # Version 2 can't reset memory.peak before Linux 6.12, and its directory is one, not four.
         return False
+
+    def renew(self) -> None:
+        """Set the counters of one that is clean to their beginning. Raises OSError."""
+        raise OSError(errno.ENOTSUP, "not for this version")
 
     @abc.abstractmethod
     def processes(self) -> set[int]:

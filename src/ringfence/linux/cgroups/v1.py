@@ -107,6 +107,7 @@ class V1Cgroup(Cgroup):
         self._cpu_fd = -1
         # Files that were read once: (controller, name) to descriptor, or None where this kernel has none.
         self._files: dict[tuple[str, str], int | None] = {}
+        self._to_renew: dict[str, int] = {}  # controller to its counter, open for writing
         self._limited: tuple[int | None, float | None, int | None] = (None, None, None)
         self._refused_before = 0
         self._used_before = False
@@ -192,22 +193,27 @@ class V1Cgroup(Cgroup):
             source="cgroup v1",
         )
 
-    def reset(self) -> bool:
+    def is_clean(self) -> bool:
         memory_bytes, cpus, pids = self._limited
         if cpus is not None or (memory_bytes is not None and memory_bytes < _REUSED_FROM_BYTES):
             return False  # the quota's counters can't be reset; what is left would weigh on a small limit
-        used = self.usage()
-        if used.oom_kills or (used.memory_bytes or 0) > _LEFT_OVER_BYTES or self.processes():
+        left = self._number("memory", "memory.usage_in_bytes") or 0
+        if left > _LEFT_OVER_BYTES or self._keyed("memory", "memory.oom_control", "oom_kill"):
             return False
-        if pids is not None and self._number("pids", "pids.max") != pids:
+        # Whoever joins one joins all. To read a list of processes takes longer than their number.
+        count = self._number("pids", "pids.current")
+        if self.processes() if count is None else count:
             return False
-        if "memory" in self._parents:
-            self._set("memory", "memory.max_usage_in_bytes", "0")
-        if "cpuacct" in self._parents:
-            self._set("cpuacct", "cpuacct.usage", "0")
-        self._refused_before += used.pids_refused or 0
+        return pids is None or self._number("pids", "pids.max") == pids
+
+    def renew(self) -> None:
+        for controller, name in (("memory", "memory.max_usage_in_bytes"), ("cpuacct", "cpuacct.usage")):
+            if controller in self._parents:
+                if controller not in self._to_renew:
+                    self._to_renew[controller] = base.open_to_write(self._prefix + name, self._parents[controller])
+                os.write(self._to_renew[controller], b"0")
+        self._refused_before = self._keyed("pids", "pids.events", "max") or 0
         self._used_before = True
-        return True
 
     def processes(self) -> set[int]:
         found: set[int] = set()
@@ -227,9 +233,9 @@ class V1Cgroup(Cgroup):
 
     def _close(self) -> None:
         read = [fd for fd in self._files.values() if fd is not None]
-        for fd in (*self._join, *read, *([self._cpu_fd] if self._cpu_fd >= 0 else [])):
+        for fd in (*self._join, *read, *self._to_renew.values(), *([self._cpu_fd] if self._cpu_fd >= 0 else [])):
             os.close(fd)
-        self._join, self._parents, self._files, self._cpu_fd = (), {}, {}, -1
+        self._join, self._parents, self._files, self._to_renew, self._cpu_fd = (), {}, {}, {}, -1
 
     def _directories(self) -> Iterable[int]:
         """The bases that have a directory of it, each once."""
