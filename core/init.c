@@ -445,7 +445,11 @@ static int file_request(struct init *s, const struct rf_frame *f, struct rf_erro
     if (!dir) return rf_fail_errno(e, EPROTO, "protocol", "files", "no work directory");
     switch (f->type) {
     case RF_PUT: return rf_file_put(dir, f, s->plan.uid, s->plan.gid, &s->transfer, e);
-    case RF_DATA: return rf_file_data(&s->transfer, f, e);
+    case RF_DATA: {
+        bool last = f->length == 0 && s->transfer.fd >= 0; /* one that failed was answered by its error */
+        if (rf_file_data(&s->transfer, f, e) < 0) return -1;
+        return last ? rf_channel_send(&s->channel, RF_DONE, f->id, NULL, 0) : 0;
+    }
     case RF_LIST: return rf_file_list(&s->channel, dir, f->id, e);
     default: return rf_file_read(&s->channel, dir, f, e);
     }

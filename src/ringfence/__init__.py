@@ -5,8 +5,9 @@
     result = rf.run(["python3", "job.py"], isolation="container", files={"job.py": b"print(6*7)"})
     result.exit_code, result.stdout, result.applied
 
-`run` does the work; `Limits`, `Mount`, `Network` and `File` say under which rules; a `Result` tells how it ended, what
-it used, and what was in force. Everything that is raised derives from `RingfenceError`.
+`run` does the work; `Limits`, `Mount`, `Network` and their like say under which rules; a `Result` tells how it ended,
+what it used, and what was in force. `Sandbox` stays and takes several commands, `Pool` keeps sandboxes waiting.
+Everything that is raised derives from `RingfenceError`.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ __all__ = [
     "Mount",
     "Namespaces",
     "Network",
+    "Pool",
     "ProtocolError",
     "Result",
     "RingfenceError",
+    "Sandbox",
     "Seccomp",
     "SpecError",
     "StartError",
@@ -65,12 +68,22 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ringfence.comparison import Comparison, compare
+    from ringfence.pool import Pool
+    from ringfence.sandbox import Sandbox
 
 
 def __getattr__(name: str) -> Any:
-    """`compare` and what it returns, imported when first used: most callers never do."""
+    """What most callers never use, imported when first used."""
     if name in ("Comparison", "compare"):
         from ringfence import comparison
 
         return getattr(comparison, name)
+    if name == "Sandbox":
+        from ringfence.sandbox import Sandbox
+
+        return Sandbox
+    if name == "Pool":
+        from ringfence.pool import Pool
+
+        return Pool
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

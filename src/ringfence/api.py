@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ringfence.errors import Unavailable
+from ringfence.errors import KernelError, Unavailable
 from ringfence.levels.base import Command
 from ringfence.levels.host import Host, host
 from ringfence.result import Result, TerminationReason, Usage
@@ -13,12 +13,13 @@ from ringfence.spec import Spec
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, Unpack
+    from typing import Unpack
 
     from ringfence.levels.base import Level, Outcome, Sandbox
+    from ringfence.spec import FileIn
     from ringfence.spec.options import Options, Path
 
-__all__ = ["check_spec", "level", "run", "run_spec"]
+__all__ = ["check_spec", "execute", "level", "put", "run", "run_spec"]
 
 # All that `collect` may bring back of one run, bytes.
 _COLLECT_BYTES = 1 << 30
@@ -82,60 +83,91 @@ def run_spec(spec: Spec, on: Host | None = None) -> Result:
     called_ns = time.monotonic_ns()
     boundary, machine = check_spec(spec, on)
     with boundary.open(spec, machine) as sandbox:
+        ran = _Ran(sandbox, spec, called_ns, once=True, cwd=None)
+    return ran.result(teardown_ns=time.monotonic_ns() - ran.outcome.ended_ns)
+
+
+def execute(
+    sandbox: Sandbox,
+    spec: Spec,
+    called_ns: int,
+    *,
+    once: bool,
+    cwd: bytes | None = None,
+    files: tuple[FileIn, ...] = (),
+) -> Result:
+    """Runs a spec's command in a sandbox that is open, and leaves it so.
+
+    called_ns: CLOCK_MONOTONIC of the call. once: the sandbox takes no other. cwd: or None for the work directory.
+    files: written there before.
+    """
+    if not once:
+        sandbox.mark()
+    if files:
+        put(sandbox, files)
+    return _Ran(sandbox, spec, called_ns, once=once, cwd=cwd).result(teardown_ns=None)
+
+
+def put(sandbox: Sandbox, files: tuple[FileIn, ...]) -> None:
+    """Writes files of an open sandbox's work directory. Raises RingfenceError."""
+    try:
+        sandbox.put(files)
+    except OSError as error:
+        raise KernelError("open", [files[0].path], error.errno or 0) from error
+
+
+class _Ran:
+    """A command that was run, and all that has to be asked before its sandbox is gone."""
+
+    def __init__(self, sandbox: Sandbox, spec: Spec, called_ns: int, *, once: bool, cwd: bytes | None) -> None:
+        self.spec = spec
+        self.called_ns = called_ns
+        self.accelerator = sandbox.accelerator
         command = Command(
             argv=spec.argv,
             env=spec.environment(sandbox.home),
-            cwd=sandbox.home,
+            cwd=sandbox.home if cwd is None else cwd if cwd.startswith(b"/") else sandbox.home + b"/" + cwd,
             input=spec.input,
             wall_time_ns=spec.limits.wall_time_ns,
             output_bytes=spec.limits.output_bytes,
-            once=True,
+            once=once,
         )
-        outcome = sandbox.run(command)
-        files = sandbox.collect(spec.collect, _COLLECT_BYTES) if spec.collect else None
-        measured = sandbox.usage(outcome)
-        applied = sandbox.applied(outcome)
-    result = _result(spec, sandbox, outcome, files, measured, applied, called_ns)
-    return result.check() if spec.check else result
+        self.outcome = sandbox.run(command)
+        self.files = sandbox.collect(spec.collect, _COLLECT_BYTES) if spec.collect else None
+        self.measured = sandbox.usage(self.outcome)
+        self.applied = sandbox.applied(self.outcome)
 
-
-def _result(
-    spec: Spec,
-    sandbox: Sandbox,
-    outcome: Outcome,
-    files: dict[str, bytes] | None,
-    measured: tuple[int | None, int | None, bool, str],
-    applied: Any,
-    called_ns: int,
-) -> Result:
-    cpu_ns, memory_peak, out_of_memory, source = measured
-    exited = outcome.exited
-    reason = _reason(outcome, out_of_memory)
-    stdout: bytes | str = outcome.stdout
-    stderr: bytes | str = outcome.stderr
-    if spec.text:
-        stdout = outcome.stdout.decode("utf-8", "surrogateescape")
-        stderr = outcome.stderr.decode("utf-8", "surrogateescape")
-    return Result(
-        isolation=spec.isolation,
-        accelerator=sandbox.accelerator,
-        termination_reason=reason,
-        exit_code=exited.exit_code if exited is not None and outcome.stopped is None else None,
-        signal=exited.signal if exited is not None else None,
-        stdout=stdout,
-        stderr=stderr,
-        truncated=outcome.truncated,
-        files=files,
-        applied=applied,
-        usage=Usage(
-            wall_ns=outcome.ended_ns - outcome.started_ns,
-            cpu_ns=cpu_ns,
-            memory_peak_bytes=memory_peak,
-            startup_ns=outcome.started_ns - called_ns,
-            teardown_ns=time.monotonic_ns() - outcome.ended_ns,
-            source=source,
-        ),
-    )
+    def result(self, *, teardown_ns: int | None) -> Result:
+        """Raises WorkloadFailed where the spec says check."""
+        spec, outcome = self.spec, self.outcome
+        cpu_ns, memory_peak, out_of_memory, source = self.measured
+        exited = outcome.exited
+        stdout: bytes | str = outcome.stdout
+        stderr: bytes | str = outcome.stderr
+        if spec.text:
+            stdout = outcome.stdout.decode("utf-8", "surrogateescape")
+            stderr = outcome.stderr.decode("utf-8", "surrogateescape")
+        found = Result(
+            isolation=spec.isolation,
+            accelerator=self.accelerator,
+            termination_reason=_reason(outcome, out_of_memory),
+            exit_code=exited.exit_code if exited is not None and outcome.stopped is None else None,
+            signal=exited.signal if exited is not None else None,
+            stdout=stdout,
+            stderr=stderr,
+            truncated=outcome.truncated,
+            files=self.files,
+            applied=self.applied,
+            usage=Usage(
+                wall_ns=outcome.ended_ns - outcome.started_ns,
+                cpu_ns=cpu_ns,
+                memory_peak_bytes=memory_peak,
+                startup_ns=outcome.started_ns - self.called_ns,
+                teardown_ns=teardown_ns,
+                source=source,
+            ),
+        )
+        return found.check() if spec.check else found
 
 
 def _reason(outcome: Outcome, out_of_memory: bool) -> TerminationReason:

@@ -125,7 +125,10 @@ class StartError(RingfenceError):
 
     step: the step of the launch ("exec", "mount"). call: the system call ("execve"). errno: its number
     (ENOENT: not found, EACCES: not executable). detail: what it was about, such as the path, or "".
+    whole: whether it is the sandbox that couldn't be set up, not the one command.
     """
+
+    whole = False
 
     def __init__(self, step: str, call: str, errno: int, detail: str = "") -> None:
         about = f'("{detail}")' if detail else ""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ringfence.levels.host import Host
-    from ringfence.result import Applied
-    from ringfence.spec import Spec
+    from ringfence.result import Applied, Usage
+    from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.messages import Exited, Started
 
 __all__ = ["PLAIN_RULES", "Ability", "Command", "Level", "Outcome", "Sandbox", "requested"]
@@ -123,7 +123,47 @@ class Sandbox(abc.ABC):
 
     @abc.abstractmethod
     def run(self, command: Command) -> Outcome:
-        """Runs a command to its end. Raises StartError where it was never run; the sandbox is over then."""
+        """Runs a command to its end. Raises StartError where it was never run; the sandbox is over then where that is
+        `whole`, or the command was to be the only one.
+        """
+
+    @abc.abstractmethod
+    def put(self, files: tuple[FileIn, ...]) -> None:
+        """Writes files of the work directory, in place of what has their names. Raises RingfenceError."""
+
+    @abc.abstractmethod
+    def read(self, path: bytes, limit_bytes: int) -> bytes | None:
+        """A regular file of the work directory; None where it isn't one. No symlink is followed.
+
+        Raises SpecError where it has more than `limit_bytes`.
+        """
+
+    @abc.abstractmethod
+    def files(self) -> list[tuple[bytes, int]]:
+        """(path, size in bytes) of the regular files of the work directory, sorted."""
+
+    @abc.abstractmethod
+    def mark(self) -> None:
+        """What `usage` tells of a command begins here. For sandboxes that take more than one."""
+
+    @abc.abstractmethod
+    def stats(self) -> Usage:
+        """What it has used since it was opened."""
+
+    @abc.abstractmethod
+    def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
+        """Changes the limits of what runs: `limits` is all of them, `changed` the names of those that are new.
+
+        What is in force after. Raises CannotEnforce, KernelError.
+        """
+
+    @abc.abstractmethod
+    def freeze(self) -> None:
+        """Stops all that runs in it; once it returns, nothing runs. Raises CannotEnforce, KernelError."""
+
+    @abc.abstractmethod
+    def thaw(self) -> None:
+        """Lets it go on. Raises KernelError."""
 
     @abc.abstractmethod
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:

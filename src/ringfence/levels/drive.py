@@ -244,6 +244,7 @@ class _Drive:
             error = messages.parse_error(frame.payload)
             if outcome.started is not None:
                 raise ProtocolError(f"an error came while the command ran: {error}")
+            error.whole = frame.id != self.id
             raise error
         else:
             self.on_frame(frame)

@@ -9,13 +9,13 @@ import select
 import signal
 import time
 
-from ringfence.errors import KernelError, ProtocolError, RingfenceError
+from ringfence.errors import CannotEnforce, KernelError, ProtocolError, RingfenceError, Unmet
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
 from ringfence.linux import landlock
-from ringfence.result import Applied
+from ringfence.result import Applied, Usage
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ringfence.levels.host import Host
+    from ringfence.linux import cgroups
     from ringfence.linux.cgroups import Cgroup
-    from ringfence.spec import Spec
+    from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.channel import Channel
 
     _Local = TypeVar("_Local", bound="LocalSandbox")
@@ -92,6 +93,7 @@ class LocalSandbox(Sandbox):
         self.channel: Channel | None = None
         self.pidfd = -1
         self._next_id = 1
+        self._before: cgroups.Usage | None = None
         self._owned_fds: list[int] = []
         limits = spec.limits
         self._cgroup_limits = (limits.memory_bytes, limits.cpus, limits.pids)
@@ -237,6 +239,44 @@ class LocalSandbox(Sandbox):
             except ProcessLookupError:
                 pass  # it ended in this moment
 
+    # ---- a sandbox that stays ----
+
+    def put(self, files: tuple[FileIn, ...]) -> None:
+        assert self.berth is not None
+        self.berth.workdir.put(files, replace=True)
+
+    def read(self, path: bytes, limit_bytes: int) -> bytes | None:
+        assert self.berth is not None
+        return self.berth.workdir.read(path, limit_bytes)
+
+    def files(self) -> list[tuple[bytes, int]]:
+        assert self.berth is not None
+        return self.berth.workdir.files()
+
+    def mark(self) -> None:
+        self._before = self.cgroup.usage() if self.cgroup is not None else None
+
+    def stats(self) -> Usage:
+        if self.cgroup is None:
+            return Usage()
+        used = self.cgroup.usage()
+        return Usage(cpu_ns=used.cpu_ns, memory_peak_bytes=used.memory_peak_bytes, source=used.source)
+
+    def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
+        unmet = [
+            Unmet(rule, limits.given()[rule], "not built yet", "open another sandbox")
+            for rule in sorted(changed - {"wall_time", "output"})
+        ]
+        if unmet:
+            raise CannotEnforce(self.spec.isolation, unmet)
+        return []
+
+    def freeze(self) -> None:
+        raise CannotEnforce(self.spec.isolation, [Unmet("pause", None, "not built yet", "stop it by a signal")])
+
+    def thaw(self) -> None:
+        pass  # it was never stopped
+
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
         assert self.berth is not None
         return self.berth.workdir.collect(patterns, limit_bytes)
@@ -248,9 +288,12 @@ class LocalSandbox(Sandbox):
         cpu_ns = exited.cpu_ns if exited is not None else None
         if self.cgroup is None:
             return cpu_ns, None, False, "wait4"
-        used = self.cgroup.usage()
-        killed = bool(used.oom_kills)
-        return used.cpu_ns if used.cpu_ns is not None else cpu_ns, used.memory_peak_bytes, killed, used.source
+        used, before = self.cgroup.usage(), self._before
+        killed, used_ns = used.oom_kills or 0, used.cpu_ns
+        if before is not None:
+            killed -= before.oom_kills or 0
+            used_ns = None if used_ns is None else used_ns - (before.cpu_ns or 0)
+        return used_ns if used_ns is not None else cpu_ns, used.memory_peak_bytes, killed > 0, used.source
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         """The rules that both levels have, read back from the command and the cgroup."""

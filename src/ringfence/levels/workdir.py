@@ -44,11 +44,15 @@ class WorkDirectory:
             self.remove()
             raise
 
-    def put(self, files: tuple[FileIn, ...]) -> None:
-        """Writes files before anything runs. Raises OSError."""
+    def put(self, files: tuple[FileIn, ...], *, replace: bool = False) -> None:
+        """Writes files. replace: in place of what has their names; nothing is followed that a workload may have put
+        there. Raises OSError: ENOTDIR where what should be a folder on the way is something else.
+        """
         for one in files:
             folder, name = self._parents(one.path)
             try:
+                if replace:
+                    _unlink(folder, name)
                 fd = os.open(
                     name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=folder
                 )
@@ -84,6 +88,40 @@ class WorkDirectory:
             if made:
                 os.fchmod(here, 0o755)
         return here, name
+
+    def read(self, path: bytes, limit_bytes: int) -> bytes | None:
+        """A regular file's content; None where it isn't one. Raises SpecError where it has more than `limit_bytes`."""
+        *folders, name = path.split(b"/")
+        here = self.fd
+        try:
+            for folder in folders:
+                below = os.open(folder, _FOLDER, dir_fd=here)
+                if here != self.fd:
+                    os.close(here)
+                here = below
+            data = _read(here, name, limit_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            return None
+        finally:
+            if here != self.fd:
+                os.close(here)
+        if data is not None and len(data) > limit_bytes:
+            raise SpecError(f"{os.fsdecode(path)!r} has more than {limit_bytes} bytes")
+        return data
+
+    def files(self) -> list[tuple[bytes, int]]:
+        """(path, size) of the regular files, sorted by path."""
+        found = []
+        for path, folder, name in self._files(self.fd, b"", 0, [0]):
+            try:
+                found.append((path, os.stat(name, dir_fd=folder, follow_symlinks=False).st_size))
+            except FileNotFoundError:
+                continue
+        return found
 
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
         """The regular files that match. Raises SpecError where they are more than `limit_bytes` together."""
@@ -148,6 +186,13 @@ class WorkDirectory:
             os.rmdir(self._name, dir_fd=self._parent_fd)
         else:
             os.close(fd)
+
+
+def _unlink(folder: int, name: bytes) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
 
 
 def _read(folder: int, name: bytes, limit: int) -> bytes | None:

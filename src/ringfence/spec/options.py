@@ -37,10 +37,22 @@ class SandboxOptions(TypedDict, total=False):
     writable: Iterable[Path]
 
 
-class Options(SandboxOptions, total=False):
-    """What one run has besides."""
-
+class _RunOptions(TypedDict, total=False):
     input: bytes | bytearray | memoryview | str | None
     collect: Iterable[Path]
     check: bool
     text: bool
+
+
+class Options(SandboxOptions, _RunOptions, total=False):
+    """What `rf.run` takes: a sandbox's options and a run's."""
+
+
+class CommandOptions(_RunOptions, total=False):
+    """What a command in a sandbox that is there already has of its own."""
+
+    env: Mapping[Any, Any] | None
+    files: Mapping[Any, Any] | None
+    cwd: Path | None
+    wall_time: str | int | float | None
+    output: str | int | float | None

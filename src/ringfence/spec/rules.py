@@ -173,6 +173,10 @@ class Limits(Value):
             asked=frozenset(name for name, value in given.items() if value is not None),
         )
 
+    def given(self) -> dict[str, Any]:
+        """The arguments that were given, for limits that are to be changed by these."""
+        return {name: value for name, value in self._init_arguments().items() if name in self.asked}
+
     def _init_arguments(self) -> dict[str, Any]:
         return {
             "memory": self.memory_bytes,

@@ -10,7 +10,7 @@ import math
 import os
 import time
 
-from ringfence.errors import ProtocolError, SpecError, StartError, Unavailable, Unmet
+from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unavailable, Unmet
 from ringfence.images import tree
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
 from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
@@ -20,7 +20,7 @@ from ringfence.levels.state import state
 from ringfence.levels.users import resolve
 from ringfence.levels.vm.vmm import Machine, Share, Vmm, start_qemu
 from ringfence.linux import ids, seccomp
-from ringfence.result import Applied
+from ringfence.result import Applied, Usage
 from ringfence.spec.parse import match_pattern
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.host import Host
     from ringfence.levels.vm.kernel import GuestKernel
-    from ringfence.spec import Spec
+    from ringfence.spec import FileIn, Limits, Spec
 
 __all__ = ["VmLevel"]
 
@@ -139,6 +139,9 @@ class VmSandbox(Sandbox):
         self._ready: dict[str, int] | None = None
         self._next_id = 1
         self._collect_until = 0
+        # What init reported of the last command, and of the one before this one.
+        self._last: messages.Exited | None = None
+        self._before: messages.Exited | None = None
         shares, disks = [], []
         if spec.image == "host":
             shares.append(Share(tag="image", source=None, writable=False))
@@ -167,13 +170,7 @@ class VmSandbox(Sandbox):
 
     def run(self, command: Command) -> Outcome:
         channel = self._vmm.channel
-        if self._ready is None:
-            self._await(Type.READY, _BOOT_LIMIT_NS, "the guest did not boot")
-            channel.send(self._plan().encode())
-            self._ready = {}
-            for one in self._spec.files:
-                for request in messages.put(one.path, one.mode, one.data, id=self._id()):
-                    channel.send(request)
+        self._boot()
         id = self._id()
         channel.send(
             messages.execute(command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0)
@@ -191,7 +188,22 @@ class VmSandbox(Sandbox):
         if outcome.exited is None and outcome.stopped is None:
             raise self._died("while it ran" if outcome.started else "before the command was started")
         outcome.settle()
+        self._last = outcome.exited
         return outcome
+
+    def _boot(self) -> None:
+        """Waits for the guest's init, and hands it the plan and the first files. Its answers are taken later."""
+        if self._ready is not None:
+            return
+        self._await(Type.READY, _BOOT_LIMIT_NS, "the guest did not boot")
+        self._vmm.channel.send(self._plan().encode())
+        self._ready = {}
+        self._send_files(self._spec.files)
+
+    def _send_files(self, files: tuple[FileIn, ...]) -> None:
+        for one in files:
+            for request in messages.put(one.path, one.mode, one.data, id=self._id()):
+                self._vmm.channel.send(request)
 
     def _id(self) -> int:
         self._next_id += 1
@@ -300,6 +312,54 @@ class VmSandbox(Sandbox):
             steps += _mount_steps(b"mount%d" % number, mount.source, mount.target, writable=mount.writable)
         return [*steps, messages.mask(_IMAGE), messages.readonly(b"/")]
 
+    # ---- a sandbox that stays ----
+
+    def put(self, files: tuple[FileIn, ...]) -> None:
+        self._boot()
+        self._send_files(files)
+        left = len(files)
+        deadline = time.monotonic_ns() + _COLLECT_LIMIT_NS
+        while left > 0:
+            for frame in self._frames(deadline - time.monotonic_ns(), "the guest did not take the files"):
+                left -= frame.type == Type.DONE
+                self._take(frame)
+
+    def read(self, path: bytes, limit_bytes: int) -> bytes | None:
+        self._collect_until = time.monotonic_ns() + _COLLECT_LIMIT_NS
+        try:
+            return self._read(path, limit_bytes)
+        except StartError:
+            return None  # no regular file, says the guest
+
+    def files(self) -> list[tuple[bytes, int]]:
+        self._collect_until = time.monotonic_ns() + _COLLECT_LIMIT_NS
+        return [(entry.path, entry.size_bytes) for entry in self._list() if entry.kind == "f"]
+
+    def mark(self) -> None:
+        self._before = self._last
+
+    def stats(self) -> Usage:
+        last = self._last
+        if last is None:
+            return Usage()
+        return Usage(memory_peak_bytes=last.memory_peak_bytes, source="the guest's cgroup v2")
+
+    def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
+        help = "open another sandbox, or use isolation='container'"
+        unmet = [
+            Unmet(rule, limits.given()[rule], "a machine's limits are fixed when it boots", help)
+            for rule in sorted(changed - {"wall_time", "output"})
+        ]
+        if unmet:
+            raise CannotEnforce("vm", unmet)
+        return []
+
+    def freeze(self) -> None:
+        raise CannotEnforce("vm", [Unmet("pause", None, "not built yet for this level", "use isolation='container'")])
+
+    def thaw(self) -> None:
+        pass  # it was never stopped
+
     # ---- files ----
 
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
@@ -366,7 +426,8 @@ class VmSandbox(Sandbox):
         exited = outcome.exited
         if exited is None:
             return None, None, False, ""
-        return exited.cpu_ns, exited.memory_peak_bytes, bool(exited.oom_kills), "the guest's cgroup v2"
+        killed = (exited.oom_kills or 0) - ((self._before.oom_kills or 0) if self._before is not None else 0)
+        return exited.cpu_ns, exited.memory_peak_bytes, killed > 0, "the guest's cgroup v2"
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         spec, limits, started = self._spec, self._spec.limits, outcome.started
