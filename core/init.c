@@ -144,10 +144,21 @@ static uint64_t guest_number(const struct init *s, const char *file, const char 
     return v;
 }
 
+/* The same as an attribute, in units of `scale`; none where the kernel doesn't tell. */
+static void put_guest_number(const struct init *s, struct rf_writer *w, uint16_t tag, const char *file, const char *key, uint64_t scale) {
+    uint64_t v;
+    int fd = openat(s->cgroup_dir, file, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    if (rf_read_number(fd, key, &v) == 0 && v <= UINT64_MAX / scale) rf_put_u64(w, tag, v * scale);
+    close(fd);
+}
+
+static uint64_t blocks(long now, long before) { return now > before ? (uint64_t)(now - before) * 512 : 0; }
+
 static void send_exited(struct init *s, struct command *c) {
     struct rusage now;
     getrusage(RUSAGE_CHILDREN, &now);
-    uint8_t buf[256];
+    uint8_t buf[512];
     struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
     bool signaled = WIFSIGNALED(c->status);
     rf_put_u32(&w, 1, signaled ? 2 : 1);
@@ -157,9 +168,17 @@ static void send_exited(struct init *s, struct command *c) {
     rf_put_u64(&w, 5, (uint64_t)now.ru_maxrss * 1024);
     rf_put_u32(&w, 6, c->reason);
     rf_put_u64(&w, 9, c->reaped_ns);
+    rf_put_u64(&w, 10, blocks(now.ru_inblock, c->before.ru_inblock));
+    rf_put_u64(&w, 11, blocks(now.ru_oublock, c->before.ru_oublock));
     if (s->cgroup_dir >= 0) {
         rf_put_u64(&w, 7, guest_number(s, "memory.events", "oom_kill "));
-        rf_put_u64(&w, 8, guest_number(s, "memory.peak", NULL)); /* Linux 5.19 */
+        put_guest_number(s, &w, 8, "memory.peak", NULL, 1); /* Linux 5.19 */
+        put_guest_number(s, &w, 12, "pids.peak", NULL, 1);  /* Linux 6.1 */
+        put_guest_number(s, &w, 13, "cpu.stat", "throttled_usec ", 1000);
+        /* The first line is "some ... total=", in microseconds. */
+        put_guest_number(s, &w, 14, "memory.pressure", "total=", 1000);
+        put_guest_number(s, &w, 15, "cpu.pressure", "total=", 1000);
+        put_guest_number(s, &w, 16, "io.pressure", "total=", 1000);
     }
     rf_channel_send(&s->channel, RF_EXITED, c->id, buf, w.length);
 }

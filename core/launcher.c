@@ -325,6 +325,8 @@ static void reap(struct launcher *s) {
 
 static void end_all(struct launcher *s) {
     struct rf_error ignored;
+    for (unsigned i = 0; i < s->nowned; i++)
+        if (s->owned[i].kind == OWNED_CGROUP) rf_thaw_cgroups(s->owned[i].parent, s->owned[i].name);
     for (unsigned i = 0; i < s->nlive; i++) {
         kill(s->live[i].pid, SIGKILL);
         if (s->live[i].has_uid) rf_kill_uid(s->live[i].uid, s->live[i].killer, &ignored);

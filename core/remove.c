@@ -57,6 +57,21 @@ void rf_remove_tree(int parent, const char *name) {
     unlinkat(parent, name, AT_REMOVEDIR);
 }
 
+static ssize_t read_file(int dir, const char *file, char *buf, size_t n) {
+    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, buf, n - 1);
+    if (fd >= 0) close(fd);
+    buf[got < 0 ? 0 : got] = 0;
+    return got;
+}
+
+static void write_file(int dir, const char *file, const char *text) {
+    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    if (write(fd, text, strlen(text)) < 0) { /* a process that has ended meanwhile, or a controller in use */ }
+    close(fd);
+}
+
 /* A cgroup holds its last process for a moment after that process was reaped. */
 static void remove_cgroup_dir(int parent, const char *name) {
     for (int i = 0; i < 500 && unlinkat(parent, name, AT_REMOVEDIR) < 0 && errno == EBUSY; i++) {
@@ -81,19 +96,22 @@ static void remove_cgroups(int parent, const char *name, unsigned depth) {
 
 void rf_remove_cgroup(int parent, const char *name) { remove_cgroups(parent, name, 0); }
 
-static ssize_t read_file(int dir, const char *file, char *buf, size_t n) {
-    int fd = openat(dir, file, O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd < 0 ? -1 : read(fd, buf, n - 1);
-    if (fd >= 0) close(fd);
-    buf[got < 0 ? 0 : got] = 0;
-    return got;
-}
-
-static void write_file(int dir, const char *file, const char *text) {
-    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    if (write(fd, text, strlen(text)) < 0) { /* a process that has ended meanwhile, or a controller in use */ }
-    close(fd);
+void rf_thaw_cgroups(int parent, const char *name) {
+    int dir = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (dir < 0) return;
+    int base = fcntl(dir, F_DUPFD_CLOEXEC, 0);
+    DIR *d = fdopendir(dir);
+    if (!d) close(dir);
+    for (struct dirent *entry; d && base >= 0 && (entry = readdir(d));) {
+        char file[300];
+        if (entry->d_type != DT_DIR || entry->d_name[0] == '.') continue;
+        snprintf(file, sizeof file, "%s/freezer.state", entry->d_name);
+        write_file(base, file, "THAWED"); /* version 1 */
+        snprintf(file, sizeof file, "%s/cgroup.freeze", entry->d_name);
+        write_file(base, file, "0");
+    }
+    if (d) closedir(d);
+    if (base >= 0) close(base);
 }
 
 /* On cgroup v2 Python went down into a leaf of its own cgroup, with all its children, us included, as a cgroup that hands

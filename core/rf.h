@@ -289,6 +289,8 @@ int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_fra
 void rf_remove_tree(int parent, const char *name);
 /* A cgroup with its children, once their last processes are gone. */
 void rf_remove_cgroup(int parent, const char *name);
+/* Lets go on what was frozen in the children of a cgroup, which version 1 doesn't let die before. */
+void rf_thaw_cgroups(int parent, const char *name);
 /* A leaf of cgroup v2 that this process itself is in. */
 void rf_remove_leaf(int parent, const char *name);
 

@@ -7,7 +7,7 @@ import time
 from ringfence.errors import KernelError, Unavailable
 from ringfence.levels.base import Command
 from ringfence.levels.host import Host, host
-from ringfence.result import Result, TerminationReason, Usage
+from ringfence.result import Result, TerminationReason
 from ringfence.spec import Spec
 
 TYPE_CHECKING = False
@@ -139,8 +139,7 @@ class _Ran:
 
     def result(self, *, teardown_ns: int | None) -> Result:
         """Raises WorkloadFailed where the spec says check."""
-        spec, outcome = self.spec, self.outcome
-        cpu_ns, memory_peak, out_of_memory, source = self.measured
+        spec, outcome, measured = self.spec, self.outcome, self.measured
         exited = outcome.exited
         stdout: bytes | str = outcome.stdout
         stderr: bytes | str = outcome.stderr
@@ -150,7 +149,7 @@ class _Ran:
         found = Result(
             isolation=spec.isolation,
             accelerator=self.accelerator,
-            termination_reason=_reason(outcome, out_of_memory),
+            termination_reason=_reason(outcome, measured.out_of_memory),
             exit_code=exited.exit_code if exited is not None and outcome.stopped is None else None,
             signal=exited.signal if exited is not None else None,
             stdout=stdout,
@@ -158,13 +157,10 @@ class _Ran:
             truncated=outcome.truncated,
             files=self.files,
             applied=self.applied,
-            usage=Usage(
+            usage=measured.usage(
                 wall_ns=outcome.ended_ns - outcome.started_ns,
-                cpu_ns=cpu_ns,
-                memory_peak_bytes=memory_peak,
                 startup_ns=outcome.started_ns - self.called_ns,
                 teardown_ns=teardown_ns,
-                source=source,
             ),
         )
         return found.check() if spec.check else found

@@ -110,16 +110,51 @@ class Usage(Value):
     """What a run cost. None is unknown, never 0.
 
     wall_ns: from the workload's start to its end, nanoseconds.
-    cpu_ns: user and system time of the workload and all its descendants, nanoseconds.
+    cpu_ns: user and system time of the workload and all its descendants, nanoseconds; cpu_user_ns, cpu_system_ns: its
+    parts (with cgroup v1 the sum is the cgroup's, split as wait4's is).
     memory_peak_bytes: the most memory that the sandbox held at once.
+    io_read_bytes, io_write_bytes: from and to block devices, page cache not counted; of the cgroup where it has the io
+    controller (an I/O limit was asked for), else of every process that was waited for, as wait4 tells.
+    pids_peak: the most processes and threads at once, where the cgroup has the pids controller.
+    throttled_ns: the time, summed over CPUs, that it could have run and was held back by limits.cpus.
+    oom_kills: processes that the kernel killed at the memory limit.
+    memory_pressure_ns, cpu_pressure_ns, io_pressure_ns: the time in which at least one of its tasks waited for memory,
+    for a CPU, for a device ("some" of the kernel's PSI; cgroup v2 only).
     startup_ns: from the call to the workload's start. teardown_ns: from its end to the sandbox being gone.
-    source: who measured CPU and memory ("cgroup v1", "cgroup v2", "wait4"), or "".
+    source: who measured CPU and memory ("cgroup v1", "cgroup v2", "the guest's cgroup v2", "wait4"), or "".
     """
 
-    __slots__ = ("cpu_ns", "memory_peak_bytes", "source", "startup_ns", "teardown_ns", "wall_ns")
+    __slots__ = (
+        "cpu_ns",
+        "cpu_pressure_ns",
+        "cpu_system_ns",
+        "cpu_user_ns",
+        "io_pressure_ns",
+        "io_read_bytes",
+        "io_write_bytes",
+        "memory_peak_bytes",
+        "memory_pressure_ns",
+        "oom_kills",
+        "pids_peak",
+        "source",
+        "startup_ns",
+        "teardown_ns",
+        "throttled_ns",
+        "wall_ns",
+    )
     wall_ns: int | None
     cpu_ns: int | None
+    cpu_user_ns: int | None
+    cpu_system_ns: int | None
     memory_peak_bytes: int | None
+    io_read_bytes: int | None
+    io_write_bytes: int | None
+    pids_peak: int | None
+    throttled_ns: int | None
+    oom_kills: int | None
+    memory_pressure_ns: int | None
+    cpu_pressure_ns: int | None
+    io_pressure_ns: int | None
     startup_ns: int | None
     teardown_ns: int | None
     source: str
@@ -129,7 +164,17 @@ class Usage(Value):
         *,
         wall_ns: int | None = None,
         cpu_ns: int | None = None,
+        cpu_user_ns: int | None = None,
+        cpu_system_ns: int | None = None,
         memory_peak_bytes: int | None = None,
+        io_read_bytes: int | None = None,
+        io_write_bytes: int | None = None,
+        pids_peak: int | None = None,
+        throttled_ns: int | None = None,
+        oom_kills: int | None = None,
+        memory_pressure_ns: int | None = None,
+        cpu_pressure_ns: int | None = None,
+        io_pressure_ns: int | None = None,
         startup_ns: int | None = None,
         teardown_ns: int | None = None,
         source: str = "",
@@ -137,7 +182,17 @@ class Usage(Value):
         self._set(
             wall_ns=wall_ns,
             cpu_ns=cpu_ns,
+            cpu_user_ns=cpu_user_ns,
+            cpu_system_ns=cpu_system_ns,
             memory_peak_bytes=memory_peak_bytes,
+            io_read_bytes=io_read_bytes,
+            io_write_bytes=io_write_bytes,
+            pids_peak=pids_peak,
+            throttled_ns=throttled_ns,
+            oom_kills=oom_kills,
+            memory_pressure_ns=memory_pressure_ns,
+            cpu_pressure_ns=cpu_pressure_ns,
+            io_pressure_ns=io_pressure_ns,
             startup_ns=startup_ns,
             teardown_ns=teardown_ns,
             source=source,
@@ -145,14 +200,7 @@ class Usage(Value):
 
     def to_json(self) -> dict[str, Any]:
         """For json.dumps."""
-        return {
-            "wall_ns": self.wall_ns,
-            "cpu_ns": self.cpu_ns,
-            "memory_peak_bytes": self.memory_peak_bytes,
-            "startup_ns": self.startup_ns,
-            "teardown_ns": self.teardown_ns,
-            "source": self.source,
-        }
+        return self._init_arguments()
 
 
 class Result(Value):

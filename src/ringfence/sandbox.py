@@ -84,7 +84,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         boundary, machine = check_spec(self._spec)
-        self._open: OpenSandbox | None = boundary.open(self._spec, machine)
+        self._open: OpenSandbox | None = boundary.open(self._spec, machine, stays=True)
 
     @property
     def isolation(self) -> str:

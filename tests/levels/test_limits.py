@@ -147,12 +147,3 @@ def test_cpus(isolation: str) -> None:
     assert usage.wall_ns is not None
     assert usage.cpu_ns <= 0.65 * usage.wall_ns
     assert usage.cpu_ns >= 0.1 * usage.wall_ns
-
-
-@pytest.mark.parametrize("isolation", ["process", "container"])
-def test_control_without_cpus_two_processes_use_more(isolation: str) -> None:
-    usage = run_probe(isolation, "spin-children", "2", "1").usage
-    assert usage.cpu_ns is not None
-    assert usage.wall_ns is not None
-    # On a busy machine the two get a CPU's share or so; half of one would be the limit's doing.
-    assert usage.cpu_ns >= 0.65 * usage.wall_ns

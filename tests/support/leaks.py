@@ -213,15 +213,19 @@ class Kept(NamedTuple):
     cgroups: frozenset[str]  # names below a base, the same in each hierarchy
     rulesets: int
     dirty: tuple[str, ...]
+    bases: tuple[str, ...]  # the directories of the cgroups above these, and those that they are in
 
 
 def kept() -> Kept:
     found = state_module._state
     if found is None:
-        return Kept(frozenset(), frozenset(), 0, ())
+        return Kept(frozenset(), frozenset(), 0, (), ())
     with found.lock:
         berths = [berth for free in found._berths.values() for berth in free]
         cgroups = [cgroup for free in found._cgroups.values() for cgroup in free]
+        manager = found._manager
+        made = manager.made() if manager is not None else ()
+        bases = tuple(os.readlink(f"/proc/self/fd/{fd}") for one in made for fd in (one.fd, one.parent_fd))
         most = max([0, *map(len, found._berths.values()), *map(len, found._cgroups.values())])
     folders = {os.path.join(os.fsdecode(found.run_path), os.fsdecode(berth.name)) for berth in berths}
     dirty = [f"{folder} isn't empty" for folder in folders if os.listdir(folder)]
@@ -236,6 +240,7 @@ def kept() -> Kept:
         frozenset(cgroup.name for cgroup in cgroups),
         sum(len(berth.rulesets) for berth in berths),
         tuple(dirty),
+        bases,
     )
 
 
@@ -259,6 +264,8 @@ def snapshot() -> Snapshot:
     what = kept()
     open_now = Counter(target for target in descriptors() if not _held_by_what_is_kept(target, what))
     open_now.subtract({"anon_inode:[landlock-ruleset]": what.rulesets})
+    # Each is made when a sandbox first needs its controller, and stays.
+    open_now.subtract(what.bases)
     cgroups = {one for folder in cgroup_folders() for one in _below(folder, pid)}
     return {
         "processes": Counter(f"{one.name} {one.key}" for one in _own_processes()),

@@ -29,7 +29,16 @@ PROBE_NAME = "./probe"
 
 # What a machine must have for every test to run. A skip for one of these is a failure where CI promised it:
 # RINGFENCE_CI_PROMISES=all, or a list of these names with commas.
-PROMISES = frozenset(("root", "cgroup memory", "cgroup pids", "user namespaces", "Landlock", "libseccomp", "vm level"))
+PROMISES = frozenset(
+    (
+        "root",
+        *(f"cgroup {name}" for name in ("memory", "pids", "cpu", "cpuacct", "cpuset", "io", "freezer")),
+        "user namespaces",
+        "Landlock",
+        "libseccomp",
+        "vm level",
+    )
+)
 
 
 def need(what: str, present: bool) -> None:
@@ -111,6 +120,12 @@ def unconfined(*args: str, cwd: str | Path = "/") -> tuple[int, bytes]:
     """The probe, run by nothing but subprocess: (exit status, stdout)."""
     done = subprocess.run([PROBE, *args], capture_output=True, check=False, timeout=60, cwd=cwd)
     return done.returncode, done.stdout
+
+
+def unconfined_python(code: str, *args: str) -> bytes:
+    """The stdout of Python, run by nothing but subprocess. It must end well."""
+    command = ["/usr/bin/python3", "-I", "-S", "-c", code, *args]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout
 
 
 def host_without(*controllers: str) -> Host:

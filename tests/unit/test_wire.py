@@ -70,7 +70,11 @@ STARTED = b"".join(
 EXITED = b"".join(
     [
         *(frames.u32(1, 1), frames.u32(2, 7), frames.u32(6, 0)),
-        *(frames.u64(tag, value) for tag, value in [(3, 5), (4, 6), (5, 1 << 20), (7, 0), (8, 1 << 20)]),
+        *(
+            frames.u64(tag, value)
+            for tag, value in [(3, 5), (4, 6), (5, 1 << 20), (7, 0), (8, 1 << 20), (10, 512), (11, 1024)]
+        ),
+        *(frames.u64(tag, tag) for tag in range(12, 17)),
     ]
 )
 ERROR = frames.u32(1, 2) + frames.string(2, b"exec") + frames.string(3, b"execve") + frames.string(4, b"/no")
@@ -100,6 +104,12 @@ def test_what_the_payloads_say() -> None:
     assert started.rlimits == {4: (0, 2**64 - 1)}
     exited = messages.parse_exited(EXITED)
     assert (exited.exit_code, exited.signal, exited.cpu_ns, exited.oom_kills) == (7, None, 11, 0)
+    assert (exited.cpu_user_ns, exited.cpu_system_ns) == (5, 6)
+    assert (exited.io_read_bytes, exited.io_write_bytes) == (512, 1024)
+    assert (exited.pids_peak, exited.throttled_ns) == (12, 13)
+    assert (exited.memory_pressure_ns, exited.cpu_pressure_ns, exited.io_pressure_ns) == (14, 15, 16)
+    shorter = messages.parse_exited(frames.u32(1, 1))
+    assert (shorter.pids_peak, shorter.throttled_ns, shorter.io_pressure_ns) == (None, None, None)
     error = messages.parse_error(ERROR)
     assert (error.step, error.call, error.errno) == ("exec", "execve", errno.ENOENT)
     assert [(entry.kind, entry.path, entry.size_bytes) for entry in messages.parse_entries(ENTRIES)] == [

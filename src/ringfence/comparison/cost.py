@@ -16,6 +16,7 @@ from ringfence.comparison.statistics import summarize
 from ringfence.errors import StartError
 from ringfence.levels.state import state
 from ringfence.levels.workdir import WorkDirectory
+from ringfence.linux.cgroups import NO_LIMITS
 from ringfence.result import TerminationReason
 from ringfence.spec import DEFAULT_ENV
 
@@ -175,7 +176,7 @@ def bare_memory(spec: Spec) -> tuple[int | None, str]:
     """(peak memory in bytes, who measured it) of one more bare run, by the instrument that measures the levels: a
     cgroup without limits, which a shell joins before it becomes the command. None where no cgroup counts memory here.
     """
-    cgroup = state().cgroup(memory_bytes=None, cpus=None, pids=None)
+    cgroup = state().cgroup(NO_LIMITS)
     if cgroup is None:
         return None, ""
     try:

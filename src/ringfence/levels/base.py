@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from ringfence.levels.host import Host
+    from ringfence.levels.usage import Measured
     from ringfence.result import Applied, Usage
     from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.messages import Exited, Started
@@ -173,8 +174,8 @@ class Sandbox(abc.ABC):
         """
 
     @abc.abstractmethod
-    def usage(self, outcome: Outcome) -> tuple[int | None, int | None, bool, str]:
-        """(CPU time in ns, peak memory in bytes, whether the memory limit killed, who measured it)."""
+    def usage(self, outcome: Outcome) -> Measured:
+        """What the command used."""
 
     @abc.abstractmethod
     def applied(self, outcome: Outcome) -> list[Applied]:
@@ -215,8 +216,10 @@ class Level(abc.ABC):
         """What of this very spec can't be enforced, beyond what `abilities` tells of its rules."""
 
     @abc.abstractmethod
-    def open(self, spec: Spec, host: Host) -> Sandbox:
-        """Starts a sandbox for a spec that was checked."""
+    def open(self, spec: Spec, host: Host, *, stays: bool = False) -> Sandbox:
+        """Starts a sandbox for a spec that was checked. stays: it is to take more than one command, so the limits of
+        its cgroup can be changed, and it can be frozen.
+        """
 
     def _abilities(self, host: Host) -> Mapping[str, Ability]:
         known = _known.get(self.name)

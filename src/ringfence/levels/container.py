@@ -11,7 +11,7 @@ import stat
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
-from ringfence.levels.limits import limit_abilities
+from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
@@ -87,7 +87,7 @@ class ContainerLevel(Level):
         return found
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = []
+        unmet = limit_unmet(spec, host)
         if spec.user is not None:
             try:
                 uid, gid = resolve(spec.user, spec.image)
@@ -114,8 +114,8 @@ class ContainerLevel(Level):
                     )
         return unmet
 
-    def open(self, spec: Spec, host: Host) -> ContainerSandbox:
-        return open_local(ContainerSandbox, spec, host, state())
+    def open(self, spec: Spec, host: Host, *, stays: bool = False) -> ContainerSandbox:
+        return open_local(ContainerSandbox, spec, host, state(), stays=stays)
 
 
 class ContainerSandbox(LocalSandbox):
@@ -132,12 +132,13 @@ class ContainerSandbox(LocalSandbox):
         later: bool = False,
         extra: Callable[[ContainerSandbox], list[MountStep]] | None = None,
         extra_gid: int | None = None,
+        stays: bool = False,
     ) -> None:
         self._extra = extra
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
         self._namespaces: dict[tuple[int, int] | None, int] = {}
-        super().__init__(spec, host, state, later=later)
+        super().__init__(spec, host, state, later=later, stays=stays)
 
     def _open(self) -> None:
         spec, host = self.spec, self._host

@@ -9,11 +9,13 @@ import select
 import signal
 import time
 
-from ringfence.errors import CannotEnforce, KernelError, ProtocolError, RingfenceError, Unmet
+from ringfence.errors import KernelError, ProtocolError, RingfenceError, SpecError
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
+from ringfence.levels.limits import cgroup_applied, cgroup_limits, change_limits, freeze
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
+from ringfence.levels.usage import Measured, of_cgroup
 from ringfence.linux import landlock
 from ringfence.result import Applied, Usage
 from ringfence.wire import frames, messages
@@ -59,8 +61,10 @@ def rlimits(spec: Spec) -> list[tuple[int, int]]:
     return found
 
 
-def open_local(level: type[_Local], spec: Spec, host: Host, state: State) -> _Local:
-    """A sandbox of that level: the one that waits for such a spec, or a new one."""
+def open_local(level: type[_Local], spec: Spec, host: Host, state: State, *, stays: bool = False) -> _Local:
+    """A sandbox of that level: the one that waits for such a spec, or a new one, as any is that stays."""
+    if stays:
+        return level(spec, host, state, stays=True)
     # An unprivileged process sandbox is the caller's own user: without scoped signals it could stop one that waits.
     safe = host.privileged or spec.isolation != "process" or host.landlock_abi >= landlock.SCOPES_ABI
     kind = kind_of(spec, host) if safe else None
@@ -77,10 +81,11 @@ def open_local(level: type[_Local], spec: Spec, host: Host, state: State) -> _Lo
 class LocalSandbox(Sandbox):
     """Owns all that a sandbox has on the host: its init, its channel, its cgroup, its work directory, its ids.
 
-    later: it is made ahead, for a spec of the same kind (`ready.kind_of`), which `adopt` hands it.
+    later: it is made ahead, for a spec of the same kind (`ready.kind_of`), which `adopt` hands it. stays: it takes more
+    than one command, so its limits may change, and it may be frozen.
     """
 
-    def __init__(self, spec: Spec, host: Host, state: State, *, later: bool = False) -> None:
+    def __init__(self, spec: Spec, host: Host, state: State, *, later: bool = False, stays: bool = False) -> None:
         self.spec = spec
         self.later = later
         self.kind = kind_of(spec, host) if later else None
@@ -95,8 +100,8 @@ class LocalSandbox(Sandbox):
         self._next_id = 1
         self._before: cgroups.Usage | None = None
         self._owned_fds: list[int] = []
-        limits = spec.limits
-        self._cgroup_limits = (limits.memory_bytes, limits.cpus, limits.pids)
+        self._stays = stays
+        self._cgroup_limits = cgroup_limits(spec.limits, host)
         try:
             self._open()
         except BaseException:
@@ -149,8 +154,7 @@ class LocalSandbox(Sandbox):
             channel.close()
 
     def make_cgroup(self) -> None:
-        memory_bytes, cpus, pids = self._cgroup_limits
-        self.cgroup = self.state.cgroup(memory_bytes=memory_bytes, cpus=cpus, pids=pids)
+        self.cgroup = self.state.cgroup(self._cgroup_limits, live=self._stays)
 
     def keep_fd(self, fd: int) -> int:
         """A descriptor that the sandbox closes at its end."""
@@ -192,6 +196,8 @@ class LocalSandbox(Sandbox):
     def run(self, command: Command) -> Outcome:
         channel = self.channel
         assert channel is not None
+        if self.cgroup is not None and self.cgroup.frozen:
+            raise SpecError("the sandbox is paused: what would be started in it would stand still too")
         id = self._next_id
         self._next_id += 1
         pipes = Pipes(command.input, self.state.null)
@@ -233,6 +239,7 @@ class LocalSandbox(Sandbox):
 
     def kill(self) -> None:
         """Ends init by SIGKILL, where it doesn't answer any more."""
+        self.thaw()
         if self.pidfd >= 0:
             try:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
@@ -257,25 +264,17 @@ class LocalSandbox(Sandbox):
         self._before = self.cgroup.usage() if self.cgroup is not None else None
 
     def stats(self) -> Usage:
-        if self.cgroup is None:
-            return Usage()
-        used = self.cgroup.usage()
-        return Usage(cpu_ns=used.cpu_ns, memory_peak_bytes=used.memory_peak_bytes, source=used.source)
+        return of_cgroup(self.cgroup.usage() if self.cgroup is not None else None, None).usage()
 
     def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
-        unmet = [
-            Unmet(rule, limits.given()[rule], "not built yet", "open another sandbox")
-            for rule in sorted(changed - {"wall_time", "output"})
-        ]
-        if unmet:
-            raise CannotEnforce(self.spec.isolation, unmet)
-        return []
+        return change_limits(self.cgroup, limits, changed, self._host, self.spec.isolation)
 
     def freeze(self) -> None:
-        raise CannotEnforce(self.spec.isolation, [Unmet("pause", None, "not built yet", "stop it by a signal")])
+        freeze(self.cgroup, self._host, self.spec.isolation)
 
     def thaw(self) -> None:
-        pass  # it was never stopped
+        if self.cgroup is not None:
+            self.cgroup.thaw()
 
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
         assert self.berth is not None
@@ -283,28 +282,16 @@ class LocalSandbox(Sandbox):
 
     # ---- telling ----
 
-    def usage(self, outcome: Outcome) -> tuple[int | None, int | None, bool, str]:
-        exited = outcome.exited
-        cpu_ns = exited.cpu_ns if exited is not None else None
-        if self.cgroup is None:
-            return cpu_ns, None, False, "wait4"
-        used, before = self.cgroup.usage(), self._before
-        killed, used_ns = used.oom_kills or 0, used.cpu_ns
-        if before is not None:
-            killed -= before.oom_kills or 0
-            used_ns = None if used_ns is None else used_ns - (before.cpu_ns or 0)
-        return used_ns if used_ns is not None else cpu_ns, used.memory_peak_bytes, killed > 0, used.source
+    def usage(self, outcome: Outcome) -> Measured:
+        used = self.cgroup.usage() if self.cgroup is not None else None
+        if used is not None and self._before is not None:
+            used = used.since(self._before)
+        return of_cgroup(used, outcome.exited)
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         """The rules that both levels have, read back from the command and the cgroup."""
         spec, started = self.spec, outcome.started
-        found = []
-        in_force = {one.rule: one for one in (self.cgroup.in_force if self.cgroup is not None else ())}
-        for rule in ("memory", "cpus", "pids"):
-            if rule in in_force:
-                one = in_force[rule]
-                wanted = one.requested if rule in spec.asked else None
-                found.append(Applied(rule=rule, requested=wanted, effective=one.effective, mechanism=one.mechanism))
+        found = cgroup_applied(self.cgroup.in_force, spec.asked) if self.cgroup is not None else []
         if spec.limits.wall_time_ns is not None:
             wall = spec.limits.wall_time_ns
             found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
@@ -367,6 +354,8 @@ class LocalSandbox(Sandbox):
         if channel is None:
             return True
         try:
+            if self.cgroup is not None:
+                self.cgroup.thaw()  # what version 1 has frozen can't be killed
             channel.finish()  # its end is init's sign
             self._await_pidfd(channel)
             if self.pidfd < 0:
@@ -401,7 +390,7 @@ class LocalSandbox(Sandbox):
             # What something may still run in is left to the launcher, which removes it in the end.
             if ended:
                 if cgroup is not None:
-                    self.state.leave_cgroup(cgroup, self._cgroup_limits)
+                    self.state.leave_cgroup(cgroup)
                 if berth is not None:
                     self.state.leave(berth)
 

@@ -12,7 +12,7 @@ import stat
 
 from ringfence.errors import Unmet
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome, requested
-from ringfence.levels.limits import limit_abilities
+from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.state import Berth, state
 from ringfence.linux import ids, landlock, seccomp
@@ -63,7 +63,7 @@ class ProcessLevel(Level):
         return found
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = []
+        unmet = limit_unmet(spec, host)
         for mount in spec.mounts:
             asked = (mount.source, mount.target, mount.writable)
             if mount.source != mount.target:
@@ -101,8 +101,8 @@ class ProcessLevel(Level):
             unmet.append(Unmet("user", spec.user, "only root can become another user", "run as root"))
         return unmet
 
-    def open(self, spec: Spec, host: Host) -> ProcessSandbox:
-        return open_local(ProcessSandbox, spec, host, state())
+    def open(self, spec: Spec, host: Host, *, stays: bool = False) -> ProcessSandbox:
+        return open_local(ProcessSandbox, spec, host, state(), stays=stays)
 
 
 def _threads_of(uid: int) -> int:
@@ -159,11 +159,10 @@ class ProcessSandbox(LocalSandbox):
 
     def _bound_processes(self, plan: messages.Plan, user: tuple[int, int] | None) -> None:
         """Without an id of its own a sandbox is killed process by process, which only ends where their number does."""
-        memory_bytes, cpus, pids = self._cgroup_limits
-        if pids is not None:
+        if self._cgroup_limits.pids is not None:
             return
         if self._host.cgroups.controller("pids").usable:
-            self._cgroup_limits = (memory_bytes, cpus, _MOST_PROCESSES)
+            self._cgroup_limits = self._cgroup_limits.replace(pids=_MOST_PROCESSES)
             return
         # The kernel counts all threads of the user, wherever they run. It doesn't count root's.
         most = _threads_of(user[0] if user is not None else os.geteuid()) + _MOST_PROCESSES

@@ -19,9 +19,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ringfence.linux.cgroups import Cgroup, Manager
+    from ringfence.linux.cgroups import Cgroup, Limits, Manager
 
-__all__ = ["Berth", "State", "state"]
+__all__ = ["Berth", "State", "state", "work_folder"]
 
 # Berths kept of each kind, cgroups kept of each set of limits.
 _MOST_KEPT = 64
@@ -55,8 +55,8 @@ class State:
         self._count = 0
         self._manager: Manager | None = None
         self._berths: dict[str, list[Berth]] = {}
-        self._cgroups: dict[tuple[int | None, float | None, int | None], list[Cgroup]] = {}
-        parent = _temporary_folder(passable=helper.own_mounts)
+        self._cgroups: dict[Limits, list[Cgroup]] = {}
+        parent = work_folder(passable=helper.own_mounts)
         name = b"ringfence-%d-%s" % (self.pid, os.urandom(4).hex().encode())
         parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         # What the launcher was told to remove: (kind, directory that it is in, name).
@@ -128,12 +128,14 @@ class State:
 
     # ---- cgroups ----
 
-    def cgroup(self, *, memory_bytes: int | None, cpus: float | None, pids: int | None) -> Cgroup | None:
-        """A sandbox's cgroup; None where nothing is limited and nothing can be measured here."""
-        limits = (memory_bytes, cpus, pids)
+    def cgroup(self, limits: Limits, *, live: bool = False) -> Cgroup | None:
+        """A sandbox's cgroup; None where nothing is limited and nothing can be measured here.
+
+        live: for a sandbox whose limits may be changed, or that may be frozen.
+        """
         with self.lock:
             free = self._cgroups.get(limits)
-            kept = free.pop() if free else None
+            kept = free.pop() if free and not live else None
         if kept is not None:
             try:
                 kept.renew()
@@ -145,15 +147,15 @@ class State:
                 self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup)
             if not any(one.usable for one in self._manager.layout.controllers):
                 return None
-            return self._manager.create(memory_bytes=memory_bytes, cpus=cpus, pids=pids)
+            return self._manager.create(limits, live=live)
 
     def _claim_cgroup(self, parent_fd: int, name: bytes, leaf: bool = False) -> None:
         self._own(OWN_LEAF if leaf else OWN_CGROUP, parent_fd, name)
 
-    def leave_cgroup(self, cgroup: Cgroup, limits: tuple[int | None, float | None, int | None]) -> None:
+    def leave_cgroup(self, cgroup: Cgroup) -> None:
         """The sandbox is gone. Its cgroup is kept for another one under the same limits, or removed."""
         with self.lock:
-            free = self._cgroups.setdefault(limits, [])
+            free = self._cgroups.setdefault(cgroup.limits, [])
             room = len(free) < _MOST_KEPT and len(self._cgroups) <= _MOST_KEPT
         if room and cgroup.is_clean():
             with self.lock:
@@ -180,8 +182,10 @@ class State:
                         os.close(step.fd)
 
 
-def _temporary_folder(*, passable: bool) -> bytes:
-    """$TMPDIR, else /tmp. passable: only one that a workload's own uid can pass through."""
+def work_folder(*, passable: bool) -> bytes:
+    """Where the run folder is, and so all work directories: $TMPDIR, else /tmp. passable: only one that a workload's
+    own uid can pass through, which it has to as root.
+    """
     wanted = os.environb.get(b"TMPDIR", b"/tmp")
     if not os.path.isabs(wanted) or not os.path.isdir(wanted):
         return b"/tmp"

@@ -72,7 +72,7 @@ class Limits(Value):
     memory: "256M" or bytes, at least 1 MiB -> memory_bytes. Swap is not granted on top, unless by `swap`.
     swap: "64M", bytes or 0: how much more it may hold in swap, on top of `memory`, which it needs -> swap_bytes.
     cpus: 0.5 or "2" CPUs, at least 0.01 -> cpus.
-    cpu_weight: 1 to 10000, its share of busy CPUs against others, who have 100 -> cpu_weight.
+    cpu_weight: 1 to 10000, its share of busy CPUs against this caller's other sandboxes, who have 100 -> cpu_weight.
     cpuset: "0-1,3" or numbers: the CPUs that it may run on -> cpuset, sorted numbers.
     pids: processes and threads at once -> pids.
     io_read, io_write: "10M" or bytes a second, from and to the disk of the work directory -> *_bytes_per_second.

@@ -319,52 +319,91 @@ class Started(Value):
 class Exited(Value):
     """How a command ended.
 
-    exit_code or signal; reason: 0 none, 1 the CPU time limit, 2 killed on request. cpu_ns: of all that init
-    reaped. resident_peak_bytes: of its largest process. oom_kills, memory_peak_bytes: of a guest's cgroup, else
-    None. clock_ns: when the command was reaped, by the CLOCK_MONOTONIC of its kernel.
+    exit_code or signal; reason: 0 none, 1 the CPU time limit, 2 killed on request. cpu_user_ns, cpu_system_ns, and
+    cpu_ns together: of all that init reaped. io_read_bytes, io_write_bytes: the same, from and to block devices.
+    resident_peak_bytes: of its largest process. clock_ns: when the command was reaped, by the CLOCK_MONOTONIC of its
+    kernel. All others: of a guest's cgroup, None elsewhere and where its kernel doesn't tell.
     """
 
     __slots__ = (
         "clock_ns",
         "cpu_ns",
+        "cpu_pressure_ns",
+        "cpu_system_ns",
+        "cpu_user_ns",
         "exit_code",
+        "io_pressure_ns",
+        "io_read_bytes",
+        "io_write_bytes",
         "memory_peak_bytes",
+        "memory_pressure_ns",
         "oom_kills",
+        "pids_peak",
         "reason",
         "resident_peak_bytes",
         "signal",
+        "throttled_ns",
     )
     exit_code: int | None
     signal: int | None
     cpu_ns: int
+    cpu_user_ns: int
+    cpu_system_ns: int
     resident_peak_bytes: int
     reason: int
     oom_kills: int | None
     memory_peak_bytes: int | None
     clock_ns: int
+    io_read_bytes: int
+    io_write_bytes: int
+    pids_peak: int | None
+    throttled_ns: int | None
+    memory_pressure_ns: int | None
+    cpu_pressure_ns: int | None
+    io_pressure_ns: int | None
 
     def __init__(
         self,
         *,
         exit_code: int | None,
         signal: int | None,
-        cpu_ns: int,
-        resident_peak_bytes: int,
-        reason: int,
-        oom_kills: int | None,
-        memory_peak_bytes: int | None,
-        clock_ns: int,
+        reason: int = 0,
+        cpu_user_ns: int = 0,
+        cpu_system_ns: int = 0,
+        resident_peak_bytes: int = 0,
+        clock_ns: int = 0,
+        io_read_bytes: int = 0,
+        io_write_bytes: int = 0,
+        oom_kills: int | None = None,
+        memory_peak_bytes: int | None = None,
+        pids_peak: int | None = None,
+        throttled_ns: int | None = None,
+        memory_pressure_ns: int | None = None,
+        cpu_pressure_ns: int | None = None,
+        io_pressure_ns: int | None = None,
     ) -> None:
         self._set(
-            clock_ns=clock_ns,
+            cpu_ns=cpu_user_ns + cpu_system_ns,
             exit_code=exit_code,
             signal=signal,
-            cpu_ns=cpu_ns,
+            cpu_user_ns=cpu_user_ns,
+            cpu_system_ns=cpu_system_ns,
             resident_peak_bytes=resident_peak_bytes,
             reason=reason,
             oom_kills=oom_kills,
             memory_peak_bytes=memory_peak_bytes,
+            clock_ns=clock_ns,
+            io_read_bytes=io_read_bytes,
+            io_write_bytes=io_write_bytes,
+            pids_peak=pids_peak,
+            throttled_ns=throttled_ns,
+            memory_pressure_ns=memory_pressure_ns,
+            cpu_pressure_ns=cpu_pressure_ns,
+            io_pressure_ns=io_pressure_ns,
         )
+
+    def _init_arguments(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in self._fields if name != "cpu_ns"}
 
 
 class Entry(Value):
@@ -473,7 +512,7 @@ def _namespaces(data: bytes) -> dict[str, int]:
 def parse_exited(payload: bytes) -> Exited:
     values: dict[int, int] = {}
     for tag, data in frames.attributes(payload):
-        if tag not in range(1, 10):
+        if tag not in range(1, 17):
             raise ProtocolError(f"EXITED has the unknown attribute {tag}")
         (values[tag],) = _unpack("<I" if tag in (1, 2, 6) else "<Q", data, "an attribute of EXITED")
     how, status = values.get(1), values.get(2, 0)
@@ -482,12 +521,20 @@ def parse_exited(payload: bytes) -> Exited:
     return Exited(
         exit_code=status if how == 1 else None,
         signal=status if how == 2 else None,
-        cpu_ns=values.get(3, 0) + values.get(4, 0),
+        cpu_user_ns=values.get(3, 0),
+        cpu_system_ns=values.get(4, 0),
         resident_peak_bytes=values.get(5, 0),
         reason=values.get(6, 0),
         oom_kills=values.get(7),
         memory_peak_bytes=values.get(8),
         clock_ns=values.get(9, 0),
+        io_read_bytes=values.get(10, 0),
+        io_write_bytes=values.get(11, 0),
+        pids_peak=values.get(12),
+        throttled_ns=values.get(13),
+        memory_pressure_ns=values.get(14),
+        cpu_pressure_ns=values.get(15),
+        io_pressure_ns=values.get(16),
     )
 
 

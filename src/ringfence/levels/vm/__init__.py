@@ -15,8 +15,10 @@ from ringfence.images import tree
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
 from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
+from ringfence.levels.limits import cgroup_applied, cpuset_unmet, freeze, limit_abilities
 from ringfence.levels.local import CAPABILITIES_ALL, rlimits
 from ringfence.levels.state import state
+from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
 from ringfence.levels.vm.vmm import Machine, Share, Vmm, start_qemu
 from ringfence.linux import ids, seccomp
@@ -86,6 +88,18 @@ class VmLevel(Level):
             "network=none": "no network card",
         }
         abilities = {rule: Ability(rule=rule, mechanism=mechanism) for rule, mechanism in found.items()}
+        local = limit_abilities(host)
+        for rule in ("cpu_weight", "cpuset"):
+            one = local[rule]
+            mechanism = f"of QEMU: {one.mechanism}"
+            abilities[rule] = Ability(rule=rule, mechanism=mechanism) if one.available else one
+        abilities["swap"] = Ability(
+            rule="swap", reason="a guest's kernel has no swap", help="leave it out: memory alone allows none"
+        )
+        for rule in ("io_read", "io_write", "io_read_ops", "io_write_ops"):
+            abilities[rule] = Ability(
+                rule=rule, reason="a guest's work directory is in its memory", help="use isolation='container'"
+            )
         abilities["disk"] = Ability(
             rule="disk", reason="no level limits the work directory's size yet", help="limit memory: it is in memory"
         )
@@ -100,7 +114,7 @@ class VmLevel(Level):
         return abilities
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = []
+        unmet = cpuset_unmet(spec, host)
         if isinstance(spec.user, str):
             try:
                 resolve(spec.user, spec.image)
@@ -114,14 +128,14 @@ class VmLevel(Level):
             )
         return unmet
 
-    def open(self, spec: Spec, host: Host) -> VmSandbox:
-        return VmSandbox(spec, host)
+    def open(self, spec: Spec, host: Host, *, stays: bool = False) -> VmSandbox:
+        return VmSandbox(spec, host, stays=stays)
 
 
 class VmSandbox(Sandbox):
     home = _HOME
 
-    def __init__(self, spec: Spec, host: Host) -> None:
+    def __init__(self, spec: Spec, host: Host, *, stays: bool = False) -> None:
         from ringfence.levels.vm import initramfs, kernel
         from ringfence.linux import kvm
         from ringfence.wire.launcher import core_path
@@ -163,8 +177,10 @@ class VmSandbox(Sandbox):
             disks=tuple(disks),
             # The guest's user is QEMU's on the host, so that both see the same owners in a share.
             user=self._user if max(self._user) < ids.CONTAINER_IDS else _USER,
+            cpu_weight=limits.cpu_weight,
+            cpuset=limits.cpuset,
         )
-        self._vmm: Vmm = start_qemu(self._machine, host, state())
+        self._vmm: Vmm = start_qemu(self._machine, host, state(), stays=stays)
 
     # ---- running ----
 
@@ -355,10 +371,11 @@ class VmSandbox(Sandbox):
         return []
 
     def freeze(self) -> None:
-        raise CannotEnforce("vm", [Unmet("pause", None, "not built yet for this level", "use isolation='container'")])
+        freeze(self._vmm.cgroup, self._host, "vm")
 
     def thaw(self) -> None:
-        pass  # it was never stopped
+        if self._vmm.cgroup is not None:
+            self._vmm.cgroup.thaw()
 
     # ---- files ----
 
@@ -422,12 +439,8 @@ class VmSandbox(Sandbox):
 
     # ---- telling ----
 
-    def usage(self, outcome: Outcome) -> tuple[int | None, int | None, bool, str]:
-        exited = outcome.exited
-        if exited is None:
-            return None, None, False, ""
-        killed = (exited.oom_kills or 0) - ((self._before.oom_kills or 0) if self._before is not None else 0)
-        return exited.cpu_ns, exited.memory_peak_bytes, killed > 0, "the guest's cgroup v2"
+    def usage(self, outcome: Outcome) -> Measured:
+        return of_guest(outcome.exited, self._before)
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         spec, limits, started = self._spec, self._spec.limits, outcome.started
@@ -452,6 +465,9 @@ class VmSandbox(Sandbox):
                 where = "virtual CPUs, the guest's cgroup v2" if rule == "cpus" else f"the guest's cgroup v2 {rule}.max"
                 mechanism = f"{where}, as the guest tells"
                 found.append(Applied(rule=rule, requested=asked, effective=effective, mechanism=mechanism))
+        if self._vmm.cgroup is not None:
+            on_host = [one for one in self._vmm.cgroup.in_force if one.rule in ("cpu_weight", "cpuset")]
+            found += [one.replace(mechanism=f"of QEMU: {one.mechanism}") for one in cgroup_applied(on_host, spec.asked)]
         if limits.wall_time_ns is not None:
             wall = limits.wall_time_ns
             found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.host import Host
     from ringfence.levels.state import State
+    from ringfence.linux.cgroups import Cgroup
 
 __all__ = ["MEMORY_OVERHEAD_BYTES", "Machine", "Share", "Vmm", "start_qemu"]
 
@@ -56,10 +57,22 @@ class Machine(Value):
     """A virtual machine, as any VMM takes it.
 
     kernel, initramfs, disks: host paths. memory_bytes: the guest's whole memory. accelerator: "kvm" or "tcg".
-    user: (uid, gid) of the VMM in its jail, which own the shared files there.
+    user: (uid, gid) of the VMM in its jail, which own the shared files there. cpu_weight, cpuset: of the host's CPUs,
+    for the VMM as a whole, or None.
     """
 
-    __slots__ = ("accelerator", "cpus", "disks", "initramfs", "kernel", "memory_bytes", "shares", "user")
+    __slots__ = (
+        "accelerator",
+        "cpu_weight",
+        "cpus",
+        "cpuset",
+        "disks",
+        "initramfs",
+        "kernel",
+        "memory_bytes",
+        "shares",
+        "user",
+    )
     kernel: str
     initramfs: str
     memory_bytes: int
@@ -68,6 +81,8 @@ class Machine(Value):
     shares: tuple[Share, ...]
     disks: tuple[str, ...]
     user: tuple[int, int]
+    cpu_weight: int | None
+    cpuset: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -80,6 +95,8 @@ class Machine(Value):
         shares: tuple[Share, ...],
         disks: tuple[str, ...],
         user: tuple[int, int],
+        cpu_weight: int | None = None,
+        cpuset: tuple[int, ...] | None = None,
     ) -> None:
         self._set(
             kernel=kernel,
@@ -90,6 +107,8 @@ class Machine(Value):
             shares=shares,
             disks=disks,
             user=user,
+            cpu_weight=cpu_weight,
+            cpuset=cpuset,
         )
 
 
@@ -153,6 +172,11 @@ class Vmm:
             jail += "; " + ", ".join(f"{rule} {value}" for rule, value in limits.items())
         return [Applied(rule="vmm jail", requested=None, effective=jail, mechanism="container level")]
 
+    @property
+    def cgroup(self) -> Cgroup | None:
+        """Of the VMM and all its threads, on the host."""
+        return self._jail.cgroup
+
     def kill(self) -> None:
         self._jail.kill()
 
@@ -184,8 +208,8 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox) -> list[MountStep]:
     return steps
 
 
-def start_qemu(spec: Machine, host: Host, state: State) -> Vmm:
-    """Starts QEMU in its jail. Raises Unavailable, StartError; leaves nothing then."""
+def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False) -> Vmm:
+    """Starts QEMU in its jail. stays: as for `Level.open`. Raises Unavailable, StartError; leaves nothing then."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     jail: ContainerSandbox | None = None
     channel = Channel(ours, trusted=False)
@@ -198,13 +222,17 @@ def start_qemu(spec: Machine, host: Host, state: State) -> Vmm:
             # A vCPU each, and a share of one for QEMU's own threads. Its pool of those that wait for files is 64.
             cpus=spec.cpus + _OWN_CPUS if usable["cpu"] else None,
             pids=spec.cpus + _OWN_THREADS if usable["pids"] else None,
+            cpu_weight=spec.cpu_weight,
+            cpuset=spec.cpuset,
         )
         what = Spec.make(
             [_QEMU], isolation="container", user=f"{spec.user[0]}:{spec.user[1]}", hostname="vmm", limits=limits
         )
         # /dev/kvm belongs to a group, and the jail's ids are nobody's: QEMU gets that group and no other.
         group = os.stat(_KVM).st_gid if spec.accelerator == "kvm" else None
-        jail = ContainerSandbox(what, host, state, extra=lambda one: _jail_steps(spec, one), extra_gid=group)
+        jail = ContainerSandbox(
+            what, host, state, extra=lambda one: _jail_steps(spec, one), extra_gid=group, stays=stays
+        )
         argv = machine.arguments(
             kernel=b"/vm/kernel",
             initramfs=b"/vm/initramfs",

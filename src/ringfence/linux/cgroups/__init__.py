@@ -1,21 +1,26 @@
-"""Control groups: limits of memory, CPU and processes, and what was used of them."""
+"""Control groups: limits of memory, CPU, processes and I/O, and what was used of them."""
 
 from __future__ import annotations
 
 import os
 
-from ringfence.linux.cgroups.base import Base, Cgroup, Controller, InForce, Layout, Manager, Usage, layout
+from ringfence.linux.cgroups.base import Cgroup, Manager, layout
+from ringfence.linux.cgroups.values import NO_LIMITS, RULES, Base, Controller, InForce, IoLimits, Layout, Limits, Usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "NO_LIMITS",
+    "RULES",
     "Base",
     "Cgroup",
     "Controller",
     "InForce",
+    "IoLimits",
     "Layout",
+    "Limits",
     "Manager",
     "Usage",
     "layout",

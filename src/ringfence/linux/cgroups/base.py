@@ -16,8 +16,19 @@ import os
 import signal
 import time
 
-from ringfence._value import Value
 from ringfence.errors import KernelError
+from ringfence.linux.cgroups import files
+from ringfence.linux.cgroups.values import (
+    CONTROLLERS,
+    NO_LIMITS,
+    RULES,
+    Base,
+    Controller,
+    InForce,
+    Layout,
+    Limits,
+    Usage,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,143 +38,19 @@ if TYPE_CHECKING:
 
     Claim = Callable[..., None]
 
-__all__ = ["CONTROLLERS", "Base", "Cgroup", "Controller", "InForce", "Layout", "Manager", "Usage", "layout"]
-
-# Those that ringfence uses. In version 2 the time of cpuacct is in every cgroup's cpu.stat, without a
-# controller.
-CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
+__all__ = ["CPU_PERIOD_US", "Cgroup", "Manager", "layout", "read_layout"]
 
 # The kernel's own default period of the CPU quota, microseconds.
 CPU_PERIOD_US = 100_000
 
-_READ_SIZE = 65536
 _FIRST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.02
-
-
-class Controller(Value):
-    """One controller as this process finds it.
-
-    name: one of CONTROLLERS. version: 1 or 2, or 0 where the kernel has none mounted.
-    path: the directory of this process's own cgroup, or b"". usable: whether ringfence can make cgroups
-    there.
-    reason: why not, or "". help: what would help, or "".
-    """
-
-    __slots__ = ("help", "name", "path", "reason", "usable", "version")
-    name: str
-    version: int
-    path: bytes
-    usable: bool
-    reason: str
-    help: str
-
-    def __init__(self, *, name: str, version: int, path: bytes, usable: bool, reason: str = "", help: str = "") -> None:
-        self._set(name=name, version=version, path=path, usable=usable, reason=reason, help=help)
-
-
-class Layout(Value):
-    """How cgroups are mounted here: kind is "v1", "v2", "hybrid" (both) or "none"; controllers, one each."""
-
-    __slots__ = ("controllers", "kind", "unified")
-    kind: str
-    controllers: tuple[Controller, ...]
-    unified: bytes
-
-    def __init__(self, *, kind: str, controllers: tuple[Controller, ...], unified: bytes = b"") -> None:
-        """unified: the directory of this process's own cgroup of version 2, or b""."""
-        self._set(kind=kind, controllers=controllers, unified=unified)
-
-    def controller(self, name: str) -> Controller:
-        """Raises KeyError where the name is none of CONTROLLERS."""
-        return {one.name: one for one in self.controllers}[name]
-
-
-class InForce(Value):
-    """A limit as read back from the kernel.
-
-    rule: "memory", "cpus" or "pids". requested, effective: bytes, CPUs or a count; an effective None is no
-    limit.
-    mechanism: the version and the file, such as "cgroup v1 memory.limit_in_bytes".
-    """
-
-    __slots__ = ("effective", "mechanism", "requested", "rule")
-    rule: str
-    requested: int | float
-    effective: int | float | None
-    mechanism: str
-
-    def __init__(self, *, rule: str, requested: int | float, effective: int | float | None, mechanism: str) -> None:
-        self._set(rule=rule, requested=requested, effective=effective, mechanism=mechanism)
-
-
-class Usage(Value):
-    """What a cgroup used. None is unknown: no such controller, or a kernel too old to say.
-
-    memory_peak_bytes, memory_bytes: most and now. cpu_ns: user and system time of all that ever ran in it.
-    oom_kills: processes that the kernel killed at the memory limit. pids_peak: most processes and threads at
-    once.
-    pids_refused: forks that the pids limit refused. throttled_ns: time that it waited for its CPU quota.
-    source: "cgroup v1" or "cgroup v2".
-    """
-
-    __slots__ = (
-        "cpu_ns",
-        "memory_bytes",
-        "memory_peak_bytes",
-        "oom_kills",
-        "pids_peak",
-        "pids_refused",
-        "source",
-        "throttled_ns",
-    )
-    memory_peak_bytes: int | None
-    memory_bytes: int | None
-    cpu_ns: int | None
-    oom_kills: int | None
-    pids_peak: int | None
-    pids_refused: int | None
-    throttled_ns: int | None
-    source: str
-
-    def __init__(
-        self,
-        *,
-        memory_peak_bytes: int | None = None,
-        memory_bytes: int | None = None,
-        cpu_ns: int | None = None,
-        oom_kills: int | None = None,
-        pids_peak: int | None = None,
-        pids_refused: int | None = None,
-        throttled_ns: int | None = None,
-        source: str,
-    ) -> None:
-        self._set(
-            memory_peak_bytes=memory_peak_bytes,
-            memory_bytes=memory_bytes,
-            cpu_ns=cpu_ns,
-            oom_kills=oom_kills,
-            pids_peak=pids_peak,
-            pids_refused=pids_refused,
-            throttled_ns=throttled_ns,
-            source=source,
-        )
-
-
-class Base(Value):
-    """A base cgroup in one hierarchy, for whoever cleans up after this process.
-
-    fd: its directory. parent_fd: the directory that it is in, where `name` is to be removed.
-    Both belong to the Manager.
-    """
-
-    __slots__ = ("fd", "name", "parent_fd")
-    fd: int
-    name: bytes
-    parent_fd: int
-
-    def __init__(self, *, fd: int, name: bytes, parent_fd: int) -> None:
-        self._set(fd=fd, name=name, parent_fd=parent_fd)
+# From the write to the last task being stopped; one in uninterruptible sleep is waited for.
+_FREEZE_S = 5.0
+# Where these are decides which version serves.
+_CORE = {"memory", "pids", "cpu", "cpuacct"}
+# What version 1 calls a controller, where that is another name.
+_V1_NAMES = {"io": "blkio"}
 
 
 class Manager(abc.ABC):
@@ -193,18 +80,15 @@ class Manager(abc.ABC):
         """
 
     @abc.abstractmethod
-    def create(
-        self,
-        *,
-        memory_bytes: int | None = None,
-        cpus: float | None = None,
-        pids: int | None = None,
-        measure: bool = True,
-    ) -> Cgroup:
+    def made(self) -> tuple[Base, ...]:
+        """The base cgroups that are there by now."""
+
+    @abc.abstractmethod
+    def create(self, limits: Limits = NO_LIMITS, *, measure: bool = True, live: bool = False) -> Cgroup:
         """The cgroup of a new sandbox, its limits set and read back.
 
-        memory_bytes: no swap comes on top. cpus: the quota. pids: processes and threads.
-        measure: also where nothing is limited, so that `usage` knows memory and CPU time.
+        measure: also where nothing is limited, so that `usage` knows memory and CPU time. live: with every controller
+        that is usable, so that each limit can be changed later, and it can be frozen.
         A limit whose controller isn't usable raises KernelError; ask `usable` before.
         """
 
@@ -217,7 +101,7 @@ class Manager(abc.ABC):
         name = f"ringfence-{self.pid}-{os.urandom(4).hex()}".encode()
         if self._claim is not None:
             self._claim(parent_fd, name)
-        make_directory(name, parent_fd)
+        files.make_directory(name, parent_fd)
         return name
 
     def _next_name(self) -> str:
@@ -236,11 +120,96 @@ class Manager(abc.ABC):
 class Cgroup(abc.ABC):
     """The cgroup of one sandbox, in as many hierarchies as it takes.
 
-    name: below the base. in_force: each limit as read back. It owns its descriptors; `remove` closes them.
+    name: below the base. limits: as asked for. frozen: whether what is in it stands still, by `freeze`.
+    It owns its descriptors; `remove` closes them.
     """
 
     name: str
-    in_force: tuple[InForce, ...]
+    limits: Limits = NO_LIMITS
+    frozen: bool = False
+
+    def __init__(self, name: str, *, live: bool = False) -> None:
+        self.name = name
+        self._live = live
+        self._changed = False  # by `update` or `freeze`: it isn't what a next sandbox asks for
+        self._in_force: dict[str, InForce] = {}
+
+    @property
+    def in_force(self) -> tuple[InForce, ...]:
+        """Each limit as read back."""
+        return tuple(self._in_force[rule] for rule in RULES if rule in self._in_force)
+
+    def limit(self, limits: Limits) -> None:
+        """Sets each limit that isn't None, and reads it back. Raises KernelError."""
+        self.limits = self.limits.changed_by(limits)
+        for name in sorted(limits.controllers()):
+            self._set_limits(name, self.limits)
+
+    def update(self, limits: Limits) -> tuple[InForce, ...]:
+        """Changes the limits of what runs in it; a None leaves its rule as it is. All that is in force afterwards.
+
+        Raises KernelError, and all is as before then: ENOTSUP where it was made without the controller (`live` has all
+        that are usable), EBUSY where more memory is in use than it is to have.
+        """
+        before = self.limits
+        try:
+            self.limit(limits)
+        except BaseException:
+            self.limits = before
+            for name in sorted(limits.controllers()):
+                try:
+                    self._set_limits(name, before)
+                except KernelError:
+                    continue  # a controller that it never had; the first error is the one to tell
+            raise
+        finally:
+            self._changed = True
+        return self.in_force
+
+    def _note(
+        self, rule: str, requested: int | float | tuple[int, ...] | None, effective: object, mechanism: str
+    ) -> None:
+        """What a rule came to. requested None: it isn't limited, and isn't told."""
+        if requested is None:
+            self._in_force.pop(rule, None)
+        else:
+            found: InForce = InForce(rule=rule, requested=requested, effective=effective, mechanism=mechanism)  # type: ignore[arg-type]
+            self._in_force[rule] = found
+
+    @abc.abstractmethod
+    def _set_limits(self, controller: str, limits: Limits) -> None:
+        """Sets all that a controller limits, None to no limit, and notes what is read back. Raises KernelError."""
+
+    def freeze(self) -> None:
+        """Stops all that is in it; once it returns, nothing of it runs, until `thaw`.
+
+        Raises KernelError: ENOTSUP where it was made without a freezer (`live` has one), EBUSY where a task doesn't
+        stop within 5 s; it runs on then.
+        """
+        self._write_freezer(True)
+        self.frozen = self._changed = True
+        deadline = time.monotonic() + _FREEZE_S
+        wait = _FIRST_WAIT_S
+        while not self._is_frozen():
+            if time.monotonic() >= deadline:
+                self.thaw()
+                raise KernelError("freeze", (self.name,), errno.EBUSY, "one of its processes hangs in the kernel")
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
+
+    def thaw(self) -> None:
+        """Lets it go on. One that isn't frozen is left alone."""
+        if self.frozen:
+            self._write_freezer(False)
+            self.frozen = False
+
+    @abc.abstractmethod
+    def _write_freezer(self, frozen: bool) -> None:
+        """Raises KernelError."""
+
+    @abc.abstractmethod
+    def _is_frozen(self) -> bool:
+        """Whether nothing of it runs."""
 
     @abc.abstractmethod
     def join_fds(self) -> tuple[int, ...]:
@@ -332,6 +301,8 @@ class Cgroup(abc.ABC):
                         signal.pidfd_send_signal(held[pid], signal.SIGKILL)
                     except ProcessLookupError:
                         continue
+                # Only now: what version 1 has frozen takes its signal when it thaws, and does nothing else before.
+                self.thaw()
             finally:
                 for fd in held.values():
                     os.close(fd)
@@ -364,21 +335,22 @@ def read_layout(mountinfo: str, own: str) -> Layout:
     unified = b""
     foreign: set[str] = set()
     for root, mountpoint, kind, options in _mounts(mountinfo):
-        names = [""] if kind == "cgroup2" else [name for name in CONTROLLERS if name in options]
+        names = [""] if kind == "cgroup2" else [name for name in CONTROLLERS if _V1_NAMES.get(name, name) in options]
         for name in names:
-            inside = _inside(root, paths.get(name))
+            inside = _inside(root, paths.get(_V1_NAMES.get(name, name)))
             if inside is None:
                 foreign.add(name)
             elif name and name not in first:
                 first[name] = mountpoint + inside
             elif not name and not unified:
                 unified = mountpoint + inside
-    one = bool(first) or bool(foreign - {""})
+    # A v1 mount of what nobody needs (a freezer for an old tool) doesn't make a host a hybrid one.
+    one = bool((first.keys() | foreign) & _CORE)
     kind = "hybrid" if one and unified else "v1" if one else "v2" if unified else "none"
     home = v2.find_home(unified) if unified and kind == "v2" else None
     controllers = []
     for name in CONTROLLERS:
-        if name in first:
+        if name in first and kind != "v2":
             controllers.append(v1.judge(name, first[name]))
         elif home is not None:
             controllers.append(v2.judge(name, unified, home))
@@ -437,107 +409,3 @@ def _text(path: str) -> str:
             return file.read()
     except FileNotFoundError:  # no /proc
         return ""
-
-
-def may_make_directories(path: bytes) -> str:
-    """Why this process can't make a cgroup in that directory, or ""."""
-    if os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-        return ""
-    if not os.path.isdir(path):
-        return f"{os.fsdecode(path)} isn't there"
-    if os.statvfs(path).f_flag & os.ST_RDONLY:
-        return f"{os.fsdecode(path)} is mounted read-only"
-    return f"{os.fsdecode(path)} isn't writable for this user (not delegated)"
-
-
-def open_directory(path: bytes | str, parent_fd: int | None = None) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent_fd)
-
-
-def open_to_write(path: str, directory_fd: int) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory_fd)
-
-
-def open_to_read(path: str, directory_fd: int) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
-
-
-def make_directory(name: bytes | str, parent_fd: int) -> None:
-    """mkdir. Raises KernelError."""
-    try:
-        os.mkdir(name, 0o755, dir_fd=parent_fd)
-    except OSError as error:
-        raise KernelError("mkdir", (name,), error.errno or 0) from error
-
-
-def set_and_read(directory_fd: int, name: str, value: str) -> str:
-    """Write a control file and read it back. Raises KernelError, ENOENT where there is no such file."""
-    try:
-        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=directory_fd)
-        try:
-            os.write(fd, value.encode())
-            return os.pread(fd, _READ_SIZE, 0).decode().strip()
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise KernelError("write", (name, value), error.errno or 0) from error
-
-
-def read(directory_fd: int, name: str) -> str | None:
-    """A control file's text; None where this kernel has no such file."""
-    try:
-        fd = open_to_read(name, directory_fd)
-    except FileNotFoundError:
-        return None
-    try:
-        # Lists of pids can be longer than one read gives.
-        parts = []
-        while part := os.read(fd, _READ_SIZE):
-            parts.append(part)
-        return b"".join(parts).decode()
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return None
-        raise KernelError("read", (name,), error.errno or 0) from error
-    finally:
-        os.close(fd)
-
-
-def read_number(directory_fd: int, name: str) -> int | None:
-    """A control file's one number; None where there is no such file or it says "max"."""
-    text = read(directory_fd, name)
-    return None if text is None or text.strip() == "max" else int(text)
-
-
-def read_keyed(directory_fd: int, name: str) -> dict[str, int]:
-    """A control file of "key number" lines; empty where there is no such file."""
-    pairs = (line.split() for line in (read(directory_fd, name) or "").splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
-
-
-def read_pids(directory_fd: int, prefix: str = "") -> set[int]:
-    """The processes of a cgroup, but those outside of this process's PID namespace, which show as 0."""
-    return {int(pid) for pid in (read(directory_fd, prefix + "cgroup.procs") or "").split()} - {0}
-
-
-def rmdir_if_there(name: bytes | str, parent_fd: int) -> None:
-    """rmdir; one that is gone is fine. Raises OSError EBUSY while processes are in it."""
-    try:
-        os.rmdir(name, dir_fd=parent_fd)
-    except FileNotFoundError:
-        return
-
-
-def remove_directory(name: bytes | str, parent_fd: int) -> None:
-    """rmdir for cleaning up. Raises KernelError."""
-    try:
-        rmdir_if_there(name, parent_fd)
-    except OSError as error:
-        raise KernelError("rmdir", (name,), error.errno or 0) from error
-
-
-def remove_children(base_fd: int) -> None:
-    """Remove the sandboxes of a base. Raises KernelError EBUSY where one still has processes."""
-    for name in os.listdir(base_fd):
-        if name.startswith("s") and name[1:].isdigit():
-            remove_directory(name, base_fd)
