@@ -89,13 +89,14 @@ $(CORE): $(CORE_SOURCES) | $(VENV)/.installed
 	@$(BIN)/python core/build.py
 	touch $(CORE)
 
-# What only the tests need: a second compiler, with the runtime of its fuzzer.
+# What only the tests need: a second compiler with the runtime of its fuzzer, and ip for networks between namespaces.
 test-tools: system
 	$(call say,packages for the tests)
 	@eval "$$APT"
 	need gcc gcc --version
 	need libc6-dev test -e /usr/include/stdio.h
 	need clang clang --version
+	need iproute2 ip -V
 	install
 	missing=()
 	need "libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev" bash -c 'cd "$$(mktemp -d)" && echo "int LLVMFuzzerTestOneInput(void) { return 0; }" > t.c && clang -fsanitize=fuzzer,address,undefined t.c'

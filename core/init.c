@@ -402,7 +402,8 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     const struct rf_plan *p = &s->plan;
     bool guest = s->where == RF_IN_GUEST;
     uint64_t own = guest ? ~0ull : s->launch.clone_flags;
-    if ((p->hostname && !(own & CLONE_NEWUTS)) || (p->loopback && !(own & CLONE_NEWNET)) || ((p->flags & RF_P_ENTER) && !(own & CLONE_NEWNS)))
+    bool network = p->loopback || p->sockets_fd >= 0;
+    if ((p->hostname && !(own & CLONE_NEWUTS)) || (network && !(own & CLONE_NEWNET)) || ((p->flags & RF_P_ENTER) && !(own & CLONE_NEWNS)))
         return rf_fail_errno(e, EPROTO, "protocol", "plan", "it would change a namespace of the host's");
     if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
     if (!guest && p->cpu_limit_ns && p->cpu_fd < 0) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a CPU time limit, and nothing to read it by");
@@ -553,11 +554,12 @@ static void leave(struct init *s) {
 
 /* 0: go on. */
 static int wait_and_serve(struct init *s) {
-    struct pollfd wait[2 + 3 * COMMANDS_MAX];
+    struct pollfd wait[3 + 3 * COMMANDS_MAX];
     struct command *of[RF_LEN(wait)];
-    nfds_t n = 2;
+    nfds_t n = 3;
     wait[0] = (struct pollfd){.fd = s->channel.fd, .events = POLLIN};
     wait[1] = (struct pollfd){.fd = s->signals, .events = POLLIN};
+    wait[2] = (struct pollfd){.fd = s->plan.sockets_fd, .events = POLLIN}; /* -1 is passed over */
     for (unsigned i = 0; i < COMMANDS_MAX; i++) {
         struct command *c = &s->commands[i];
         if (!c->used || !c->streams) continue;
@@ -567,7 +569,7 @@ static int wait_and_serve(struct init *s) {
     }
     int timeout = watch_cpu(s);
     if (poll(wait, n, timeout) < 0 && errno != EINTR) return -1;
-    for (nfds_t i = 2; i < n; i++) {
+    for (nfds_t i = 3; i < n; i++) {
         struct command *c = of[i];
         if (!wait[i].revents) continue;
         if (wait[i].fd == c->in) pump_input(s, c);
@@ -579,6 +581,7 @@ static int wait_and_serve(struct init *s) {
             if (info.ssi_signo == SIGTERM) return -1;
         reap_ready(s);
     }
+    if (wait[2].revents && rf_sockets_serve(s->plan.sockets_fd) == 0) close_fd(&s->plan.sockets_fd);
     if (wait[0].revents && !read_channel(s)) return -1;
     finish_commands(s);
     return s->leaving ? -1 : 0;
@@ -588,7 +591,7 @@ int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l,
     struct init *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (s == MAP_FAILED) return 1;
     s->where = where;
-    s->cgroup_dir = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = -1;
+    s->cgroup_dir = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = -1;
     s->go = go;
     if (l) s->launch = *l;
     s->channel.fd = channel_fd;

@@ -115,7 +115,7 @@ static pid_t clone_elsewhere(struct launcher *s, struct rf_launch *l, struct rf_
 static pid_t clone_sandbox(struct launcher *s, struct rf_launch *l, int *pidfd, struct rf_error *e) {
     if (l->njoins || l->has_offsets) return clone_elsewhere(s, l, e);
     uint64_t flags = l->clone_flags;
-    int network = (flags & CLONE_NEWNET) ? s->next_network : -1;
+    int network = (flags & CLONE_NEWNET) && !l->own_network ? s->next_network : -1;
     if (network >= 0) {
         if (setns(network, CLONE_NEWNET) < 0) return rf_fail(e, "launch", "setns", "the next network namespace");
         flags &= ~(uint64_t)CLONE_NEWNET;
@@ -212,7 +212,7 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     if (r == 0 && go[1] >= 0 && write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
     if (go[0] >= 0) close(go[0]), close(go[1]); /* without its byte the child ends by itself */
     if (pidfd >= 0) close(pidfd);
-    s->wants_network |= r == 0 && (l.clone_flags & CLONE_NEWNET);
+    s->wants_network |= r == 0 && (l.clone_flags & CLONE_NEWNET) && !l.own_network;
     return r;
 }
 

@@ -99,6 +99,7 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 16: return rf_attr_u64(a, &p->realtime_ns);
     case 17: p->entropy = a->data; p->entropy_length = a->length; return a->length > 512 ? -1 : 0;
     case 18: return parse_guest_limits(a, p);
+    case 23: return attr_fd(a, fds, nfds, &p->sockets_fd);
     default: return -1;
     }
 }
@@ -108,7 +109,7 @@ static bool repeats(uint16_t tag) { return tag == 3 || tag == 7 || tag == 9; }
 
 int rf_plan_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfds, struct rf_plan *p, struct rf_error *e) {
     memset(p, 0, sizeof *p);
-    p->landlock_fd = p->cpu_fd = -1;
+    p->landlock_fd = p->cpu_fd = p->sockets_fd = -1;
     struct rf_reader r = {payload, payload + n};
     struct rf_attr a;
     uint64_t seen = 0;
@@ -216,6 +217,7 @@ int rf_launch_parse(const uint8_t *payload, size_t n, const int *fds, unsigned n
         case 6: ok = a.length ? -1 : 0; l->host_mounts = true; break;
         case 7: ok = parse_join(&a, fds, nfds, l); break;
         case 8: ok = parse_offsets(&a, l); break;
+        case 9: ok = a.length ? -1 : 0; l->own_network = true; break;
         case 10: ok = a.length ? -1 : 0; l->later = true; break;
         default: ok = -1;
         }

@@ -144,6 +144,7 @@ struct rf_plan {
     uint64_t capabilities, cpu_limit_ns, realtime_ns;
     struct sock_fprog filter;
     int landlock_fd, cpu_fd;
+    int sockets_fd; /* on which requests for sockets come, or -1 */
     int cgroup_fds[RF_CGROUPS_MAX];
     unsigned ncgroups, nmounts, nrlimits;
     struct rf_rlimit rlimits[RF_RLIMITS_MAX];
@@ -186,6 +187,7 @@ struct rf_launch {
     const char *uid_map, *gid_map;
     bool has_kill_uid, host_mounts;
     bool later;         /* once a sandbox has ended, or after a pause */
+    bool own_network; /* its network namespace belongs to its user namespace: never one from stock */
     cpu_set_t cpus;     /* those of the launcher, which stays on one of them during the start */
     bool network_ready; /* the network namespace was made before, its loopback is up, and it isn't ours to change */
     uint32_t kill_uid;
@@ -259,6 +261,12 @@ pid_t rf_clone(uint64_t flags, int *pidfd);
 /* join.c: the same into the namespaces that the launch joins, and with its clocks; the child is the caller's. `proc`: /proc.
  * -1 with the error of whoever went ahead. */
 pid_t rf_clone_elsewhere(int proc, const struct rf_launch *l, struct rf_error *e);
+
+/* ---- sockets.c: sockets of a sandbox's network namespace, for those who stay outside --------------------------- */
+
+/* Serves what has come on `fd`, a packet each: u32 domain, type, protocol. The answer is i32 errno, and with 0 the new
+ * socket. 0 at the end of `fd`. */
+int rf_sockets_serve(int fd);
 
 /* Brings up lo of this process's network namespace. */
 int rf_loopback_up(struct rf_error *e);

@@ -51,6 +51,7 @@ def _container() -> messages.Plan:
     plan.cpu_limit(5_000_000_000, 8)
     plan.workdir(b"/work")
     plan.capabilities(0)
+    plan.sockets(9)
     return plan
 
 
@@ -122,6 +123,9 @@ def seeds() -> dict[str, bytes]:
                 joins=(0x40000000, 0x20000000),
                 offsets_ns=(10**9, -(10**9)),
             )
+        ),
+        "launch/network": _payload(
+            messages.launch(clone_flags=0x7E020080, uid_map=b"0 1 1\n", gid_map=b"0 1 1\n", own_network=True)
         ),
         "launch/userns": _payload(messages.user_namespace(b"0 1 1\n", b"0 1 1\n")),
         "channel/descriptors": _pieces(_execute(streams=False), size=63, nfds=3),

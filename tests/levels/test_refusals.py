@@ -88,7 +88,8 @@ unmet = {}
 for isolation in ("process", "container"):
     limits = rf.Limits(memory="64M", pids=9, disk="1G", wall_time=9)
     try:
-        run_spec(Spec.make(["true"], isolation=isolation, limits=limits, network="nat"), on=lacking)
+        network = rf.Network("host", publish={18999: 80})
+        run_spec(Spec.make(["true"], isolation=isolation, limits=limits, network=network), on=lacking)
         unmet[isolation] = None
     except rf.CannotEnforce as error:
         unmet[isolation] = [[[one.rule, one.requested, one.reason, one.help] for one in error.unmet], str(error)]
@@ -188,10 +189,10 @@ def test_nothing_was_started(refused: dict[str, Any]) -> None:
 def test_every_unmet_rule_is_told_at_once(refused: dict[str, Any], isolation: str) -> None:
     rules, sentence = refused["unmet"][isolation]
     found = {rule: (requested, reason, help) for rule, requested, reason, help in rules}
-    assert sorted(found) == ["disk", "memory", "network", "pids"]
+    assert sorted(found) == ["disk", "memory", "pids", "publish"]
     assert found["memory"] == (64 << 20, "no memory controller is mounted here", "mount it")
     assert found["pids"] == (9, "no pids controller is mounted here", "mount it")
-    assert found["network"][0] == "nat"
+    assert found["publish"][0] == [[18999, 80]]
     for rule in found:
         assert rule in sentence
         assert found[rule][1]  # a reason

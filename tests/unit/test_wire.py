@@ -388,6 +388,7 @@ PLANS = {
     "no NUL": frames.attribute(1, b"name"),
     "two strings": frames.attribute(1, b"a\0b\0"),
     "descriptor that did not come": frames.u32(8, 0),
+    "descriptor for sockets that did not come": frames.u32(23, 0),
     "empty filter": frames.attribute(6),
     "cut filter": frames.attribute(6, bytes(9)),
     "long filter": frames.attribute(6, bytes(8 * 4097)),
@@ -420,6 +421,58 @@ def test_init_refuses_a_malformed_plan_and_starts_nothing(launcher: Launcher, na
         init.execute(b"/bin/true")
         error = init.refusal()
         assert (error.step, error.call, error.detail) == ("protocol", "request", "before the plan")
+
+
+def own_network() -> bytes:
+    """LAUNCH of an init whose network namespace belongs to its user namespace."""
+    uid, gid = (1996488704, 1996488704) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    maps = b"0 %d 1\n" % uid, b"0 %d 1\n" % gid
+    return messages.launch(clone_flags=NAMESPACES, uid_map=maps[0], gid_map=maps[1], own_network=True)
+
+
+def supplied(launcher: Launcher, request: bytes) -> tuple[socket.socket, Talk]:
+    """Our end of the socket on which an init hands over others, once it has its plan."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(LIMIT_SECONDS)
+    init = Talk(launcher.launch(request))
+    plan = messages.Plan()
+    plan.flags()
+    plan.sockets(theirs.fileno())
+    init.channel.send(plan.encode(), plan.fds)
+    theirs.close()
+    return ours, init
+
+
+def test_init_hands_over_sockets_of_its_own_network_namespace(launcher: Launcher) -> None:
+    ours, init = supplied(launcher, own_network())
+    with ours, init:
+        # One that makes no sense gets its errno; one that takes CAP_NET_RAW is made, as the namespace is init's own.
+        for asked, code in (((77, 1, 0), errno.EAFNOSUPPORT), ((socket.AF_INET, socket.SOCK_RAW, 255), 0)):
+            ours.send(struct.pack("<III", *asked))
+            data, fds, _, _ = socket.recv_fds(ours, 64, 4)
+            assert (struct.unpack("<i", data), len(fds)) == ((code,), 0 if code else 1)
+            for fd in fds:
+                with socket.socket(fileno=fd) as made, pytest.raises(OSError, match="unreachable"):
+                    made.sendto(bytes(20), ("203.0.113.1", 0))  # there is nothing but a lo that is down
+        init.execute(b"/nothing")  # it goes on serving
+        assert init.refusal().step == "exec"
+
+
+@pytest.mark.parametrize("packet", [b"", b"x", bytes(11), bytes(13), bytes(5000)])
+def test_init_closes_a_supply_that_breaks_the_protocol(launcher: Launcher, packet: bytes) -> None:
+    ours, init = supplied(launcher, own_network())
+    with ours, init:
+        ours.send(packet)
+        assert ours.recv(64) == b""
+        init.execute(b"/nothing")  # it goes on serving
+        assert init.refusal().step == "exec"
+
+
+def test_init_of_the_hosts_network_hands_over_nothing(launcher: Launcher) -> None:
+    ours, init = supplied(launcher, messages.launch(clone_flags=0, host_mounts=True))
+    with ours, init:
+        error = init.refusal()
+        assert (error.step, error.detail) == ("protocol", "it would change a namespace of the host's")
 
 
 EXECS = {

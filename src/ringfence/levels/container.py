@@ -13,6 +13,7 @@ from ringfence.images import tree
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
+from ringfence.levels.network.rules import NetworkFiles, network_unmet
 from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
 from ringfence.linux import ids, landlock, mounts, seccomp
@@ -81,13 +82,14 @@ class ContainerLevel(Level):
         found["mounts"] = Ability(rule="mounts", mechanism="mount namespace, mount_setattr")
         found["network=none"] = Ability(rule="network=none", mechanism="network namespace with only lo")
         found["network=host"] = Ability(rule="network=host", mechanism="the host's network namespace")
-        found["network=nat"] = Ability(
-            rule="network=nat", reason="not built yet for this level", help="use network='none' or 'host'"
-        )
+        nat = "a gateway outside, the only way out of a network namespace"
+        found["network=nat"] = Ability(rule="network=nat", mechanism=nat)
+        for rule in ("allow", "publish", "bandwidth"):
+            found[rule] = Ability(rule=rule, mechanism=nat)
         return found
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = limit_unmet(spec, host)
+        unmet = limit_unmet(spec, host) + network_unmet(spec)
         if spec.user is not None:
             try:
                 uid, gid = resolve(spec.user, spec.image)
@@ -122,6 +124,7 @@ class ContainerSandbox(LocalSandbox):
     """extra: makes more steps of the file tree, for a VMM. extra_gid: a group of the host's that the command is in."""
 
     vmm_started: messages.Started | None = None
+    _local_dns = False
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class ContainerSandbox(LocalSandbox):
         self.make_cgroup()
         plan = messages.Plan()
         plan.hostname(self._hostname.encode("ascii"))
-        if spec.network.mode == "none":
+        if spec.network.mode != "host":
             plan.loopback()
         plan.mounts(self._tree(self.berth.name))
         plan.ids(uid, gid)
@@ -178,7 +181,15 @@ class ContainerSandbox(LocalSandbox):
         self.common_plan(plan)
         flags = _NAMESPACES | (0 if spec.network.mode == "host" else _NEWNET)
         uid_map, gid_map = self._maps
-        self.start(messages.launch(clone_flags=flags, uid_map=uid_map, gid_map=gid_map, later=self.later), plan)
+        nat = spec.network.mode == "nat"
+        if nat:
+            self.open_network(plan, local_dns=self._local_dns)
+        request = messages.launch(
+            clone_flags=flags, uid_map=uid_map, gid_map=gid_map, later=self.later, own_network=nat
+        )
+        self.start(request, plan)
+        if self.network is not None:
+            self.start_network(self.network)
 
     def _scope_sockets(self, plan: messages.Plan) -> None:
         """Abstract UNIX sockets belong to the network namespace. Landlock keeps the host's out of reach."""
@@ -201,7 +212,12 @@ class ContainerSandbox(LocalSandbox):
         else:
             steps = self._skeleton() + (self._extra(self) if self._extra is not None else [])
             sealed = False
+        files = NetworkFiles(spec.image, self._hostname, self.user) if spec.network.mode == "nat" else None
+        steps += files.before if files else []
         steps += private_steps(self.user)
+        if files:
+            steps += files.after
+            self._local_dns = files.missing
         source = b"/t/run/" + name if own else os.path.join(self.state.run_path, name)
         steps.append(messages.bind(_HOME, source, NOSUID | NODEV))
         steps += self._mounts()
@@ -329,16 +345,19 @@ class ContainerSandbox(LocalSandbox):
                     mechanism="its own, by /proc/self/ns" if own else "the host's",
                 )
             )
+        if self.network is not None:
+            found += self.network.applied(spec.asked)
         mode = spec.network.mode
         own_net = started.namespaces.get("net") != ours.get("net")
-        found.append(
-            Applied(
-                rule="network",
-                requested=mode if "network" in spec.asked else None,
-                effective=mode if own_net == (mode != "host") else None,
-                mechanism=_network_mechanism(own_net, started.landlock),
+        if self.network is None:
+            found.append(
+                Applied(
+                    rule="network",
+                    requested=mode if "network" in spec.asked else None,
+                    effective=mode if own_net == (mode != "host") else None,
+                    mechanism=_network_mechanism(own_net, started.landlock),
+                )
             )
-        )
         found.append(
             Applied(
                 rule="files",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ringfence.levels.host import Host
+    from ringfence.levels.network.session import NetworkSession
     from ringfence.linux import cgroups
     from ringfence.linux.cgroups import Cgroup
     from ringfence.spec import FileIn, Limits, Spec
@@ -96,6 +97,7 @@ class LocalSandbox(Sandbox):
         self.berth: Berth | None = None
         self.cgroup: Cgroup | None = None
         self.channel: Channel | None = None
+        self.network: NetworkSession | None = None
         self.pidfd = -1
         self._next_id = 1
         self._before: cgroups.Usage | None = None
@@ -190,6 +192,34 @@ class LocalSandbox(Sandbox):
         """Has the init of a sandbox that is made ahead started."""
         if self._unsent is not None and self.channel is None:
             self.start(*self._unsent)
+
+    def open_network(self, plan: messages.Plan, *, local_dns: bool) -> None:
+        """Takes what a network of its own with a way out needs of the host. Only for who asks for one."""
+        from ringfence.levels.network.session import NetworkSession
+
+        self.network = NetworkSession(self.spec.network, self.spec.isolation, local_dns=local_dns)
+        plan.sockets(self.network.supply.theirs())
+
+    def start_network(self, network: NetworkSession) -> None:
+        """Once init has the plan: it is what hands over sockets, unless it had to give up."""
+        channel = self.channel
+        assert channel is not None
+        network.supply.handed_over()
+        if channel.wants_to_send:
+            channel.flush_blocking()
+        network.request()
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        poll.register(network.supply.fileno(), select.POLLIN)
+        deadline = time.monotonic_ns() + _START_LIMIT_NS
+        while network.supply.fileno() not in [fd for fd, _ in poll.poll(1000)]:
+            for frame in channel.receive():
+                if frame.type == Type.ERROR:
+                    raise messages.parse_error(frame.payload)
+                self.take(frame)
+            if channel.at_end or time.monotonic_ns() > deadline:
+                raise ProtocolError("init did not set up the sandbox")
+        network.start()
 
     # ---- running ----
 
@@ -376,6 +406,8 @@ class LocalSandbox(Sandbox):
         try:
             ended = self._end()
         finally:
+            if self.network is not None:
+                self.network.close()
             following, self._next = self._next, None
             if following is not None and self.kind is not None:
                 self.state.ready.offer(self.kind, following)

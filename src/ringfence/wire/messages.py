@@ -159,6 +159,10 @@ class Plan:
         self._parts.append(frames.u64(16, realtime_ns) + frames.attribute(17, entropy))
         self._parts.append(frames.attribute(18, struct.pack("<QQQ", memory_bytes, pids, cpu_ns)))
 
+    def sockets(self, supply: int) -> None:
+        """`supply`: on which requests for sockets of the sandbox's network namespace come."""
+        self._parts.append(frames.u32(23, self._fd(supply)))
+
     def encode(self) -> bytes:
         return frames.encode(Type.PLAN, b"".join(self._parts), nfds=len(self.fds))
 
@@ -173,6 +177,7 @@ def launch(
     joins: Iterable[int] = (),
     offsets_ns: tuple[int, int] | None = None,
     later: bool = False,
+    own_network: bool = False,
 ) -> bytes:
     """LAUNCH; its descriptors are the socket for the answers, then those of the namespaces to join.
 
@@ -194,6 +199,8 @@ def launch(
         nfds += 1
     if offsets_ns is not None:
         payload += frames.attribute(8, struct.pack("<qq", *offsets_ns))
+    if own_network:
+        payload += frames.attribute(9)
     if later:
         payload += frames.attribute(10)
     return frames.encode(Type.LAUNCH, payload, nfds=nfds)

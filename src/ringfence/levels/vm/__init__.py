@@ -108,9 +108,10 @@ class VmLevel(Level):
             reason="a virtual machine has a network stack of its own",
             help="use isolation='container'",
         )
-        abilities["network=nat"] = Ability(
-            rule="network=nat", reason="not built yet for this level", help="use network='none'"
-        )
+        for rule in ("network=nat", "allow", "publish", "bandwidth"):
+            abilities[rule] = Ability(
+                rule=rule, reason="a guest has no network card yet", help="use network='none', or isolation='container'"
+            )
         return abilities
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:

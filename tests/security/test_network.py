@@ -1,0 +1,428 @@
+"""The network of a container, against servers in a world of their own (support.world). Each way around an allow-list
+has its positive control: without the list it works.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ringfence as rf
+from support import leaks
+from support.sandboxes import need, python
+from support.world import HOST_ADDRESS, HOST_PORTS, UNPRIVILEGED, World, equal, in_world
+
+USERS = pytest.mark.parametrize("user", [0, UNPRIVILEGED], ids=["root", "unprivileged"])
+# What a workload gets for a destination that isn't open: "administratively prohibited" (icmp(7), RFC 4443).
+NO, NO6 = "EHOSTUNREACH", "EACCES"
+
+
+@pytest.fixture(autouse=True)
+def root() -> None:
+    """Network namespaces of the tests' own are made as root; what runs in them isn't always."""
+    need("root", os.geteuid() == 0)
+
+
+def allow(*rules: str, **options: Any) -> rf.Network:
+    return rf.Network("nat", allow=rules, **options)
+
+
+# ---- what works ----
+
+
+def reaches_the_world(world: World) -> None:
+    steps = ["tcp 203.0.113.80 80", "udp 203.0.113.80 9999", "tcp 2001:db8::80 443", "udp 2001:db8::80 443"]
+    steps += ["page web.example 80", "name alias.example", "tcp6 ::ffff:203.0.113.80 80", "tcp 10.1.2.3 80"]
+    wanted = ["203.0.113.80 80", "203.0.113.80 9999 ping", "2001:db8::80 443", "2001:db8::80 443 ping"]
+    wanted += ["203.0.113.80 80", "2001:db8::80 203.0.113.80", "203.0.113.80 80", "10.1.2.3 80"]
+    # What the network says of itself arrives as it would without a gateway.
+    steps += ["tcp 203.0.113.80 81", "udp 203.0.113.80 81", "tcp6 2001:db8::80 81", "name nobody.example"]
+    wanted += ["ECONNREFUSED", "ECONNREFUSED", "ECONNREFUSED", "EAI_NONAME"]
+    # Which of a name's addresses is tried first depends on those that one has oneself.
+    equal(world.unconfined(*steps), [*wanted[:4], "2001:db8::80 80", *wanted[5:]])
+    found, result = world.run(*steps, network="nat")
+    equal(found, wanted)
+    rules = {one.rule: one for one in result.applied}
+    equal((rules["network"].requested, rules["network"].effective), ("nat", "nat"))
+    assert "192.0.0.2" in rules["network"].mechanism and "nftables" in rules["network"].mechanism
+    equal(world.client(*steps[:5], network="nat", user=0), wanted[:5])
+
+
+@USERS
+def test_nat_reaches_the_world(user: int) -> None:
+    in_world(reaches_the_world, user=user)
+
+
+def moves_bytes(world: World) -> None:
+    """Much at once, both ways, with each side's end told to the other."""
+    code = """
+import hashlib, os, socket, threading
+sent = os.urandom(8 << 20)
+one = socket.create_connection(("203.0.113.80", 80))
+first = one.makefile("rb").readline()
+threading.Thread(target=lambda: (one.sendall(sent), one.shutdown(socket.SHUT_WR))).start()
+back = b""
+while data := one.recv(1 << 20): back += data
+print(first.decode().strip(), len(back), back == sent)
+"""
+    limits = rf.Limits(wall_time=60) if os.geteuid() == 0 else None
+    result = rf.run(["python3", "-c", code], network="nat", text=True, limits=limits)
+    equal((result.stdout, result.stderr), (f"203.0.113.80 80 {8 << 20} True\n", ""))
+
+
+@USERS
+def test_nat_moves_bytes_both_ways(user: int) -> None:
+    in_world(moves_bytes, user=user)
+
+
+def many_at_once(world: World) -> None:
+    code = """
+import socket
+ones = [socket.create_connection(("203.0.113.80", 80), timeout=20) for _ in range(60)]
+print(len({one.recv(100) for one in ones}))
+"""
+    equal(rf.run(["python3", "-c", code], network="nat", text=True).stdout, "1\n")
+
+
+def test_many_connections_at_once() -> None:
+    in_world(many_at_once)
+
+
+# ---- the allow-list, and the ways around it ----
+
+
+def allow_list_by_name(world: World) -> None:
+    # By its address the name's host is closed until the name was resolved, and then only on its port.
+    listed = allow("web.example:80")
+    steps = ["tcp 203.0.113.80 80", "page web.example 80", "tcp 203.0.113.80 80", "tcp 2001:db8::80 80"]
+    steps += ["tcp 203.0.113.80 443", "udp 203.0.113.80 443", "udp 203.0.113.80 80"]
+    open_there = ["203.0.113.80 80", "203.0.113.80 80", "203.0.113.80 80", "2001:db8::80 80"]
+    closed = ["203.0.113.80 443", "203.0.113.80 443 ping", "203.0.113.80 80 ping"]
+    equal(world.client(*steps, network="nat"), open_there + closed)
+    # TCP and UDP alike: "host:port" says nothing of the protocol.
+    found, result = world.run(*steps, network=listed)
+    equal(found, [NO, *open_there[1:], NO, NO, closed[2]])
+    rules = {one.rule: one for one in result.applied}
+    equal(rules["allow"].effective, ("web.example:80",))
+    # The name behind an alias is open by the alias, and the alias isn't by the name.
+    equal(world.client("page alias.example 80", network=allow("alias.example:80")), ["203.0.113.80 80"])
+    equal(world.client("name alias.example", network=listed), ["EAI_AGAIN"])
+
+
+def around_by_address(world: World) -> None:
+    steps = ["tcp 203.0.113.81 80", "tcp 2001:db8::81 80", "tcp6 ::ffff:203.0.113.81 80", "udp 203.0.113.81 80"]
+    steps += ["udp 2001:db8::81 80", "tcp 10.1.2.3 80"]
+    there = ["203.0.113.81 80", "2001:db8::81 80", "203.0.113.81 80", "203.0.113.81 80 ping", "2001:db8::81 80 ping"]
+    equal(world.client(*steps, network="nat"), [*there, "10.1.2.3 80"])
+    closed = [NO, NO6, NO, NO, NO6, NO]
+    for user in (None, 0):
+        equal(world.client("name web.example", *steps, network=allow("web.example:80"), user=user)[1:], closed)
+    equal(world.client(*steps, network=allow()), closed)
+
+
+def around_by_dns(world: World) -> None:
+    listed = allow("web.example:*")
+    # Another server, by UDP and by TCP; the gateway's own by TCP; and data in names that aren't on the list.
+    steps = ["dns 203.0.113.53 other.example", "tcp 203.0.113.53 443", "dns 2001:db8::1 other.example"]
+    equal(
+        world.client(*steps, network="nat"),
+        ["rcode 0 answers 1 bytes 60", "203.0.113.53 443", "rcode 0 answers 1 bytes 60"],
+    )
+    world.asked()
+    equal(world.client(*steps, "tcp 192.0.0.1 53", network=listed), [NO, NO, NO6, NO])
+    steps = ["name c2VjcmV0.other.example", "dns 192.0.0.1 c2VjcmV0.other.example", "dns 192.0.0.1 other.example 16"]
+    equal(world.client(*steps, network="nat")[1:], ["rcode 3 answers 0 bytes 40", "rcode 0 answers 0 bytes 31"])
+    assert {"c2vjcmv0.other.example", "other.example"} <= set(world.asked())
+    # A name within the list may not carry other kinds of records either.
+    more = ("dns 192.0.0.1 web.example 16", "dns 192.0.0.1 web.example 255", "dns 192.0.0.1 web.example.other.example")
+    found = world.client(*steps, *more, network=listed)
+    equal(found[0], "EAI_AGAIN")
+    equal(
+        [one.split(" bytes")[0] for one in found[1:]],
+        ["rcode 5 answers 0"] * 2 + ["rcode 0 answers 0"] * 2 + ["rcode 5 answers 0"],
+    )
+    equal(world.asked(), [])
+    equal(world.client("dns 192.0.0.1 web.example", network=listed), ["rcode 0 answers 1 bytes 45"])
+    equal(world.asked(), ["web.example"])
+
+
+def around_by_rebinding(world: World) -> None:
+    """A name on the list that points to what isn't public."""
+    steps = (
+        "name rebind.example",
+        "tcp 10.1.2.3 80",
+        "tcp 169.254.169.254 80",
+        f"tcp {HOST_ADDRESS} {HOST_PORTS['address']}",
+    )
+    equal(world.unconfined(steps[0])[0].count(" "), 6)
+    found = world.client(*steps, "name rebind-to-host.example", steps[3], network=allow("*.example:*"))
+    # The host's own public address may be told, and can't be reached all the same.
+    equal(found, ["203.0.113.2", NO, NO, NO, "203.0.113.2", NO])
+    # A rule that names the address opens it, and lets the name tell it.
+    network = allow("rebind.example:80", "10.1.2.3:80")
+    equal(
+        world.client("name rebind.example", "page rebind.example 80", "tcp 10.1.2.3 443", network=network)[1:],
+        ["10.1.2.3 80", NO],
+    )
+    equal(world.client("tcp 10.1.2.3 80", network=allow("10.0.0.0/8:80")), ["10.1.2.3 80"])
+
+
+def rules_of_all_kinds(world: World) -> None:
+    steps = ["page a.wild.example 80", "page a.b.wild.example 80", "name wild.example"]
+    equal(world.client(*steps, network=allow("*.wild.example:80")), ["203.0.113.82 80"] * 2 + ["EAI_AGAIN"])
+    steps = [
+        "tcp 203.0.113.81 80",
+        "tcp 203.0.113.81 443",
+        "tcp 198.51.100.7 80",
+        "tcp 2001:db8::81 80",
+        "name web.example",
+    ]
+    equal(world.client(*steps, network=allow("203.0.113.81:80")), ["203.0.113.81 80", NO, NO, NO6, "EAI_AGAIN"])
+    equal(
+        world.client(*steps, network=allow("203.0.113.0/24:*")),
+        ["203.0.113.81 80", "203.0.113.81 443", NO, NO6, "EAI_AGAIN"],
+    )
+    equal(world.client(*steps, network=allow("[2001:db8::/32]:80"))[:4], [NO, NO, NO, "2001:db8::81 80"])
+    found = world.client(*steps, network=allow("*:80"))
+    equal(found, ["203.0.113.81 80", NO, "198.51.100.7 80", "2001:db8::81 80", "2001:db8::80 203.0.113.80"])
+    # As many addresses as a client without EDNS takes, and these are open.
+    addresses = world.client("name many.example", network=allow("many.example:80"))[0].split()
+    assert 20 < len(addresses) < 31, addresses
+
+
+@USERS
+@pytest.mark.parametrize(
+    "way", [allow_list_by_name, around_by_address, around_by_dns, around_by_rebinding, rules_of_all_kinds]
+)
+def test_an_allow_list(way: Any, user: int) -> None:
+    in_world(way, user=user)
+
+
+def closed_places(world: World) -> None:
+    """The host's own services and metadata services, which no network reaches but by a rule that names the address."""
+    metadata = ("tcp 169.254.169.254 80", "tcp 100.100.100.200 80", "tcp fd00:ec2::254 80", "udp 169.254.169.254 80")
+    loopback, address = HOST_PORTS["loopback"], HOST_PORTS["address"]
+    own = (f"tcp {HOST_ADDRESS} {address}", f"tcp 192.0.0.1 {loopback}", f"page host.ringfence.internal {loopback}")
+    inside = (f"tcp 127.0.0.1 {loopback}", f"tcp ::1 {loopback}", f"tcp 192.0.0.2 {loopback}")
+    equal(
+        world.unconfined(*metadata, own[0], inside[0])[:3],
+        ["169.254.169.254 80", "100.100.100.200 80", "fd00:ec2::254 80"],
+    )
+    equal(world.unconfined(own[0], inside[0]), ["the host"] * 2)
+    wide = ("*:*", "0.0.0.0/0:*", "[::/0]:*", "*.example:*")
+    for network in (rf.Network(), allow(*wide)):
+        equal(world.client(*metadata, *own, *inside, network=network), [NO, NO, NO6, *[NO] * 4, *["ECONNREFUSED"] * 3])
+    equal(world.client("tcp 0.0.0.0 5000", "udp 255.255.255.255 80", network="nat"), ["ECONNREFUSED", "EACCES"])
+    named = allow("169.254.169.254:80", f"{HOST_ADDRESS}:{address}", f"127.0.0.1:{loopback}")
+    found = world.client(*metadata, *own, *inside, network=named)
+    equal(found, ["169.254.169.254 80", NO, NO6, "169.254.169.254 80 ping", *["the host"] * 3, *["ECONNREFUSED"] * 3])
+
+
+@USERS
+def test_the_host_and_metadata_services_are_closed(user: int) -> None:
+    in_world(closed_places, user=user)
+
+
+CHANGES = r"""
+import errno, fcntl, socket, struct
+def attempt(what):
+    try:
+        what()
+        print("done")
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+name = struct.pack("16sH2s4s8x", b"lo", socket.AF_INET, b"", socket.inet_aton("10.0.0.9"))
+attempt(lambda: fcntl.ioctl(one, 0x8916, name))  # SIOCSIFADDR
+attempt(lambda: one.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x72660001))
+attempt(lambda: one.setsockopt(socket.SOL_IP, 19, 1))  # IP_TRANSPARENT
+attempt(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP))
+attempt(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+def route():
+    link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+    body = struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 254, 4, 0, 1, 0) + struct.pack("=HHI", 8, 4, 1)
+    link.send(struct.pack("=IHHII", 16 + len(body), 24, 0x405, 0, 0) + body)
+    code = -struct.unpack_from("=i", link.recv(4096), 16)[0]
+    if code: raise OSError(code, "")
+attempt(route)
+"""
+
+
+def changes_nothing(world: World) -> None:
+    for user in (None, 0):
+        result = rf.run(["python3", "-c", CHANGES], network="nat", user=user, text=True)
+        equal((result.stdout.split(), result.stderr), (["EPERM"] * 6, ""))
+
+
+@USERS
+def test_a_workload_cannot_change_its_network(user: int) -> None:
+    in_world(changes_nothing, user=user)
+
+
+# ---- published ports ----
+
+SERVER = """
+import socket, sys
+one = socket.create_server((sys.argv[1], 8080))
+open("ready", "w").close()
+peer, _ = one.accept()
+peer.sendall(b"inside: " + peer.recv(100))
+peer.shutdown(1)
+peer.recv(1)
+"""
+
+
+def _ask(port: int, text: bytes, deadline: float) -> bytes:
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as one:
+                one.sendall(text)
+                if found := one.recv(100):
+                    return found
+        except ConnectionError:
+            pass  # nobody listens inside yet
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def serves(where: str, network: rf.Network) -> None:
+    answers: list[bytes] = []
+    asks = threading.Thread(target=lambda: answers.append(_ask(18080, b"hello", time.monotonic() + 20)))
+    asks.start()
+    result = rf.run(["python3", "-c", SERVER, where], network=network, user=0, text=True)
+    asks.join()
+    equal((answers, result.stderr, result.exit_code), ([b"inside: hello"], "", 0))
+    equal([one.effective for one in result.applied if one.rule == "publish"], [((18080, 8080),)])
+
+
+def publishes(world: World) -> None:
+    network = rf.Network("nat", allow=(), publish={18080: 8080})
+    serves("0.0.0.0", network)
+    serves("127.0.0.1", network)
+    # The port is free again, and one that is taken is told before anything is started.
+    taken = "port 18080 of the host can't be opened: Address already in use"
+    with socket.create_server(("127.0.0.1", 18080)), pytest.raises(rf.CannotEnforce, match=taken):
+        rf.run(["true"], network=network)
+    # Another sandbox doesn't get at it.
+    threading.Thread(target=lambda: rf.run(["python3", "-c", SERVER, "0.0.0.0"], network=network, limits=None)).start()
+    steps = ["tcp 127.0.0.1 18080", "tcp 192.0.0.1 18080", f"tcp {HOST_ADDRESS} 18080", "tcp 192.0.0.2 8080"]
+    equal(world.client(*steps, network="nat"), ["ECONNREFUSED", NO, NO, "ECONNREFUSED"])
+    equal(_ask(18080, b"x", time.monotonic() + 20), b"inside: x")
+    while threading.active_count() > 1:
+        time.sleep(0.01)
+
+
+@USERS
+def test_published_ports(user: int) -> None:
+    in_world(publishes, user=user)
+
+
+# ---- bandwidth ----
+
+TRANSFER = """
+import socket, sys, threading, time
+one = socket.create_connection(("203.0.113.80", 80))
+one.makefile("rb").readline()
+begin = time.monotonic()
+threading.Thread(target=lambda: (one.sendall(bytes(1 << 20)), one.shutdown(1))).start()
+count = 0
+while data := one.recv(1 << 16): count += len(data)
+print(count, time.monotonic() - begin)
+"""
+
+
+def keeps_to_its_bandwidth(world: World) -> None:
+    for rate, least, most in ((None, 0.0, 1.0), (1 << 20, 0.85, 3.0)):
+        result = rf.run(["python3", "-c", TRANSFER], network=rf.Network("nat", bandwidth=rate), text=True)
+        count, seconds = result.stdout.split()
+        equal(count, str(1 << 20))
+        assert least <= float(seconds) <= most, (rate, seconds)
+
+
+def test_bandwidth() -> None:
+    in_world(keeps_to_its_bandwidth)
+
+
+# ---- what is left ----
+
+KILLED = """
+import os, sys
+import ringfence as rf
+from ringfence.wire.launcher import launcher
+code = "import socket, time; one = socket.create_connection(('203.0.113.80', 80)); time.sleep(600)"
+rf.run(["true"])
+print(launcher().pid, flush=True)
+for run in ((["python3", "-c", code], rf.Network("nat", publish={18081: 80})), (["true"], None), (["true"], None)):
+    try:
+        rf.run(run[0], network=run[1])
+    except rf.ProtocolError:
+        pass  # without its launcher; the next run has another one, which removes what the first one had to
+"""
+
+
+def _namespaces() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                found.add(os.readlink(f"/proc/{name}/ns/net"))
+            except OSError:
+                continue  # it has ended, or isn't ours to look at
+    return found
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _host_network() -> tuple[object, ...]:
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("route", "fib_trie")]
+    forward = Path("/proc/sys/net/ipv4/ip_forward").read_text()
+    return sorted(socket.if_nameindex()), *(one.count("\n") for one in tables), forward
+
+
+def leaves_nothing(world: World) -> None:
+    before, network = _namespaces(), _host_network()
+    for whom in ("caller", "launcher"):
+        caller = python(KILLED)
+        try:
+            assert caller.stdout is not None
+            launcher = int(caller.stdout.readline())
+            assert leaks.settled(lambda: not _listens(18081), 20) is False
+            equal(_host_network(), network)
+            time.sleep(0.3)  # with a connection under way
+        finally:
+            os.kill(caller.pid if whom == "caller" else launcher, signal.SIGKILL)
+        caller.wait(20)
+        caller.stdout.close()
+        left = leaks.settled(
+            lambda: (_namespaces() - before) | ({"18081"} if _listens(18081) else set()), leaks.GRACE_S
+        )
+        assert not left, (whom, left)
+        equal(_host_network(), network)
+
+
+@USERS
+def test_nothing_is_left_after_a_kill(user: int) -> None:
+    in_world(leaves_nothing, user=user)
+
+
+def ends_with_the_sandbox(world: World) -> None:
+    """At a limit, with connections under way; `support.world` looks what is left."""
+    code = "import socket, time; one = socket.create_connection(('203.0.113.80', 80)); time.sleep(600)"
+    before = _host_network()
+    result = rf.run(["python3", "-c", code], network="nat", limits=rf.Limits(wall_time=1))
+    equal(str(result.termination_reason), "wall_time")
+    equal(_host_network(), before)
+
+
+def test_it_ends_with_the_sandbox() -> None:
+    in_world(ends_with_the_sandbox)
