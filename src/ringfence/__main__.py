@@ -1,8 +1,6 @@
 """`python -m ringfence`: the same as the command `ringfence`."""
 
-import sys
-
-from ringfence.cli import main
+from ringfence.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

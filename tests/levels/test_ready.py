@@ -92,8 +92,14 @@ def test_another_kind_gets_none_of_it(isolation: str) -> None:
 def test_no_more_than_two_wait(isolation: str) -> None:
     for pids in (20, 20, 30, 30, 40, 40):
         run(isolation, limits=rf.Limits(pids=pids))
+    first = set(state().ready._waiting)
     assert len(waiting()) == 2
     assert not leaks.settled(lambda: len(inits()) != 2, 2.0)
+    # Those that come again keep their place; one that doesn't any more makes room.
+    for _ in range(10):
+        run(isolation, limits=rf.Limits(pids=40))
+    assert len(waiting()) == 2
+    assert len(first & set(state().ready._waiting)) == 1
 
 
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)

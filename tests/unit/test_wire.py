@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ringfence.errors import ProtocolError, StartError
 from ringfence.wire import frames, messages
-from ringfence.wire.channel import Channel
+from ringfence.wire.channel import Channel, send_packet
 from ringfence.wire.frames import Type
 from ringfence.wire.launcher import Launcher
 
@@ -543,7 +543,7 @@ GARBAGE = [
 def test_the_launcher_survives_garbage_and_serves(launcher: Launcher, packet: bytes, nfds: int) -> None:
     ours, theirs = socket.socketpair()
     before = open_fds(launcher)
-    socket.send_fds(launcher._socket, [packet], [theirs.fileno()] * nfds)
+    send_packet(launcher._socket, packet, [theirs.fileno()] * nfds)
     theirs.close()
     ours.settimeout(LIMIT_SECONDS)
     assert ours.recv(1) == b"", "a malformed request is answered by the end of its socket"

@@ -12,6 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ringfence.cli._options import Parsed
+
 __all__ = ["OPTIONS", "main"]
 
 _GROUPS = ("start", "caller", "import", "vm")
@@ -39,11 +41,17 @@ OPTIONS = Options(
             "rounds", "how often each is started (200; a vm at most 3 times)", short="n", metavar="N", convert=_rounds
         ),
         Option("groups", "what to measure, by commas (start,caller,import,vm)", metavar="NAMES", convert=_groups),
+        Option("ablation", "instead, measure what each part of a boundary costs, by leaving it out"),
+        Option(
+            "profile", "instead, show where the time of one run goes", choices=("process", "container"), metavar="LEVEL"
+        ),
         Option("json", "print every sample and the machine's facts as JSON"),
     ],
     """\
 start: one start by each tool. caller: with 0, 1 and 8 GiB in the caller, and with 1000 more mounts, which are made in
 a mount namespace of their own. import: the library's import. vm: a start in a virtual machine.
+
+--profile needs root and tracefs: it reads the kernel's own trace of the median of so many runs.
 
 Exit status:
   0    no promise was missed
@@ -53,9 +61,33 @@ Exit status:
 )
 
 
+def _inside(given: Parsed) -> int:
+    """What a start is made of."""
+    if (given["groups"] is not None) + bool(given["ablation"]) + (given["profile"] is not None) > 1:
+        raise OPTIONS.error("--groups, --ablation and --profile: only one of them")
+    from ringfence.comparison import ablation, profile
+
+    rounds = given["rounds"] or 200
+    measured: ablation.Ablation | profile.Profile
+    if given["ablation"]:
+        measured = ablation.measure(rounds, output.progress())
+    else:
+        measured = profile.measure(given["profile"], rounds)
+    if given["json"]:
+        output.write_json(measured.to_json())
+    else:
+        from ringfence.comparison.report import console, print_parts
+
+        print_parts(measured, console())
+        sys.stdout.flush()
+    return _MET
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs `ringfence bench` and returns its exit status."""
     given = OPTIONS.parse(argv)
+    if given["ablation"] or given["profile"]:
+        return _inside(given)
     from ringfence.comparison.bench import TARGETS, measure
 
     found = measure(given["rounds"] or 200, given["groups"] or _GROUPS, output.progress())

@@ -27,6 +27,8 @@ __all__ = ["Ready", "kind_of"]
 
 # How many wait at once, each of another kind: an idle one costs some 300 KiB, most of it the kernel's.
 _MOST = 2
+# How many runs back a kind is known by: one is made ahead for a kind that comes again.
+_RUNS = 8
 # What the command's process uses while it waits, some 100 KiB, would show in the peak of a smaller limit.
 _LEAST_MEMORY = 16 << 20
 
@@ -62,8 +64,7 @@ class Ready:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: dict[tuple[Any, ...], LocalSandbox] = {}
-        # The kinds of the last two runs: a sandbox is made for a third of one of them.
-        self._last: tuple[tuple[Any, ...] | None, tuple[Any, ...] | None] = (None, None)
+        self._last: list[tuple[Any, ...]] = []
 
     def take(self, kind: tuple[Any, ...]) -> LocalSandbox | None:
         """The one of that kind, which is the caller's from now on; None where there is none."""
@@ -81,13 +82,17 @@ class Ready:
         """
         with self._lock:
             again = kind in self._last
-            self._last = (kind, self._last[0])
-            if not again or kind in self._waiting:
+            self._last = [*self._last[-_RUNS + 1 :], kind]
+            if not again or kind in self._waiting or (len(self._waiting) >= _MOST and not self._unused()):
                 return None
         try:
             return make()
         except (RingfenceError, OSError):
             return None  # whoever needs one makes it then, and is told what fails
+
+    def _unused(self) -> list[tuple[Any, ...]]:
+        """The kinds that wait and did not come again lately."""
+        return [kind for kind in self._waiting if kind not in self._last]
 
     def offer(self, kind: tuple[Any, ...], sandbox: LocalSandbox) -> None:
         """Lets it wait for a run of its kind."""
@@ -101,7 +106,7 @@ class Ready:
             if kind not in self._waiting:
                 self._waiting[kind] = surplus.pop()
                 if len(self._waiting) > _MOST:
-                    surplus.append(self._waiting.pop(next(iter(self._waiting))))
+                    surplus.append(self._waiting.pop(next(iter(self._unused() or self._waiting))))
         for one in surplus:
             one.close()
 
@@ -109,7 +114,7 @@ class Ready:
         """Ends all that wait."""
         with self._lock:
             found, self._waiting = list(self._waiting.values()), {}
-            self._last = (None, None)
+            self._last = []
         for one in found:
             one.close()
 

@@ -117,6 +117,10 @@ class State:
                 if len(free) < _MOST_KEPT:
                     free.append(berth)
                     return
+        self.drop(berth)
+
+    def drop(self, berth: Berth) -> None:
+        """Removes it."""
         for fd in berth.rulesets.values():
             os.close(fd)
         try:

@@ -7,9 +7,9 @@ copy of our end of its socket is closed: when this process exits or dies, by wha
 
 from __future__ import annotations
 
+import _socket as socket  # as in channel.py
 import atexit
 import os
-import socket
 import threading
 
 from ringfence.errors import ProtocolError, Unavailable
