@@ -405,6 +405,7 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     bool network = p->loopback || p->sockets_fd >= 0;
     if ((p->hostname && !(own & CLONE_NEWUTS)) || (network && !(own & CLONE_NEWNET)) || ((p->flags & RF_P_ENTER) && !(own & CLONE_NEWNS)))
         return rf_fail_errno(e, EPROTO, "protocol", "plan", "it would change a namespace of the host's");
+    if (p->capabilities && !guest && !(own & CLONE_NEWUSER)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "capabilities on the host");
     if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
     if (!guest && p->cpu_limit_ns && p->cpu_fd < 0) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a CPU time limit, and nothing to read it by");
     return 0;
@@ -432,6 +433,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
         close(root);
         if (r < 0) return -1;
     }
+    if (p->capabilities && s->where == RF_IN_CONTAINER && rf_nest(p, &s->launch, e) < 0) return -1;
     s->planned = true;
     /* Nobody waits for this sandbox yet, so there is time to make its command's process too. */
     if (s->launch.later) rf_prefork_make(&s->prefork, p, s->in, &s->exec);

@@ -95,6 +95,12 @@ static int set_capabilities(const struct rf_plan *p, struct rf_error *e) {
         d[i].effective = d[i].permitted = d[i].inheritable = keep;
     }
     if (syscall(SYS_capset, &h, d) < 0) return fail(e, "capabilities", "capset", "");
+    /* Only ambient ones outlive execve for a user who isn't root (capabilities(7)). */
+    for (int c = 0; c < 64 && p->capabilities >> c; c++) {
+        char n[21];
+        if (p->capabilities >> c & 1 && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, c, 0, 0) < 0)
+            return fail(e, "capabilities", "prctl", rf_decimal(n, (uint64_t)c));
+    }
     return 0;
 }
 

@@ -230,6 +230,11 @@ int rf_restrict_rest(const struct rf_plan *p, const struct rf_exec *x, const int
 /* execve, with PATH searched as execvp does; returns only on failure. */
 int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
 
+/* ---- nest.c -------------------------------------------------------------------------------------------------- */
+
+/* Puts init where the capabilities of the plan count for the command, and only there. After the tree was entered. */
+int rf_nest(const struct rf_plan *p, const struct rf_launch *l, struct rf_error *e);
+
 /* ---- spawn.c ------------------------------------------------------------------------------------------------- */
 
 /* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */

@@ -10,6 +10,7 @@ import signal
 import time
 
 from ringfence.errors import KernelError, ProtocolError, RingfenceError, SpecError
+from ringfence.levels import capabilities
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
 from ringfence.levels.limits import cgroup_applied, cgroup_limits, change_limits, freeze
@@ -35,14 +36,12 @@ if TYPE_CHECKING:
 
     _Local = TypeVar("_Local", bound="LocalSandbox")
 
-__all__ = ["CAPABILITIES_ALL", "LocalSandbox", "open_local", "rlimits"]
+__all__ = ["LocalSandbox", "open_local", "rlimits"]
 
 _START_LIMIT_NS = 30_000_000_000
 # From the kill to the last process being reaped. A sandbox that takes longer has one in uninterruptible sleep.
 _END_LIMIT_MS = 10_000
 
-CAPABILITIES_ALL = (1 << 41) - 1
-_SET_NAMES = ("effective", "permitted", "inheritable", "bounding", "ambient")
 _INFINITY = 2**64 - 1
 _SECCOMP_MECHANISM = "libseccomp filter; the mode read from /proc/self/status"
 _RLIMIT_NAMES = {
@@ -344,13 +343,7 @@ class LocalSandbox(Sandbox):
                 mechanism=self.user_mechanism(),
             )
         )
-        sets = {name: value & CAPABILITIES_ALL for name, value in zip(_SET_NAMES, started.capabilities, strict=True)}
-        held = {name: f"{value:#x}" for name, value in sets.items() if value}
-        found.append(
-            Applied(
-                rule="capabilities", requested=None, effective=held or "none", mechanism="read from /proc/self/status"
-            )
-        )
+        found.append(capabilities.applied(spec, started, "read from /proc/self/status", first_namespace=False))
         found.append(
             Applied(
                 rule="no_new_privs",

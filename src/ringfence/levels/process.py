@@ -11,6 +11,7 @@ import resource
 import stat
 
 from ringfence.errors import Unmet
+from ringfence.levels import capabilities
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
@@ -44,6 +45,7 @@ class ProcessLevel(Level):
         container = "use isolation='container' or 'vm'"
         found = limit_abilities(host)
         found["hostname"] = Ability(rule="hostname", reason="a process has the host's name", help=container)
+        found["capabilities"] = capabilities.REFUSED_AT_PROCESS
         found["image"] = Ability(rule="image", reason="a process sees the host's files", help=container)
         found["user"] = Ability(rule="user", mechanism="setresuid")
         found["mounts"] = (

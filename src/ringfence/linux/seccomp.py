@@ -22,11 +22,11 @@ import sys
 
 from ringfence._value import Value
 from ringfence.errors import RingfenceError, Unmet
-from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
+from ringfence.linux._syscall_lists import ALLOWED, BY_CAPABILITY, DENIED, IN_A_USER_NAMESPACE, NEWER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
 __all__ = ["Policy", "available", "cached", "compile", "policy"]
@@ -36,9 +36,12 @@ __all__ = ["Policy", "available", "cached", "compile", "policy"]
 _CLONE_NAMESPACES = 0x7E020000
 # Put characters into a terminal's input, as if the user outside had typed them.
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+# Make a terminal's line discipline another one: loads kernel modules that nobody uses (n_gsm, n_hdlc), and has been the
+# way to root more than once. And set a file's project, by which a disk quota counts.
+_TIOCSETD, _FS_IOC_FSSETXATTR = 0x5423, 0x401C5820
 # Plain Linux, 32 bits, either with the version number of 2.6, and the question for the present one.
 _PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_PACKET = 1, 2, 10, 16, 17
 _SOCK_STREAM, _SOCK_SEQPACKET, _SOCK_TYPE_MASK = 1, 5, 0xF
 # S_ISUID and S_ISGID; O_CREAT and the bit of O_TMPFILE that makes it one. openat2(2) has its mode in memory, where a
 # filter can't look: it is not in the lists, and so absent to a workload.
@@ -70,7 +73,7 @@ _MOST_INSTRUCTIONS = 4096
 _NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16
 
 # The first bytes of a kept program; its last is the version of what this module makes of a policy.
-_MAGIC = b"RFBPF\0\0\3"
+_MAGIC = b"RFBPF\0\0\4"
 _DIGEST_SIZE = 32
 
 _in_memory: dict[Policy, bytes] = {}
@@ -118,16 +121,32 @@ _HOST_NETWORK = _NAMESPACED.replace(
 _NO_NETWORK = _HOST_NETWORK.replace(families=())
 
 
-def policy(*, namespaces: bool, network: bool = True) -> Policy:
+def policy(
+    *, namespaces: bool, network: bool = True, capabilities: Iterable[str] = (), own_kernel: bool = False
+) -> Policy:
     """The default policy.
 
     namespaces: of a sandbox with network and IPC namespaces of its own, which may use what is in them. Without: no
     System V IPC and POSIX message queues, which outlive a process; and without `network` no socket(2) at all, as an
     AF_UNIX one reaches the host's services by their paths (the system bus, a resolver, an agent). socketpair(2) stays.
+    capabilities: names of those that a sandbox with namespaces of its own holds; each opens the calls that it is for.
+    own_kernel: they count in the kernel's first user namespace, as in a guest.
     """
     if namespaces:
-        return _NAMESPACED
+        return _with_capabilities(capabilities, own_kernel) if capabilities else _NAMESPACED
     return _HOST_NETWORK if network else _NO_NETWORK
+
+
+def _with_capabilities(capabilities: Iterable[str], own_kernel: bool) -> Policy:
+    opened = {name for one in capabilities for name in BY_CAPABILITY.get(one, "").split()}
+    if not own_kernel:
+        opened &= IN_A_USER_NAMESPACE
+    families = (_AF_PACKET,) if "CAP_NET_RAW" in capabilities else ()
+    return _NAMESPACED.replace(
+        allowed=tuple(sorted({*ALLOWED, *opened})),
+        denied=tuple(name for name in DENIED if name not in opened),
+        families=_NAMESPACED.families + families,
+    )
 
 
 def cached(wanted: Policy) -> bytes:
@@ -212,14 +231,15 @@ def _by_argument(wanted: Policy, number: Callable[[str], int]) -> dict[int, byte
     allow, deny = _instruction(_RETURN, _ALLOW), _instruction(_RETURN, _ERRNO | errno.EPERM)
     checks = (
         ("clone", [_load_argument(0), _instruction(_JUMP_ANY_BIT, _CLONE_NAMESPACES, 0, 1), deny, allow]),
-        ("ioctl", _one_of(1, (_TIOCSTI, _TIOCLINUX), deny, allow)),
+        ("ioctl", _one_of(1, (_TIOCSTI, _TIOCLINUX, _TIOCSETD, _FS_IOC_FSSETXATTR), deny, allow)),
         ("personality", _one_of(0, _PERSONALITIES, allow, deny)),
         ("socket", _one_of(0, wanted.families, allow, deny)),
         ("socketpair", _pair(wanted.pair_families, allow, deny)),
         *((name, _no_set_id(mode, allow, deny)) for name, mode in _MODE_ARGUMENTS),
         *((name, _no_set_id(mode, allow, deny, flags)) for name, flags, mode in _OPEN_ARGUMENTS),
     )
-    return {number(name): b"".join(check) for name, check in checks if number(name) >= 0}
+    judged = (one for one in checks if one[0] not in wanted.allowed)  # clone, where it may make namespaces
+    return {number(name): b"".join(check) for name, check in judged if number(name) >= 0}
 
 
 def _condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:

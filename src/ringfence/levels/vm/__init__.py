@@ -12,11 +12,12 @@ import time
 
 from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unavailable, Unmet
 from ringfence.images import tree
+from ringfence.levels import capabilities
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
 from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
 from ringfence.levels.limits import cgroup_applied, cpuset_unmet, freeze, limit_abilities
-from ringfence.levels.local import CAPABILITIES_ALL, rlimits
+from ringfence.levels.local import rlimits
 from ringfence.levels.state import state
 from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
@@ -85,6 +86,7 @@ class VmLevel(Level):
             "image": "9p share of the host's userland, or an erofs disk",
             "user": "the guest's own kernel",
             "mounts": "9p shares",
+            "capabilities": "the guest's own kernel",
             "network=none": "no network card",
         }
         abilities = {rule: Ability(rule=rule, mechanism=mechanism) for rule, mechanism in found.items()}
@@ -293,7 +295,10 @@ class VmSandbox(Sandbox):
         plan.flags(enter=True, no_new_privs=True)
         plan.workdir(_HOME)
         if not self._host.seccomp:
-            plan.seccomp(seccomp.cached(seccomp.policy(namespaces=True)))
+            wanted = seccomp.policy(namespaces=True, capabilities=spec.capabilities, own_kernel=True)
+            plan.seccomp(seccomp.cached(wanted))
+        if spec.capabilities:
+            plan.capabilities(capabilities.mask(spec.capabilities))
         for which, limit in rlimits(spec):
             plan.rlimit(which, limit, limit)
         if limits.cpu_time_ns is not None:
@@ -482,7 +487,6 @@ class VmSandbox(Sandbox):
         found.append(Applied(rule="output", requested=asked_output, effective=output, mechanism="the channel"))
         if started is None:
             return found
-        held = {f"{value & CAPABILITIES_ALL:#x}" for value in started.capabilities if value & CAPABILITIES_ALL}
         found += [
             Applied(rule="kernel", requested=None, effective=started.kernel, mechanism="its own, read back by uname"),
             Applied(
@@ -491,9 +495,7 @@ class VmSandbox(Sandbox):
                 effective=f"{started.ids[1]}:{started.ids[4]}",
                 mechanism="the guest's setresuid, read back",
             ),
-            Applied(
-                rule="capabilities", requested=None, effective=sorted(held) or "none", mechanism="the guest's capget"
-            ),
+            capabilities.applied(spec, started, "the guest's user, as it tells", first_namespace=True),
             Applied(
                 rule="no_new_privs",
                 requested=None,
