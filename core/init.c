@@ -47,6 +47,7 @@ struct init {
     struct rf_plan plan;
     struct rf_exec exec;
     struct rf_prefork prefork;
+    struct rf_listen listen;
     struct rf_transfer transfer;
     struct command commands[COMMANDS_MAX];
     uint8_t plan_payload[RF_PAYLOAD_MAX];
@@ -261,6 +262,7 @@ static void finish_commands(struct init *s) {
         /* No more than the pipe held: in a lasting sandbox somebody may write for ever. */
         for (int o = 0; o < 2; o++)
             for (size_t left = PIPE_BYTES; c->out[o] >= 0 && left && pump_output(s, c, o);) left -= left < RF_CHUNK ? left : RF_CHUNK;
+        if (s->plan.listen) rf_listen_report(&s->listen, &s->channel, c->id);
         send_exited(s, c);
         if (c->once && s->where != RF_IN_GUEST) s->leaving = true;
         close_command(c);
@@ -339,8 +341,13 @@ static int start_command(struct init *s, const struct rf_frame *f, struct rf_err
     struct rf_readback rb;
     int r = streams ? make_pipes(c, pipes, e) : 0;
     getrusage(RUSAGE_CHILDREN, &c->before);
+    bool notify = s->plan.seccomp_flags & RF_S_NOTIFY;
+    if (notify) announce(s); /* the listener isn't to be our first word */
+    s->exec.id = f->id;
+    const int *fds = streams ? pipes : f->fds;
     if (r == 0 && !streams) r = rf_prefork_exec(&s->prefork, f->payload, f->length, f->fds, f->nfds, &c->pid, &rb, e);
-    if (r == 0) r = rf_spawn(&s->plan, &s->exec, streams ? pipes : f->fds, streams ? 3 : f->nfds, &c->pid, &rb, e);
+    if (r == 0) r = (notify ? rf_spawn_watched : rf_spawn)(&s->plan, &s->exec, fds, streams ? 3 : f->nfds, &c->pid, &rb, e);
+    if (r >= 0 && (s->plan.seccomp_flags & RF_S_FOREIGN)) rb.seccomp = rf_seccomp_mode(c->pid);
     close_fds(pipes, 3);
     if (r < 0) {
         close_command(c);
@@ -406,6 +413,8 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     if ((p->hostname && !(own & CLONE_NEWUTS)) || (network && !(own & CLONE_NEWNET)) || ((p->flags & RF_P_ENTER) && !(own & CLONE_NEWNS)))
         return rf_fail_errno(e, EPROTO, "protocol", "plan", "it would change a namespace of the host's");
     if (p->capabilities && !guest && !(own & CLONE_NEWUSER)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "capabilities on the host");
+    bool answers = p->seccomp_flags & (RF_S_NOTIFY | RF_S_AUDIT);
+    if (guest ? answers != (p->answers.len > 0) : p->answers.len > 0 || (p->seccomp_flags & RF_S_AUDIT)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "answers for a listener");
     if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
     if (!guest && p->cpu_limit_ns && p->cpu_fd < 0) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a CPU time limit, and nothing to read it by");
     return 0;
@@ -418,6 +427,12 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     if (rf_plan_parse(s->plan_payload, f->length, f->fds, f->nfds, &s->plan, e) < 0) return -1;
     if (check_plan(s, e) < 0) return -1;
     if (s->where != RF_IN_GUEST) s->plan.cpus = &s->launch.cpus;
+    s->plan.channel_fd = s->channel.fd;
+    if (s->plan.answers.len) {
+        s->plan.listen = &s->listen;
+        s->listen.answers = s->plan.answers;
+        s->listen.audit = s->plan.seccomp_flags & RF_S_AUDIT;
+    }
     const struct rf_plan *p = &s->plan;
     if (s->where == RF_IN_GUEST) {
         rf_guest_clock(p);
@@ -436,7 +451,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     if (p->capabilities && s->where == RF_IN_CONTAINER && rf_nest(p, &s->launch, e) < 0) return -1;
     s->planned = true;
     /* Nobody waits for this sandbox yet, so there is time to make its command's process too. */
-    if (s->launch.later) rf_prefork_make(&s->prefork, p, s->in, &s->exec);
+    if (s->launch.later && !p->seccomp_flags) rf_prefork_make(&s->prefork, p, s->in, &s->exec);
     return 0;
 }
 
@@ -556,12 +571,13 @@ static void leave(struct init *s) {
 
 /* 0: go on. */
 static int wait_and_serve(struct init *s) {
-    struct pollfd wait[3 + 3 * COMMANDS_MAX];
+    struct pollfd wait[4 + 3 * COMMANDS_MAX];
     struct command *of[RF_LEN(wait)];
-    nfds_t n = 3;
+    nfds_t n = 4;
     wait[0] = (struct pollfd){.fd = s->channel.fd, .events = POLLIN};
     wait[1] = (struct pollfd){.fd = s->signals, .events = POLLIN};
     wait[2] = (struct pollfd){.fd = s->plan.sockets_fd, .events = POLLIN}; /* -1 is passed over */
+    wait[3] = (struct pollfd){.fd = s->listen.fd, .events = POLLIN}; /* likewise */
     for (unsigned i = 0; i < COMMANDS_MAX; i++) {
         struct command *c = &s->commands[i];
         if (!c->used || !c->streams) continue;
@@ -571,7 +587,8 @@ static int wait_and_serve(struct init *s) {
     }
     int timeout = watch_cpu(s);
     if (poll(wait, n, timeout) < 0 && errno != EINTR) return -1;
-    for (nfds_t i = 3; i < n; i++) {
+    if (wait[3].revents) rf_listen_serve(&s->listen);
+    for (nfds_t i = 4; i < n; i++) {
         struct command *c = of[i];
         if (!wait[i].revents) continue;
         if (wait[i].fd == c->in) pump_input(s, c);
@@ -593,7 +610,8 @@ int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l,
     struct init *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (s == MAP_FAILED) return 1;
     s->where = where;
-    s->cgroup_dir = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = -1;
+    s->cgroup_dir = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = -1;
+    s->cgroup_dir = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = -1;
     s->go = go;
     if (l) s->launch = *l;
     s->channel.fd = channel_fd;

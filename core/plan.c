@@ -60,12 +60,20 @@ static int parse_rlimit(const struct rf_attr *a, struct rf_plan *p) {
     return 0;
 }
 
-static int parse_filter(const struct rf_attr *a, struct rf_plan *p) {
+static int parse_filter(const struct rf_attr *a, struct sock_fprog *program) {
     size_t n = a->length / sizeof(struct sock_filter);
     if (n == 0 || n > RF_BPF_MAX || a->length % sizeof(struct sock_filter)) return -1;
-    p->filter.len = (unsigned short)n;
-    p->filter.filter = (struct sock_filter *)(uintptr_t)a->data; /* the kernel copies it from any alignment */
+    program->len = (unsigned short)n;
+    program->filter = (struct sock_filter *)(uintptr_t)a->data; /* the kernel copies it from any alignment */
     return 0;
+}
+
+static int parse_seccomp(const struct rf_attr *a, struct rf_plan *p) {
+    if (a->length < 4) return -1;
+    memcpy(&p->seccomp_flags, a->data, 4);
+    if (p->seccomp_flags & ~(uint32_t)RF_S_ALL) return -1;
+    const struct rf_attr rest = {.length = a->length - 4, .data = a->data + 4};
+    return rest.length ? parse_filter(&rest, &p->answers) : 0;
 }
 
 static int parse_guest_limits(const struct rf_attr *a, struct rf_plan *p) {
@@ -87,7 +95,7 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 3: return p->nmounts == RF_MOUNTS_MAX ? -1 : rf_mount_parse(a, fds, nfds, &p->mounts[p->nmounts++]);
     case 4: p->has_ids = true; return attr_id(a, &p->uid);
     case 5: p->has_ids = true; return attr_id(a, &p->gid);
-    case 6: return parse_filter(a, p);
+    case 6: return parse_filter(a, &p->filter);
     case 7: return parse_rlimit(a, p);
     case 8: return attr_fd(a, fds, nfds, &p->landlock_fd);
     case 9: return p->ncgroups == RF_CGROUPS_MAX ? -1 : attr_fd(a, fds, nfds, &p->cgroup_fds[p->ncgroups++]);
@@ -99,6 +107,7 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 16: return rf_attr_u64(a, &p->realtime_ns);
     case 17: p->entropy = a->data; p->entropy_length = a->length; return a->length > 512 ? -1 : 0;
     case 18: return parse_guest_limits(a, p);
+    case 19: return parse_seccomp(a, p);
     case 23: return attr_fd(a, fds, nfds, &p->sockets_fd);
     default: return -1;
     }
@@ -119,6 +128,8 @@ int rf_plan_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfd
         if (plan_attr(&a, fds, nfds, p) < 0 || (again(&seen, a.tag) && !repeats(a.tag))) return malformed(e, "plan attribute", rf_decimal(tag, a.tag));
     }
     if (got < 0) return malformed(e, "plan", "an attribute passes the end");
+    /* Without a filter there is nothing that could tell, or have flags. */
+    if (p->filter.len == 0 && (p->seccomp_flags & ~(uint32_t)RF_S_FOREIGN)) return malformed(e, "plan", "seccomp flags without a filter");
     if (!(seen & 1ull << 4) != !(seen & 1ull << 5)) return malformed(e, "plan", "a uid without a gid, or the other way");
     return 0;
 }

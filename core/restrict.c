@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <linux/close_range.h>
+#include <linux/keyctl.h>
 #include <linux/securebits.h>
 #include <linux/seccomp.h>
 #include <sched.h>
@@ -162,10 +163,43 @@ static int enter_landlock(int ruleset, struct rf_readback *rb, struct rf_error *
     return 0;
 }
 
-static int enter_seccomp(const struct rf_plan *p, struct rf_error *e) {
+#ifndef SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+#define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV (1UL << 5) /* Linux 5.19 */
+#endif
+
+static int enter_seccomp(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
     if (p->filter.len == 0) return 0;
-    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &p->filter) < 0) return fail(e, "seccomp", "seccomp", "SECCOMP_SET_MODE_FILTER");
+    unsigned long flags = (p->seccomp_flags & RF_S_LOG ? SECCOMP_FILTER_FLAG_LOG : 0) | (p->seccomp_flags & RF_S_SPEC_ALLOW ? SECCOMP_FILTER_FLAG_SPEC_ALLOW : 0);
+    long r = -1;
+    if (p->seccomp_flags & RF_S_NOTIFY) {
+        flags |= SECCOMP_FILTER_FLAG_NEW_LISTENER;
+        /* A call that is being answered isn't interrupted by signals, only by a fatal one. */
+        r = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, &p->filter);
+        if (r < 0 && errno != EINVAL) return fail(e, "seccomp", "seccomp", "SECCOMP_FILTER_FLAG_NEW_LISTENER");
+    }
+    if (r < 0) r = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &p->filter);
+    if (r < 0) return fail(e, "seccomp", "seccomp", "SECCOMP_SET_MODE_FILTER");
+    if (p->seccomp_flags & RF_S_NOTIFY) __atomic_store_n(&rb->listener, (int)r, __ATOMIC_RELEASE);
     return 0;
+}
+
+/* Whoever may call keyctl(2) reaches the keys of the session that the caller is in, whatever ids and namespaces say:
+ * possession is enough. */
+static int leave_session_keyring(const struct rf_plan *p, struct rf_error *e) {
+    if (!(p->seccomp_flags & RF_S_FOREIGN)) return 0;
+    if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, NULL) < 0 && errno != ENOSYS) return fail(e, "keyring", "keyctl", "KEYCTL_JOIN_SESSION_KEYRING");
+    return 0;
+}
+
+uint32_t rf_seccomp_mode(pid_t pid) {
+    char path[64], status[4096];
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, status, sizeof status - 1);
+    if (fd >= 0) close(fd);
+    status[n < 0 ? 0 : n] = 0;
+    uint64_t v;
+    return status_field(status, "\nSeccomp:", 10, &v) ? (uint32_t)v : 0;
 }
 
 /* What comes after the descriptors and before the working directory. */
@@ -174,6 +208,7 @@ static int restrict_ids(const struct rf_plan *p, struct rf_error *e) {
     if (drop_bounding(p, e) < 0) return -1; /* needs CAP_SETPCAP, so before the ids */
     if (set_rlimits(p, e) < 0) return -1;
     if (become(p, e) < 0) return -1;
+    if (leave_session_keyring(p, e) < 0) return -1; /* as the user whom it is to belong to */
     return set_capabilities(p, e);
 }
 
@@ -184,8 +219,10 @@ static int restrict_calls(const struct rf_plan *p, int landlock_fd, struct rf_re
         return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
     if (unblock_signals(e) < 0) return -1;
     if (enter_landlock(landlock_fd, rb, e) < 0) return -1;
-    if (enter_seccomp(p, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
-    read_back(p, rb);
+    /* Behind our own filter, so that it is read back too. A foreign one may deny any call: init reads its mode later. */
+    if (p->seccomp_flags & RF_S_FOREIGN) read_back(p, rb);
+    if (enter_seccomp(p, rb, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
+    if (!(p->seccomp_flags & RF_S_FOREIGN)) read_back(p, rb);
     return 0;
 }
 

@@ -49,7 +49,7 @@ enum rf_type {
     RF_PLAN = 16, RF_EXEC = 17, RF_STDIN = 18, RF_SIGNAL = 19, RF_KILL = 20, RF_PUT = 21, RF_DATA = 22, RF_LIST = 23,
     RF_READ = 24, RF_SHUTDOWN = 25,
     RF_LAUNCHED = 32, RF_READY = 33, RF_STARTED = 34, RF_ERROR = 35, RF_STDOUT = 36, RF_STDERR = 37, RF_EXITED = 38,
-    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41,
+    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41, RF_LISTENER = 42,
 };
 
 struct rf_header {
@@ -127,6 +127,11 @@ enum {
 };
 enum { RF_P_CGROUP_NS = 1, RF_P_ENTER = 2, RF_P_NO_NEW_PRIVS = 4, RF_P_ALL = 7 };
 
+/* notify: the filter has a listener, which goes to Python. foreign: the filter, or that there is none, is the caller's own
+ * choice, so that nothing can be read back behind it, and it may allow keyctl(2). log, spec_allow: flags of seccomp(2).
+ * audit: what a guest's filter denies is let through. */
+enum { RF_S_NOTIFY = 1, RF_S_FOREIGN = 2, RF_S_LOG = 4, RF_S_SPEC_ALLOW = 8, RF_S_AUDIT = 16, RF_S_ALL = 31 };
+
 struct rf_mount {
     uint8_t kind;
     uint16_t flags;
@@ -140,9 +145,11 @@ struct rf_rlimit { uint32_t resource; uint64_t soft, hard; };
 struct rf_plan {
     const char *hostname, *workdir;
     bool loopback, has_ids;
-    uint32_t uid, gid, flags;
+    uint32_t uid, gid, flags, seccomp_flags;
+    int channel_fd; /* where a listener is sent */
     uint64_t capabilities, cpu_limit_ns, realtime_ns;
-    struct sock_fprog filter;
+    struct sock_fprog filter, answers; /* answers: a guest's filter before a listener was put into it */
+    struct rf_listen *listen;          /* a guest's, or NULL */
     int landlock_fd, cpu_fd;
     int sockets_fd; /* on which requests for sockets come, or -1 */
     int cgroup_fds[RF_CGROUPS_MAX];
@@ -166,7 +173,7 @@ struct rf_exec {
     char *argv[RF_ARGS_MAX + 1];
     char *envp[RF_ARGS_MAX + 1];
     const char *cwd;
-    uint32_t flags;
+    uint32_t flags, id;
 };
 enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_ALL = 3 };
 int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e);
@@ -207,11 +214,31 @@ int rf_tree_enter(int root, struct rf_error *e);
 /* The same where pivot_root can't work: PID 1 on the initramfs. */
 int rf_tree_switch(int root, struct rf_error *e);
 
+/* ---- listen.c: a guest's own answers for what its filter denies ------------------------------------------------ */
+
+struct rf_denial { uint32_t arch, number; int32_t err; uint32_t zero; uint64_t count, args[6]; }; /* err: -1 is none */
+struct rf_listen {
+    int fd; /* or -1 */
+    bool audit;
+    struct sock_fprog answers;
+    unsigned n;
+    uint64_t others;
+    struct rf_denial found[256];
+};
+struct seccomp_data;
+uint32_t rf_filter_answer(const struct sock_fprog *program, const struct seccomp_data *d);
+/* Answers what waits; closes the listener where nobody can ask any more. */
+void rf_listen_serve(struct rf_listen *l);
+int rf_listen_report(struct rf_listen *l, struct rf_channel *ch, uint32_t id);
+/* The listener, out of the LISTENER frame that the middle process has sent. */
+int rf_listen_take(struct rf_listen *l, int socket, struct rf_error *e);
+
 /* ---- restrict.c: what a command gives up, in one fixed order ------------------------------------------------- */
 
 struct rf_readback {
     uint64_t clock_ns;
     uint32_t pid, no_new_privs, seccomp, landlock;
+    int listener; /* of the filter, in the command's table of descriptors, or -1 */
     uint64_t caps[5]; /* effective, permitted, inheritable, bounding, ambient */
     uint32_t ids[6];
     struct rf_rlimit rlimits[RF_RLIMITS_MAX];
@@ -227,6 +254,8 @@ int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds
  * command itself says. */
 int rf_restrict_ahead(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e);
 int rf_restrict_rest(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_error *e);
+/* The seccomp mode of a process, as /proc tells it to us; 0 where it can't be read. */
+uint32_t rf_seccomp_mode(pid_t pid);
 /* execve, with PATH searched as execvp does; returns only on failure. */
 int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
 
@@ -240,6 +269,9 @@ int rf_nest(const struct rf_plan *p, const struct rf_launch *l, struct rf_error 
 /* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e);
+/* notify.c: the same for a command whose filter has a listener. It was sent, in LISTENER, before this returns. */
+int rf_spawn_watched(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid,
+                     struct rf_readback *rb, struct rf_error *e);
 /* SIGKILL to every process of `uid`, at once. `killer`: the real uid meanwhile, one of the sandbox's own that nothing runs as. */
 int rf_kill_uid(uint32_t uid, uint32_t killer, struct rf_error *e);
 /* Which of a slot's ids those are. */

@@ -26,5 +26,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         const uint8_t *filter = (const uint8_t *)p.filter.filter;
         CHECK(filter >= data && filter + p.filter.len * sizeof(struct sock_filter) <= data + n);
     }
+    if (p.answers.len) {
+        const uint8_t *filter = (const uint8_t *)p.answers.filter;
+        CHECK(filter >= data && filter + p.answers.len * sizeof(struct sock_filter) <= data + n);
+    }
     return 0;
 }

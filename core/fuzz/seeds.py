@@ -50,7 +50,8 @@ def _container() -> messages.Plan:
     plan.cgroup(7)
     plan.cpu_limit(5_000_000_000, 8)
     plan.workdir(b"/work")
-    plan.capabilities(0)
+    plan.capabilities(1 << 13 | 1 << 21)
+    plan.seccomp_flags(notify=True, foreign=True, kernel=6)
     plan.sockets(9)
     return plan
 
@@ -71,6 +72,8 @@ def _guest() -> messages.Plan:
     plan.mounts([messages.filesystem(b"/", b"erofs", source=b"/dev/vda", flags=messages.RDONLY)])
     plan.guest(realtime_ns=10**18, entropy=bytes(range(32)), memory_bytes=1 << 27, pids=64, cpu_ns=10**8)
     plan.flags(enter=True)
+    plan.seccomp(_RETURN_ALLOW)
+    plan.seccomp_flags(notify=True, audit=True, answers=_RETURN_ALLOW * 2)
     return plan
 
 
@@ -137,6 +140,16 @@ def seeds() -> dict[str, bytes]:
         "files/planted-read": b"".join(
             _requests(messages.read(path, id=1)) for path in (b"l", b"d/secret", b"p", b"..")
         ),
+    }
+    call = struct.pack("<iIQ6Q", 165, 0xC000003E, 0, 1, 2, 3, 4, 5, 6)
+    found |= {
+        "answer/all": call + _RETURN_ALLOW,
+        "answer/mount": call
+        + struct.pack("<HBBI", 0x20, 0, 0, 0)
+        + struct.pack("<HBBI", 0x15, 1, 0, 165)
+        + _RETURN_ALLOW
+        + struct.pack("<HBBI", 6, 0, 0, 0x50001),
+        "answer/outside": call + struct.pack("<HBBI", 0x20, 0, 0, 61) + struct.pack("<HBBI", 5, 0, 0, 2**32 - 1),
     }
     # What must be refused, where a fuzzer would take long to find it.
     unset = messages.Plan()

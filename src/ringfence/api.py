@@ -157,6 +157,7 @@ class _Ran:
             truncated=outcome.truncated,
             files=self.files,
             applied=self.applied,
+            denials=outcome.denials,
             usage=measured.usage(
                 wall_ns=outcome.ended_ns - outcome.started_ns,
                 startup_ns=outcome.started_ns - self.called_ns,

@@ -13,7 +13,7 @@ import pytest
 
 import ringfence as rf
 from ringfence.spec.boundary import CAPABILITIES
-from support.sandboxes import applied, need, need_root, output, run_probe
+from support.sandboxes import applied, need, need_level, need_root, output, run_probe
 
 PYTHON = "/usr/bin/python3"
 SETS = ("effective", "permitted", "inheritable", "bounding", "ambient")
@@ -66,6 +66,12 @@ def set_mtu():
 def clear_read_only(path):
     system_call(442, -100, path, 0, struct.pack("QQQQ", 0, 1, 0, 0), 32)
 
+def overlay(lower):
+    mount(b"none", b"/mnt", b"tmpfs")
+    for name in ("upper", "work", "merged"):
+        os.mkdir(f"/mnt/{name}")
+    mount(b"none", b"/mnt/merged", b"overlay", 0, b"lowerdir=%s,upperdir=/mnt/upper,workdir=/mnt/work" % lower)
+
 def handle(path):
     class Handle(ctypes.Structure):
         _fields_ = [("size", ctypes.c_uint), ("type", ctypes.c_int), ("data", ctypes.c_char * 128)]
@@ -105,6 +111,7 @@ REACHES = {
     "sysfs": ("mount(b'sysfs', b'/mnt', b'sysfs')", "EPERM"),
     "a file system of a device": ("mount(b'/dev/null', b'/mnt', b'ext4')", "EPERM"),
     "a bind of what is under a mask": ("mount(b'/etc', b'/mnt', None, 0x1000)", "EINVAL"),
+    "an overlay of what is under a mask": ("overlay(b'/etc')", "EINVAL"),
     "core_pattern": ("open('/proc/sys/kernel/core_pattern', 'w').close()", "EROFS"),
     "mknod": ("os.mknod('/tmp/node', 0o20666, os.makedev(1, 3))", "EPERM"),
     "the root of init": ("os.listdir('/proc/1/root')", "EACCES"),
@@ -224,6 +231,12 @@ def test_the_locks_are_what_denies(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == dict.fromkeys(ONLY_LOCKED, "ok")
 
 
+def test_an_overlay_where_nothing_is_masked() -> None:
+    """The control of the overlay that is refused."""
+    need_root()
+    assert inside({"overlay": "overlay(b'/usr')"}, capabilities=CAPABILITIES, user=0)[0] == {"overlay": "ok"}
+
+
 def test_cgroups_can_be_seen_and_not_changed() -> None:
     need_root()
     kinds = {one.version for one in rf.host().cgroups.controllers if one.usable}
@@ -244,6 +257,26 @@ def test_cgroups_can_be_seen_and_not_changed() -> None:
     for name, one in found.items():
         if name not in shown and name.split()[0] in shown:
             assert one == "EACCES", name
+
+
+def test_in_a_guest_they_count_in_its_own_kernel() -> None:
+    """There also those that need the kernel's first user namespace: the clock, device nodes."""
+    need_level("vm")
+    attempts = {
+        "clock": "time.clock_settime(time.CLOCK_REALTIME, time.time() + 3600)",
+        "node": "os.mknod('/tmp/node', 0o20666, os.makedev(1, 3))",
+        "packet": "socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)",
+        "module": "system_call(175, 0, 0, 0)",
+    }
+    command = [PYTHON, "-I", "-S", "-c", script(attempts)]
+    granted = rf.run(command, isolation="vm", capabilities=["sys_time", "mknod", "net_raw"])
+    assert json.loads(output(granted)) == {"clock": "ok", "node": "ok", "packet": "ok", "module": "EPERM"}
+    row = applied(granted)["capabilities"]
+    assert row.requested == ("CAP_NET_RAW", "CAP_SYS_TIME", "CAP_MKNOD")
+    assert row.effective == dict.fromkeys(SETS, row.requested)
+    assert "without power" not in row.mechanism
+    bare = rf.run(command, isolation="vm")
+    assert set(json.loads(output(bare)).values()) == {"EPERM"}
 
 
 class TestRefusals:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import leaks
-from support.sandboxes import LEVELS, python
+from support.sandboxes import LEVELS, LOCAL_LEVELS, python
 
 # A daemon that left its session and its parent, deaf to SIGTERM, holding stdout; files in the work directory.
 CALLER = """
@@ -191,3 +191,33 @@ print(leaks.leaked(before))
     printed, _ = caller.communicate(timeout=60)
     assert (caller.returncode, printed.decode()) == (0, "interrupted process\ninterrupted container\n{}\n")
     assert not os.path.exists(f"/proc/{caller.pid}")
+
+
+# Denied calls without end, each of which waits for an answer of the caller's.
+ASKING = """
+import sys
+import ringfence as rf
+code = "import ctypes, os; os.fork(); os.fork()\\nwhile True: ctypes.CDLL(None).sethostname(b'a', 1)"
+rf.run(["/usr/bin/python3", "-I", "-S", "-c", code], isolation=sys.argv[1], seccomp=rf.Seccomp(mode="report"))
+"""
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_sigkill_while_a_filter_waits_for_an_answer(isolation: str) -> None:
+    caller = python(ASKING, isolation)
+    try:
+        deadline = time.monotonic() + 60
+        while len([one for one in leaks.descendants(caller.pid) if one.name == "python3"]) < 4:
+            assert time.monotonic() < deadline, leaks.descendants(caller.pid)
+            time.sleep(0.02)
+        # Stopped it answers nobody, so that all of them wait in the kernel when it dies.
+        os.kill(caller.pid, signal.SIGSTOP)
+        time.sleep(0.2)
+        before = leaks.descendants(caller.pid)
+    finally:
+        caller.kill()
+        caller.communicate()
+    deadline = time.monotonic() + 2
+    while left := what_is_left(caller.pid, before, set()):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.02)

@@ -18,7 +18,7 @@ import pytest
 
 from ringfence.errors import Unmet
 from ringfence.linux import seccomp
-from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
+from ringfence.linux._syscall_lists import ALLOWED, BY_CAPABILITY, DENIED, NEWER
 
 ALLOW = 0x7FFF0000
 EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -134,6 +134,9 @@ class TestTheProgram:
         ioctl = number("ioctl")
         for request in (0x5412, 0x541C, 0x5412 | 1 << 32, 0x541C | 1 << 63):
             assert verdict(program, ioctl, 0, request) == EPERM
+        # Nor make it another line discipline, nor a file another project's.
+        for request in (0x5423, 0x401C5820, 0x401C5820 | 1 << 40):
+            assert verdict(program, ioctl, 0, request) == EPERM
         for request in (0x5411, 0x5413, 0x541B, 0x541D, 0x5401, 0, 0xFFFFFFFF):
             assert verdict(program, ioctl, 0x5412, request) == ALLOW
 
@@ -175,6 +178,38 @@ class TestTheProgram:
             # Without a flag to create by, the mode is whatever the register held.
             assert verdict(program, number(name), *[0] * flags, os.O_RDONLY | os.O_DIRECTORY, 0o6000) == ALLOW
         assert verdict(program, number("openat2")) == ENOSYS
+
+    def test_a_capability_opens_what_it_is_for(self) -> None:
+        def opened(*capabilities: str, own_kernel: bool = False) -> set[str]:
+            policy = seccomp.policy(namespaces=True, capabilities=capabilities, own_kernel=own_kernel)
+            made = seccomp.compile(policy)
+            names = {*DENIED, "clone3"}
+            assert verdict(made, number("openat2")) == ENOSYS
+            assert verdict(made, number("chmod"), 0, 0o4755) == EPERM
+            return {name for name in names if number(name) >= 0 and verdict(made, number(name)) == ALLOW}
+
+        assert opened("CAP_CHOWN") == set()
+        assert opened("CAP_SYS_CHROOT") == {"chroot"}
+        assert opened("CAP_DAC_READ_SEARCH") == {"open_by_handle_at"}
+        # No power in a user namespace, so nothing is opened for it there.
+        for one in ("CAP_SYS_TIME", "CAP_SYS_MODULE", "CAP_BPF", "CAP_PERFMON", "CAP_SYSLOG", "CAP_SYS_RAWIO"):
+            assert opened(one) == set()
+        assert opened("CAP_SYS_TIME", own_kernel=True) == {"settimeofday", "clock_settime"}
+        assert opened("CAP_SYS_MODULE", own_kernel=True) == {"init_module", "finit_module", "delete_module"}
+        everything = opened(*BY_CAPABILITY)
+        assert everything < opened(*BY_CAPABILITY, own_kernel=True)
+        never = "io_uring_setup userfaultfd keyctl add_key request_key kexec_load pivot_root swapon bpf syslog"
+        assert not everything & set(never.split())
+        assert {"mount", "unshare", "setns", "clone3", "ptrace"} <= everything
+
+    def test_namespaces_and_packets_by_capability(self) -> None:
+        admin = seccomp.compile(seccomp.policy(namespaces=True, capabilities=("CAP_SYS_ADMIN",)))
+        assert verdict(admin, number("clone"), 1 << 28) == ALLOW
+        assert verdict(admin, number("socket"), 17, 3) == EPERM
+        raw = seccomp.compile(seccomp.policy(namespaces=True, capabilities=("CAP_NET_RAW",)))
+        assert verdict(raw, number("clone"), 1 << 28) == EPERM
+        assert verdict(raw, number("socket"), 17, 3) == ALLOW
+        assert verdict(raw, number("socket"), 40, 1) == EPERM
 
     def test_it_is_small_enough_and_the_lists_are_sound(self, program: bytes) -> None:
         assert len(program) % 8 == 0

@@ -80,11 +80,15 @@ EXITED = b"".join(
 ERROR = frames.u32(1, 2) + frames.string(2, b"exec") + frames.string(3, b"execve") + frames.string(4, b"/no")
 ENTRIES = struct.pack("<cIQ", b"f", 0o644, 3) + b"a.txt\0" + struct.pack("<cIQ", b"d", 0o755, 0) + b"out\0"
 
+DENIALS = struct.pack("<Q", 3) + struct.pack("<IIiIQ6Q", 0xC000003E, 165, 1, 0, 7, 1, 2, 3, 4, 5, 6)
+DENIALS += struct.pack("<IIiIQ6Q", 0xC000003E, 166, -1, 0, 1, 0, 0, 0, 0, 0, 0)
+
 PARSERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "started": (messages.parse_started, STARTED),
     "exited": (messages.parse_exited, EXITED),
     "error": (messages.parse_error, ERROR),
     "entries": (messages.parse_entries, ENTRIES),
+    "denials": (messages.parse_denials, DENIALS),
 }
 
 
@@ -116,6 +120,9 @@ def test_what_the_payloads_say() -> None:
         ("f", b"a.txt", 3),
         ("d", b"out", 0),
     ]
+    others, denied = messages.parse_denials(DENIALS)
+    assert (others, denied[0]) == (3, (0xC000003E, 165, 1, 7, (1, 2, 3, 4, 5, 6)))
+    assert denied[1][:4] == (0xC000003E, 166, None, 1)
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -402,7 +409,14 @@ PLANS = {
     "step of no kind": frames.attribute(3, bytes(12) + b"\0\0/x\0\0"),
     "relative target": frames.attribute(3, struct.pack("<BBHII", 1, 0, 0, 0, frames.NO_FD) + b"\0\0x\0\0"),
     "long seed": frames.attribute(17, bytes(513)),
+    "a listener without a filter": frames.u32(19, 1),
+    "an unknown flag of a filter": frames.attribute(6, struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000)) + frames.u32(19, 32),
+    "a guest's audit": frames.attribute(6, struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000)) + frames.u32(19, 17),
+    "answers of a guest": frames.attribute(6, struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000))
+    + frames.attribute(19, struct.pack("<IHBBI", 1, 6, 0, 0, 0x7FFF0000)),
+    "half an answer": frames.attribute(6, struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000)) + frames.attribute(19, bytes(8)),
     # Well-formed, but not for an init in the host's namespaces.
+    "capabilities on the host": frames.u64(15, 1),
     "the host's name": frames.string(1, b"renamed"),
     "the host's loopback": frames.attribute(2),
     "the host's mounts": frames.u32(12, 2),

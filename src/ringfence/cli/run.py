@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ringfence.cli._options import Parsed
-    from ringfence.result import Applied, Result
+    from ringfence.result import Applied, Denial, Result
 
 __all__ = ["OPTIONS", "main"]
 
@@ -336,6 +336,8 @@ def _print(given: Parsed, result: Result) -> None:
         output.complain(result.describe())
     if given["applied"]:
         output.write_line(output.STDERR, applied_table(result.applied))
+    if result.denials is not None and not given["json"]:
+        output.write_line(output.STDERR, denials_table(result.denials))
 
 
 def _pass_on_stderr(data: bytes) -> None:
@@ -352,6 +354,23 @@ def applied_table(applied: Sequence[Applied]) -> str:
     for one in applied:
         unit = _UNITS.get(one.rule, "")
         rows.append((one.rule, _cell(one.requested, unit), _cell(one.effective, unit), one.mechanism))
+    return output.columns(rows)
+
+
+# Of a workload that tries everything.
+_MOST_DENIALS = 30
+
+
+def denials_table(denials: Sequence[Denial]) -> str:
+    """The most frequent system calls that the filter denied, or let through to audit them, as lines."""
+    if not denials:
+        return "ringfence: the filter denied nothing"
+    rows = [("denied", "times", "answer", "first arguments")]
+    for one in denials[:_MOST_DENIALS]:
+        arguments = " ".join(f"{argument:#x}" for argument in one.arguments)
+        rows.append((one.call, str(one.count), one.errno or "let through", arguments))
+    if len(denials) > _MOST_DENIALS:
+        rows.append((f"and {len(denials) - _MOST_DENIALS} more", "", "", ""))
     return output.columns(rows)
 
 

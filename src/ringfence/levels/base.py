@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.host import Host
     from ringfence.levels.usage import Measured
-    from ringfence.result import Applied, Usage
+    from ringfence.result import Applied, Denial, Usage
     from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.messages import Exited, Started
 
@@ -90,9 +90,12 @@ class Outcome:
 
     started: what it read back of itself. exited: what init reported, or None where the sandbox ended without a word.
     stopped: "wall_time", "output" or "killed" where we ended it, else None. started_ns, ended_ns: CLOCK_MONOTONIC.
+    denials: what the filter denied meanwhile, or None where nobody looked.
     """
 
-    __slots__ = ("ended_ns", "exited", "started", "started_ns", "stderr", "stdout", "stopped", "truncated")
+    __slots__ = (
+        *("denials", "ended_ns", "exited", "started", "started_ns", "stderr", "stdout", "stopped", "truncated"),
+    )
 
     def __init__(self) -> None:
         self.started: Started | None = None
@@ -101,6 +104,7 @@ class Outcome:
         self.stderr = b""
         self.truncated = False
         self.stopped: str | None = None
+        self.denials: tuple[Denial, ...] | None = None
         self.started_ns = 0
         self.ended_ns = 0
 

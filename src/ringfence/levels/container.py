@@ -10,7 +10,7 @@ import stat
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
-from ringfence.levels import capabilities
+from ringfence.levels import capabilities, filter
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
@@ -81,6 +81,7 @@ class ContainerLevel(Level):
         found["image"] = Ability(rule="image", mechanism="mount namespace, pivot_root")
         found["user"] = Ability(rule="user", mechanism="user namespace")
         found["mounts"] = Ability(rule="mounts", mechanism="mount namespace, mount_setattr")
+        found["seccomp"] = filter.ability(host)
         found["capabilities"] = capabilities.ability("user namespace, ambient set")
         found["network=none"] = Ability(rule="network=none", mechanism="network namespace with only lo")
         found["network=host"] = Ability(rule="network=host", mechanism="the host's network namespace")
@@ -94,6 +95,8 @@ class ContainerLevel(Level):
         unmet = limit_unmet(spec, host) + network_unmet(spec)
         if spec.capabilities:
             unmet += capabilities.unmet(spec, host)
+        if "seccomp" in spec.asked:
+            unmet += filter.unmet(spec, host)
         if spec.user is not None:
             try:
                 uid, gid = resolve(spec.user, spec.image)
@@ -179,8 +182,7 @@ class ContainerSandbox(LocalSandbox):
         plan.ids(uid, gid)
         plan.flags(cgroup_namespace=True, enter=True, no_new_privs=True)
         plan.workdir(_HOME)
-        if not host.seccomp:
-            plan.seccomp(seccomp.cached(seccomp.policy(namespaces=True, capabilities=spec.capabilities)))
+        self.put_filter(plan, lambda: seccomp.policy(namespaces=True, capabilities=spec.capabilities))
         if spec.capabilities:
             plan.capabilities(capabilities.mask(spec.capabilities))
         self._scope_sockets(plan)

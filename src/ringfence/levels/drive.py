@@ -122,6 +122,7 @@ class _Drive:
         self.on_frame = on_frame
         self.watch = watch
         self.on_started = on_started
+        self.polled: set[int] = set()
         self.outcome = Outcome()
         self.out = _Kept(command.output_bytes)
         self.err = _Kept(command.output_bytes)
@@ -137,8 +138,7 @@ class _Drive:
 
     def run(self) -> Outcome:
         self.poll.register(self.channel.fileno(), select.POLLIN)
-        for fd in self.watch:
-            self.poll.register(fd, select.POLLIN)
+        self._poll_watched()
         if self.pipes is not None:
             self.streams = {self.pipes.out: (self.out, "out"), self.pipes.err: (self.err, "err")}
             for fd in self.streams:
@@ -181,6 +181,14 @@ class _Drive:
         if self.deadline is not None and time.monotonic_ns() >= self.deadline:
             self._deadline_passed()
 
+    def _poll_watched(self) -> None:
+        """`watch` changes while the command runs: what comes is waited for, and what went isn't any more."""
+        for fd in self.polled - self.watch.keys():
+            self.poll.unregister(fd)  # by its number: it may be closed already
+        for fd in self.watch.keys() - self.polled:
+            self.poll.register(fd, select.POLLIN)
+        self.polled = set(self.watch)
+
     def _watched(self, fd: int) -> None:
         """What else the sandbox consists of has something to tell, such as its end."""
         try:
@@ -189,6 +197,7 @@ class _Drive:
             if not self.killing:
                 raise
             self.gone = True  # it was killed for not ending by itself: what was printed until then is kept
+        self._poll_watched()
 
     # ---- the clock ----
 
@@ -248,6 +257,7 @@ class _Drive:
             raise error
         else:
             self.on_frame(frame)
+            self._poll_watched()
 
     def _output(self, kept: _Kept, data: bytes) -> None:
         kept.add(data)
@@ -334,7 +344,7 @@ def drive(
         start_limit_ns=start_limit_ns,
         kill_hard=kill_hard,
         on_frame=on_frame,
-        watch=watch or {},
+        watch={} if watch is None else watch,
         on_started=on_started,
     )
     return loop.run()

@@ -10,27 +10,30 @@ import signal
 import time
 
 from ringfence.errors import KernelError, ProtocolError, RingfenceError, SpecError
-from ringfence.levels import capabilities
+from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
 from ringfence.levels.limits import cgroup_applied, cgroup_limits, change_limits, freeze
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
 from ringfence.levels.usage import Measured, of_cgroup
-from ringfence.linux import landlock
+from ringfence.linux import landlock, seccomp
 from ringfence.result import Applied, Usage
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import TypeVar
 
+    from ringfence.levels.denials import Listener
+    from ringfence.levels.filter import Filter
     from ringfence.levels.host import Host
     from ringfence.levels.network.session import NetworkSession
     from ringfence.linux import cgroups
     from ringfence.linux.cgroups import Cgroup
+    from ringfence.linux.seccomp import Policy
     from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.channel import Channel
 
@@ -43,7 +46,6 @@ _START_LIMIT_NS = 30_000_000_000
 _END_LIMIT_MS = 10_000
 
 _INFINITY = 2**64 - 1
-_SECCOMP_MECHANISM = "libseccomp filter; the mode read from /proc/self/status"
 _RLIMIT_NAMES = {
     resource.RLIMIT_CORE: "rlimit core",
     resource.RLIMIT_CPU: "rlimit cpu",
@@ -101,6 +103,9 @@ class LocalSandbox(Sandbox):
         self._next_id = 1
         self._before: cgroups.Usage | None = None
         self._owned_fds: list[int] = []
+        self.filter: Filter | None = None  # of a spec that asks for one
+        self._listener: Listener | None = None
+        self._watched: dict[int, Callable[[], None]] = {}
         self._stays = stays
         self._cgroup_limits = cgroup_limits(spec.limits, host)
         try:
@@ -177,6 +182,18 @@ class LocalSandbox(Sandbox):
                     raise KernelError("open", ["cpuacct.usage"], 2, "the cgroup tells no CPU time")
                 plan.cpu_limit(self.spec.limits.cpu_time_ns, usage)
 
+    def put_filter(self, plan: messages.Plan, policy: Callable[[], Policy]) -> None:
+        """The spec's filter; else the policy's, where this host can have one."""
+        if "seccomp" in self.spec.asked:
+            self.filter = filter.choose(self.spec, self._host)
+            self.filter.put(plan)
+            if self.filter.answers:
+                from ringfence.levels.denials import Listener
+
+                self._listener = Listener(self.filter.answers, audit=self.filter.audit)
+        elif not self._host.seccomp:
+            plan.seccomp(seccomp.cached(policy()))
+
     def start(self, request: bytes, plan: messages.Plan, joins: Sequence[int] = ()) -> None:
         """Has init started and hands it the plan. Its answers come while a command is driven. joins: descriptors of the
         namespaces that the request names.
@@ -249,6 +266,7 @@ class LocalSandbox(Sandbox):
                 start_limit_ns=_START_LIMIT_NS,
                 kill_hard=self.kill,
                 on_frame=self.take,
+                watch=self._watched,
                 # Not before: what it wakes would be in the way of the command's start.
                 on_started=self._send_next_off if self._next is not None else None,
             )
@@ -256,6 +274,8 @@ class LocalSandbox(Sandbox):
             pipes.close()
         if outcome.exited is None and outcome.started is None:
             raise ProtocolError("the sandbox ended before the command was started")
+        if self._listener is not None:
+            outcome.denials = self._listener.take()
         outcome.settle()
         return outcome
 
@@ -263,8 +283,17 @@ class LocalSandbox(Sandbox):
         """A frame that isn't of the command."""
         if frame.type == Type.LAUNCHED and len(frame.fds) == 1 and self.pidfd < 0:
             self.pidfd = frame.fds[0]
+        elif frame.type == Type.LISTENER and len(frame.fds) == 1 and self._listener is not None:
+            fd = self.keep_fd(frame.fds[0])
+            self._watched[fd] = self._listener.watch(fd, lambda: self._unwatch(fd))
         else:
             raise ProtocolError(f"init sent a frame of type {frame.type}")
+
+    def _unwatch(self, fd: int) -> None:
+        """Nobody has that listener's filter any more."""
+        del self._watched[fd]
+        self._owned_fds.remove(fd)
+        os.close(fd)
 
     def kill(self) -> None:
         """Ends init by SIGKILL, where it doesn't answer any more."""
@@ -352,14 +381,7 @@ class LocalSandbox(Sandbox):
                 mechanism="read from /proc/self/status",
             )
         )
-        found.append(
-            Applied(
-                rule="seccomp",
-                requested=None,
-                effective="filter" if started.seccomp == 2 else None,
-                mechanism=_SECCOMP_MECHANISM if started.seccomp == 2 else self._host.seccomp,
-            )
-        )
+        found.append(filter.applied(spec, self._host, started, self.filter))
         for which, (soft, hard) in started.rlimits.items():
             name = _RLIMIT_NAMES.get(which, f"rlimit {which}")
             shown = [None if one == _INFINITY else one for one in (soft, hard)]

@@ -11,7 +11,7 @@ import resource
 import stat
 
 from ringfence.errors import Unmet
-from ringfence.levels import capabilities
+from ringfence.levels import capabilities, filter
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
@@ -45,6 +45,7 @@ class ProcessLevel(Level):
         container = "use isolation='container' or 'vm'"
         found = limit_abilities(host)
         found["hostname"] = Ability(rule="hostname", reason="a process has the host's name", help=container)
+        found["seccomp"] = filter.ability(host)
         found["capabilities"] = capabilities.REFUSED_AT_PROCESS
         found["image"] = Ability(rule="image", reason="a process sees the host's files", help=container)
         found["user"] = Ability(rule="user", mechanism="setresuid")
@@ -66,6 +67,8 @@ class ProcessLevel(Level):
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
         unmet = limit_unmet(spec, host)
+        if "seccomp" in spec.asked:
+            unmet += filter.unmet(spec, host)
         for mount in spec.mounts:
             asked = (mount.source, mount.target, mount.writable)
             if mount.source != mount.target:
@@ -154,8 +157,7 @@ class ProcessSandbox(LocalSandbox):
         plan.flags(no_new_privs=True)
         plan.workdir(self.home)
         self._restrict_files(plan, self.berth)
-        if not host.seccomp:
-            plan.seccomp(seccomp.cached(seccomp.policy(namespaces=False, network=spec.network.mode != "none")))
+        self.put_filter(plan, lambda: seccomp.policy(namespaces=False, network=spec.network.mode != "none"))
         self.common_plan(plan)
         self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True, later=self.later), plan)
 

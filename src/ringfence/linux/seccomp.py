@@ -17,11 +17,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 import sys
 
 from ringfence._value import Value
 from ringfence.errors import RingfenceError, Unmet
+from ringfence.linux import seccomp_bpf as bpf
 from ringfence.linux._syscall_lists import ALLOWED, BY_CAPABILITY, DENIED, IN_A_USER_NAMESPACE, NEWER
 
 TYPE_CHECKING = False
@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
-__all__ = ["Policy", "available", "cached", "compile", "policy"]
+__all__ = [
+    "Policy",
+    "available",
+    "cached",
+    "compile",
+    "condensed",
+    "exported",
+    "kept",
+    "library",
+    "policy",
+    "sha256",
+    "without_network",
+]
 
 # Flags of clone(2) that make namespaces: CLONE_NEW{CGROUP,UTS,IPC,USER,PID,NET} and CLONE_NEWNS.
 # CLONE_NEWTIME is none of them: for clone its bit is a signal's.
@@ -59,21 +71,11 @@ _MODE_ARGUMENTS = (
 )
 _OPEN_ARGUMENTS = (("open", 1, 2), ("openat", 2, 3))
 
-# include/uapi/linux/seccomp.h, filter.h and bpf_common.h.
-_KILL_PROCESS = 0x80000000
-_ALLOW = 0x7FFF0000
-_ERRNO = 0x00050000
-_LOAD, _AND, _RETURN = 0x20, 0x54, 0x06
-_JUMP, _JUMP_EQUAL, _JUMP_ABOVE, _JUMP_AT_LEAST, _JUMP_ANY_BIT = 0x05, 0x15, 0x25, 0x35, 0x45
-# More than any kernel has, and where x32's begin on x86-64.
-_MOST_NUMBERS, _X32_BIT = 1024, 0x40000000
-_INSTRUCTION = struct.Struct("=HBBI")
-_MOST_INSTRUCTIONS = 4096
-# struct seccomp_data: int nr, u32 arch, u64 instruction_pointer, u64 args[6].
-_NUMBER_AT, _ARCH_AT, _ARGUMENTS_AT = 0, 4, 16
+# More than any kernel has.
+_MOST_NUMBERS = 1024
 
 # The first bytes of a kept program; its last is the version of what this module makes of a policy.
-_MAGIC = b"RFBPF\0\0\4"
+_MAGIC = b"RFBPF\0\0\5"
 _DIGEST_SIZE = 32
 
 _in_memory: dict[Policy, bytes] = {}
@@ -150,22 +152,26 @@ def _with_capabilities(capabilities: Iterable[str], own_kernel: bool) -> Policy:
 
 
 def cached(wanted: Policy) -> bytes:
-    """The policy's program, an array of struct sock_filter: from memory, from the cache folder, or compiled.
+    """The policy's program. Raises Unmet where it has to be compiled and libseccomp is missing."""
+    program = _in_memory.get(wanted)
+    if program is None:
+        program = _in_memory[wanted] = kept(_text(wanted), lambda: compile(wanted))
+    return program
+
+
+def kept(text: str, make: Callable[[], bytes]) -> bytes:
+    """The program of what `text` says whole, an array of struct sock_filter: from the cache folder, or made.
 
     A file of the cache is taken only if it is this user's own, nobody else can write to it, and its digest is
     right; any other is made anew. Without a usable cache folder it is compiled once in each process.
-    Raises Unmet where it has to be compiled and libseccomp is missing.
     """
-    program = _in_memory.get(wanted)
+    key = _key(text)
+    path = _cache_path(key)
+    program = _read(path, key) if path else None
     if program is None:
-        key = _key(wanted)
-        path = _cache_path(key)
-        program = _read(path, key) if path else None
-        if program is None:
-            program = compile(wanted)
-            if path:
-                _write(path, key, program)
-        _in_memory[wanted] = program
+        program = make()
+        if path:
+            _write(path, key, program)
     return program
 
 
@@ -179,9 +185,9 @@ def available() -> tuple[bool, str]:
     if not {"kill_process", "errno", "allow"} <= actions:
         return False, "this kernel's seccomp can't kill a process (it needs Linux 4.14)"
     try:
-        size = len(cached(_NAMESPACED)) // _INSTRUCTION.size
+        size = len(cached(_NAMESPACED)) // bpf.INSTRUCTION.size
         for other in (_HOST_NETWORK, _NO_NETWORK):
-            path = _cache_path(_key(other))
+            path = _cache_path(_key(_text(other)))
             if path is None or not os.path.exists(path):
                 cached(other)
     except Unmet as error:
@@ -189,8 +195,8 @@ def available() -> tuple[bool, str]:
     return True, f"seccomp filter of {size} instructions"
 
 
-def compile(wanted: Policy) -> bytes:
-    """The policy's program for this architecture, made by libseccomp. Raises Unmet where that is missing."""
+def library() -> Any:
+    """libseccomp, by pyseccomp. Raises Unmet where it is missing."""
     # Some 30 ms, and a search for the library: only where nothing is kept yet.
     try:
         import pyseccomp  # type: ignore[import-untyped]
@@ -201,6 +207,12 @@ def compile(wanted: Policy) -> bytes:
             f"the filter can't be compiled: {error}",
             "run 'ringfence setup', or install libseccomp2 (Debian), libseccomp (Fedora, Arch, Alpine)",
         ) from None
+    return pyseccomp
+
+
+def compile(wanted: Policy) -> bytes:
+    """The policy's program for this architecture, made by libseccomp. Raises Unmet where that is missing."""
+    pyseccomp = library()
     arch: int = pyseccomp.system_arch()
 
     def number(name: str) -> int:
@@ -215,10 +227,7 @@ def compile(wanted: Policy) -> bytes:
         for name in names:
             if number(name) >= 0:
                 filter.add_rule(action, number(name))
-    program = _condensed(_exported(filter), _by_argument(wanted, number), arch)
-    if len(program) > _MOST_INSTRUCTIONS * _INSTRUCTION.size:
-        raise RingfenceError(f"the filter has {len(program) // 8} instructions, more than the kernel takes")
-    return program
+    return bpf.bounded(condensed(exported(filter), _by_argument(wanted, number), arch))
 
 
 def _by_argument(wanted: Policy, number: Callable[[str], int]) -> dict[int, bytes]:
@@ -228,9 +237,9 @@ def _by_argument(wanted: Policy, number: Callable[[str], int]) -> dict[int, byte
     all 64, a caller could pass a forbidden value with a bit set above, which the kernel would drop after the
     filter.
     """
-    allow, deny = _instruction(_RETURN, _ALLOW), _instruction(_RETURN, _ERRNO | errno.EPERM)
+    allow, deny = bpf.instruction(bpf.RETURN, bpf.ALLOW), bpf.instruction(bpf.RETURN, bpf.ERRNO | errno.EPERM)
     checks = (
-        ("clone", [_load_argument(0), _instruction(_JUMP_ANY_BIT, _CLONE_NAMESPACES, 0, 1), deny, allow]),
+        ("clone", [bpf.load_argument(0), bpf.instruction(bpf.JUMP_ANY_BIT, _CLONE_NAMESPACES, 0, 1), deny, allow]),
         ("ioctl", _one_of(1, (_TIOCSTI, _TIOCLINUX, _TIOCSETD, _FS_IOC_FSSETXATTR), deny, allow)),
         ("personality", _one_of(0, _PERSONALITIES, allow, deny)),
         ("socket", _one_of(0, wanted.families, allow, deny)),
@@ -242,7 +251,16 @@ def _by_argument(wanted: Policy, number: Callable[[str], int]) -> dict[int, byte
     return {number(name): b"".join(check) for name, check in judged if number(name) >= 0}
 
 
-def _condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:
+def without_network(program: bytes) -> bytes:
+    """A program that isn't ours, behind checks that let no socket(2) through, nor what makes sockets without it."""
+    pyseccomp = library()
+    arch: int = pyseccomp.system_arch()
+    allow, deny = bpf.instruction(bpf.RETURN, bpf.ALLOW), bpf.instruction(bpf.RETURN, bpf.ERRNO | errno.EPERM)
+    checks = {"socket": deny, "io_uring_setup": deny, "socketpair": b"".join(_pair((_AF_UNIX,), allow, deny))}
+    return bpf.guarded(program, {pyseccomp.resolve_syscall(arch, name): one for name, one in checks.items()}, arch)
+
+
+def condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:
     """libseccomp's program and ours as one, a binary search over ranges of numbers with the same answer.
 
     libseccomp searches by single numbers: four times as many instructions, and the kernel's work to check, convert and
@@ -250,8 +268,8 @@ def _condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:
     number by number.
     """
     labels: list[tuple[int, object]] = []
-    for number in (*range(_MOST_NUMBERS), _X32_BIT):
-        label: object = ("check", number) if number in checks else _answer(program, arch, number)
+    for number in (*range(_MOST_NUMBERS), bpf.X32_BIT):
+        label: object = ("check", number) if number in checks else bpf.answer(program, arch, number)
         if not labels or labels[-1][1] != label:
             labels.append((number, label))
     nodes: list[tuple[int, int, object, object]] = []  # own (first, last) range, and where to go: right, left
@@ -274,57 +292,37 @@ def _condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:
     place.update({answer: len(nodes) + index for index, answer in enumerate(answers)})
     wanted = [label for _, label in labels if not isinstance(label, int)]
     place.update({label: len(nodes) + len(answers) + index for index, label in enumerate(wanted)})
-    code = [_instruction(_LOAD, _ARCH_AT), _instruction(_JUMP_EQUAL, arch, 1, 0)]
-    code += [_instruction(_RETURN, _KILL_PROCESS), _instruction(_LOAD, _NUMBER_AT)]
+    code = [bpf.instruction(bpf.LOAD, bpf.ARCH_AT), bpf.instruction(bpf.JUMP_EQUAL, arch, 1, 0)]
+    code += [bpf.instruction(bpf.RETURN, bpf.KILL_PROCESS), bpf.instruction(bpf.LOAD, bpf.NUMBER_AT)]
     for start, at, right, left in nodes:
-        code.append(_instruction(_JUMP_AT_LEAST, start, place[right] - at - 1, place[left] - at - 1))
-    code += [_instruction(_RETURN, answer) for answer in answers]
+        code.append(bpf.instruction(bpf.JUMP_AT_LEAST, start, place[right] - at - 1, place[left] - at - 1))
+    code += [bpf.instruction(bpf.RETURN, answer) for answer in answers]
     after = 0
     blocks = []
     for index, label in enumerate(wanted):
         assert isinstance(label, tuple)
         block = checks[label[1]]
-        code.append(_instruction(_JUMP, len(wanted) - index - 1 + after))
+        code.append(bpf.instruction(bpf.JUMP, len(wanted) - index - 1 + after))
         blocks.append(block)
-        after += len(block) // _INSTRUCTION.size
+        after += len(block) // bpf.INSTRUCTION.size
     return b"".join(code + blocks)
-
-
-def _answer(program: bytes, arch: int, number: int) -> int:
-    """What a program that looks at nothing but architecture and number answers. Raises RingfenceError for another."""
-    at = accumulator = 0
-    while True:
-        code, if_true, if_false, value = _INSTRUCTION.unpack_from(program, at * _INSTRUCTION.size)
-        at += 1
-        if code == _LOAD and value in (_NUMBER_AT, _ARCH_AT):
-            accumulator = number if value == _NUMBER_AT else arch
-        elif code == _RETURN:
-            return int(value)
-        elif code == _JUMP:
-            at += value
-        elif code in (_JUMP_EQUAL, _JUMP_ABOVE, _JUMP_AT_LEAST):
-            holds = {
-                _JUMP_EQUAL: accumulator == value,
-                _JUMP_ABOVE: accumulator > value,
-                _JUMP_AT_LEAST: accumulator >= value,
-            }
-            at += if_true if holds[code] else if_false
-        else:
-            raise RingfenceError(f"libseccomp's filter has an instruction {code:#x} that was not expected")
 
 
 def _one_of(argument: int, values: Sequence[int], then: bytes, otherwise: bytes) -> list[bytes]:
     """Return `then` where the argument is one of the values."""
-    jumps = [_instruction(_JUMP_EQUAL, value, len(values) - index, 0) for index, value in enumerate(values)]
-    return [_load_argument(argument), *jumps, otherwise, then]
+    jumps = [bpf.instruction(bpf.JUMP_EQUAL, value, len(values) - index, 0) for index, value in enumerate(values)]
+    return [bpf.load_argument(argument), *jumps, otherwise, then]
 
 
 def _pair(families: Sequence[int], allow: bytes, deny: bytes) -> list[bytes]:
     """socketpair(2), but none of datagrams: half of such a pair can still be sent from, or connected, to any path."""
-    jumps = [_instruction(_JUMP_EQUAL, one, len(families) - index, 0) for index, one in enumerate(families)]
-    kind = [_load_argument(1), _instruction(_AND, _SOCK_TYPE_MASK)]
-    kind += [_instruction(_JUMP_EQUAL, _SOCK_STREAM, 2, 0), _instruction(_JUMP_EQUAL, _SOCK_SEQPACKET, 1, 0)]
-    return [_load_argument(0), *jumps, deny, *kind, deny, allow]
+    jumps = [bpf.instruction(bpf.JUMP_EQUAL, one, len(families) - index, 0) for index, one in enumerate(families)]
+    kind = [bpf.load_argument(1), bpf.instruction(bpf.AND, _SOCK_TYPE_MASK)]
+    kind += [
+        bpf.instruction(bpf.JUMP_EQUAL, _SOCK_STREAM, 2, 0),
+        bpf.instruction(bpf.JUMP_EQUAL, _SOCK_SEQPACKET, 1, 0),
+    ]
+    return [bpf.load_argument(0), *jumps, deny, *kind, deny, allow]
 
 
 def _no_set_id(mode: int, allow: bytes, deny: bytes, flags: int | None = None) -> list[bytes]:
@@ -332,23 +330,13 @@ def _no_set_id(mode: int, allow: bytes, deny: bytes, flags: int | None = None) -
 
     mode, flags: which arguments these are; with flags the mode counts only where they create a file.
     """
-    check = [_load_argument(mode), _instruction(_JUMP_ANY_BIT, _SET_IDS, 0, 1), deny, allow]
+    check = [bpf.load_argument(mode), bpf.instruction(bpf.JUMP_ANY_BIT, _SET_IDS, 0, 1), deny, allow]
     if flags is None:
         return check
-    return [_load_argument(flags), _instruction(_JUMP_ANY_BIT, _CREATES, 0, len(check) - 1), *check]
+    return [bpf.load_argument(flags), bpf.instruction(bpf.JUMP_ANY_BIT, _CREATES, 0, len(check) - 1), *check]
 
 
-def _load_argument(index: int) -> bytes:
-    """Load the low 32 bits of an argument."""
-    low = 0 if sys.byteorder == "little" else 4
-    return _instruction(_LOAD, _ARGUMENTS_AT + 8 * index + low)
-
-
-def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    return _INSTRUCTION.pack(code, if_true, if_false, value)
-
-
-def _exported(filter: Any) -> bytes:
+def exported(filter: Any) -> bytes:
     fd = os.memfd_create("ringfence-seccomp", os.MFD_CLOEXEC)
     with open(fd, "w+b") as file:
         filter.export_bpf(file)
@@ -356,15 +344,17 @@ def _exported(filter: Any) -> bytes:
         return file.read()
 
 
-def _key(wanted: Policy) -> bytes:
+def _text(wanted: Policy) -> str:
+    return str((wanted.allowed, wanted.denied, wanted.families, wanted.pair_families))
+
+
+def _key(text: str) -> bytes:
     """What a kept program was made of: the policy, the architecture and this module's version.
 
     libseccomp's version isn't: names that it doesn't know have their numbers from NEWER, so each version
     makes a program of the same meaning, and asking for it would load the library at each start.
     """
-    lists = (wanted.allowed, wanted.denied, wanted.families, wanted.pair_families, sorted(NEWER.items()))
-    text = f"{os.uname().machine} {lists}"
-    return _sha256(_MAGIC + text.encode())
+    return sha256(_MAGIC + f"{os.uname().machine} {text} {sorted(NEWER.items())}".encode())
 
 
 def _cache_path(key: bytes) -> str | None:
@@ -384,7 +374,7 @@ def _cache_path(key: bytes) -> str | None:
 def _read(path: str, key: bytes) -> bytes | None:
     """A kept program; None where there is none, or not one to trust."""
     header = len(_MAGIC) + _DIGEST_SIZE
-    most = header + _MOST_INSTRUCTIONS * _INSTRUCTION.size
+    most = header + bpf.MOST_INSTRUCTIONS * bpf.INSTRUCTION.size
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -393,11 +383,11 @@ def _read(path: str, key: bytes) -> bytes | None:
         about = os.fstat(fd)
         if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
             return None
-        if not header < about.st_size <= most or (about.st_size - header) % _INSTRUCTION.size:
+        if not header < about.st_size <= most or (about.st_size - header) % bpf.INSTRUCTION.size:
             return None
         kept = file.read(most)
     digest, program = kept[len(_MAGIC) : header], kept[header:]
-    return program if kept.startswith(_MAGIC) and digest == _sha256(key + program) else None
+    return program if kept.startswith(_MAGIC) and digest == sha256(key + program) else None
 
 
 def _write(path: str, key: bytes, program: bytes) -> None:
@@ -407,7 +397,7 @@ def _write(path: str, key: bytes, program: bytes) -> None:
         fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             with open(fd, "wb") as file:
-                file.write(_MAGIC + _sha256(key + program) + program)
+                file.write(_MAGIC + sha256(key + program) + program)
             os.rename(scratch, path)
         except BaseException:
             os.unlink(scratch)
@@ -416,7 +406,7 @@ def _write(path: str, key: bytes, program: bytes) -> None:
         return
 
 
-def _sha256(data: bytes) -> bytes:
+def sha256(data: bytes) -> bytes:
     # hashlib loads OpenSSL, some 10 ms; these are the modules that it falls back to without it.
     try:
         module = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")

@@ -76,6 +76,7 @@ class Type:
     CREDIT = 39
     ENTRIES = 40
     DONE = 41
+    LISTENER = 42
 
 
 # Not a Value: made for each 64 KiB that a guest sends.

@@ -21,6 +21,7 @@ __all__ = [
     "Started",
     "execute",
     "launch",
+    "parse_denials",
     "parse_entries",
     "parse_error",
     "parse_exited",
@@ -153,6 +154,21 @@ class Plan:
 
     def capabilities(self, mask: int) -> None:
         self._parts.append(frames.u64(15, mask))
+
+    def seccomp_flags(
+        self,
+        *,
+        notify: bool = False,
+        foreign: bool = False,
+        kernel: int = 0,
+        audit: bool = False,
+        answers: bytes = b"",
+    ) -> None:
+        """kernel: SECCOMP_FILTER_FLAG_LOG (2) and SECCOMP_FILTER_FLAG_SPEC_ALLOW (4). audit, answers: of a guest, whose
+        init answers for its filter.
+        """
+        flags = notify * 1 | foreign * 2 | (kernel & 6) << 1 | audit * 16
+        self._parts.append(frames.attribute(19, struct.pack("<I", flags) + answers))
 
     def guest(self, *, realtime_ns: int, entropy: bytes, memory_bytes: int, pids: int, cpu_ns: int) -> None:
         """What only a guest takes. Limits of 0 are none; `cpu_ns` is the quota in each 100 ms."""
@@ -543,6 +559,23 @@ def parse_exited(payload: bytes) -> Exited:
         cpu_pressure_ns=values.get(15),
         io_pressure_ns=values.get(16),
     )
+
+
+_DENIAL = struct.Struct("<IIiIQ6Q")
+_MOST_DENIALS = 256
+
+
+def parse_denials(payload: bytes) -> tuple[int, list[tuple[int, int, int | None, int, tuple[int, ...]]]]:
+    """A guest's LISTENER: how many were not listed, and (architecture, number, errno or None, count, arguments)."""
+    entries = len(payload) - 8
+    if entries < 0 or entries % _DENIAL.size or entries // _DENIAL.size > _MOST_DENIALS:
+        raise ProtocolError(f"a list of denials has {len(payload)} bytes")
+    found = []
+    for arch, number, code, zero, count, *arguments in _DENIAL.iter_unpack(payload[8:]):
+        if zero != 0 or not -1 <= code < 4096:
+            raise ProtocolError("a denial has no errno")
+        found.append((arch, number, None if code < 0 else code, count, tuple(arguments)))
+    return int.from_bytes(payload[:8], "little"), found
 
 
 def parse_ready(payload: bytes) -> dict[str, int]:

@@ -12,7 +12,7 @@ import time
 
 from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unavailable, Unmet
 from ringfence.images import tree
-from ringfence.levels import capabilities
+from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
 from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
@@ -102,6 +102,7 @@ class VmLevel(Level):
             abilities[rule] = Ability(
                 rule=rule, reason="a guest's work directory is in its memory", help="use isolation='container'"
             )
+        abilities["seccomp"] = filter.ability(host)
         abilities["disk"] = Ability(
             rule="disk", reason="no level limits the work directory's size yet", help="limit memory: it is in memory"
         )
@@ -117,6 +118,8 @@ class VmLevel(Level):
         return abilities
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
+        from ringfence.levels.vm import kernel
+
         unmet = cpuset_unmet(spec, host)
         if isinstance(spec.user, str):
             try:
@@ -125,6 +128,9 @@ class VmLevel(Level):
                 unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
         if spec.limits.cpus is not None and spec.limits.cpus > _MOST_CPUS:
             unmet.append(Unmet("cpus", spec.limits.cpus, f"a guest has at most {_MOST_CPUS} CPUs", "ask for fewer"))
+        if "seccomp" in spec.asked:
+            guest = kernel.find()
+            unmet += filter.unmet(spec, host, kernel=guest.release if guest is not None else "")
         if len(spec.mounts) > 6:
             unmet.append(
                 Unmet("mounts", requested(spec, "mounts"), "the machine has room for 6 shares", "share their parent")
@@ -154,6 +160,8 @@ class VmSandbox(Sandbox):
         self._why_accelerator = state_of_kvm.reason
         self._user = resolve(spec.user, spec.image) if spec.user is not None else _USER
         self._ready: dict[str, int] | None = None
+        self._filter: filter.Filter | None = None
+        self._denied: tuple[int, list[tuple[int, int, int | None, int, tuple[int, ...]]]] = (0, [])
         self._next_id = 1
         self._collect_until = 0
         # What init reported of the last command, and of the one before this one.
@@ -206,6 +214,11 @@ class VmSandbox(Sandbox):
         )
         if outcome.exited is None and outcome.stopped is None:
             raise self._died("while it ran" if outcome.started else "before the command was started")
+        if self._filter is not None and self._filter.answers:
+            from ringfence.levels.denials import listed
+
+            (others, noted), self._denied = self._denied, (0, [])
+            outcome.denials = listed(noted, others)
         outcome.settle()
         self._last = outcome.exited
         return outcome
@@ -231,6 +244,8 @@ class VmSandbox(Sandbox):
     def _take(self, frame: frames.Frame) -> None:
         if frame.type == Type.READY:
             self._ready = messages.parse_ready(frame.payload)
+        elif frame.type == Type.LISTENER and self._filter is not None and self._filter.answers:
+            self._denied = messages.parse_denials(frame.payload)
         elif frame.type not in (Type.DONE, Type.CREDIT):  # the end of a file put in; credit for a stdin that is through
             raise ProtocolError(f"the guest sent a frame of type {frame.type}")
 
@@ -294,7 +309,10 @@ class VmSandbox(Sandbox):
         plan.ids(*self._user)
         plan.flags(enter=True, no_new_privs=True)
         plan.workdir(_HOME)
-        if not self._host.seccomp:
+        if "seccomp" in spec.asked:
+            self._filter = filter.choose(spec, self._host, kernel=self._kernel.release)
+            self._filter.put(plan, guest=True)
+        elif not self._host.seccomp:
             wanted = seccomp.policy(namespaces=True, capabilities=spec.capabilities, own_kernel=True)
             plan.seccomp(seccomp.cached(wanted))
         if spec.capabilities:
@@ -502,12 +520,7 @@ class VmSandbox(Sandbox):
                 effective=True if started.no_new_privs else None,
                 mechanism="the guest's prctl",
             ),
-            Applied(
-                rule="seccomp",
-                requested=None,
-                effective="filter" if started.seccomp == 2 else None,
-                mechanism="libseccomp filter in the guest" if started.seccomp == 2 else self._host.seccomp,
-            ),
+            filter.applied(spec, self._host, started, self._filter),
             Applied(
                 rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="the guest's own kernel"
             ),
