@@ -123,12 +123,11 @@ static bool status_field(const char *status, const char *name, int base, uint64_
 
 /* What the kernel says of this task, after its last restriction. Nothing here is copied from the plan, and what can't
  * be read looks like no restriction at all. */
-static void read_back(const struct rf_plan *p, struct rf_readback *rb) {
+static void read_back(const struct rf_plan *p, int status_fd, struct rf_readback *rb) {
     static const char *const sets[] = {"\nCapEff:", "\nCapPrm:", "\nCapInh:", "\nCapBnd:", "\nCapAmb:"};
     char status[4096];
-    int fd = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, status, sizeof status - 1);
-    if (fd >= 0) close(fd);
+    ssize_t n = status_fd < 0 ? -1 : read(status_fd, status, sizeof status - 1);
+    if (status_fd >= 0) close(status_fd);
     status[n < 0 ? 0 : n] = 0;
     for (size_t i = 0; i < RF_LEN(sets); i++)
         if (!status_field(status, sets[i], 16, &rb->caps[i])) rb->caps[i] = UINT64_MAX;
@@ -218,11 +217,13 @@ static int restrict_calls(const struct rf_plan *p, int landlock_fd, struct rf_re
     if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
     if (unblock_signals(e) < 0) return -1;
+    /* Opened before Landlock, which may leave no path below /proc, and read after all. */
+    int status = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
     if (enter_landlock(landlock_fd, rb, e) < 0) return -1;
     /* Behind our own filter, so that it is read back too. A foreign one may deny any call: init reads its mode later. */
-    if (p->seccomp_flags & RF_S_FOREIGN) read_back(p, rb);
+    if (p->seccomp_flags & RF_S_FOREIGN) read_back(p, status, rb);
     if (enter_seccomp(p, rb, e) < 0) return -1; /* last: what comes before may need calls that the filter denies */
-    if (!(p->seccomp_flags & RF_S_FOREIGN)) read_back(p, rb);
+    if (!(p->seccomp_flags & RF_S_FOREIGN)) read_back(p, status, rb);
     return 0;
 }
 

@@ -524,3 +524,66 @@ sys.modules])
         usable, reason = seccomp.available()
         assert usable
         assert reason.startswith("seccomp filter of ")
+
+
+class TestInTheHostsNamespaces:
+    """Policies of process sandboxes: `for_process`."""
+
+    def test_the_default_is_the_plain_policy(self) -> None:
+        for network in ("none", "host"):
+            found = seccomp.for_process(network, tcp_only=False, listen=True, shared_user=False)
+            assert found == seccomp.policy(namespaces=False, network=network == "host")
+
+    @pytest.mark.parametrize("listen", [False, True])
+    def test_only_tcp(self, listen: bool) -> None:
+        program = seccomp.compile(seccomp.for_process("host", tcp_only=True, listen=listen, shared_user=False))
+        no_protocol = 0x00050000 | errno.EPROTONOSUPPORT
+        for family in range(64):
+            for kind in range(16):
+                for protocol in (0, 6, 17, 132, 256, 262, 262 | 1 << 32, 1 << 31):
+                    found = verdict(program, number("socket"), family, kind | 0o2000000, protocol)
+                    wanted = (
+                        EPERM if family not in (2, 10) or kind != 1 else ALLOW if protocol in (0, 6) else no_protocol
+                    )
+                    assert found == wanted, (family, kind, protocol)
+        assert verdict(program, number("socket"), 2 | 1 << 32, 1, 6 | 1 << 40) == ALLOW  # the kernel reads ints
+        fast_open = 0x20000000
+        for name, at in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
+            for flags, wanted in ((0, ALLOW), (0x4040, ALLOW), (fast_open, EPERM), (fast_open | 0x4000, EPERM)):
+                assert verdict(program, number(name), *[9] * at, flags) == wanted
+        for level, option, wanted in (
+            (6, 31, EPERM),
+            (6, 30, ALLOW),
+            (1, 31, ALLOW),
+            (6 | 1 << 32, 31 | 1 << 32, EPERM),
+        ):
+            assert verdict(program, number("setsockopt"), 9, level, option) == wanted
+        assert verdict(program, number("listen"), 9, 9) == (ALLOW if listen else EPERM)
+        assert verdict(program, number("socketpair"), 1, 1) == ALLOW
+        for name in ("bind", "connect", "accept4"):
+            assert verdict(program, number(name)) == ALLOW
+
+    def test_other_processes_of_the_user_are_left_alone(self) -> None:
+        program = seccomp.compile(seccomp.for_process("none", tcp_only=False, listen=False, shared_user=True))
+        limit = number("prlimit64")
+        for pid, new, wanted in (
+            (0, 0x7FFF12340000, ALLOW),
+            (1 << 32, 0x7FFF12340000, ALLOW),
+            (77, 0, ALLOW),
+            (77, 0x12340000, EPERM),
+            (77, 0x7FFF00000000, EPERM),
+        ):
+            assert verdict(program, limit, pid, 7, new) == wanted
+        for name in ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr"):
+            assert verdict(program, number(name), 0) == ALLOW
+            assert verdict(program, number(name), 77) == EPERM
+        for name, process in (("setpriority", 0), ("ioprio_set", 1)):
+            for kind in range(5):
+                own = kind in (process, process + 1)
+                assert verdict(program, number(name), kind, 0) == (ALLOW if own else EPERM)
+                assert verdict(program, number(name), kind, 77) == EPERM
+
+    def test_a_user_of_its_own_has_nobody_to_harm(self) -> None:
+        program = seccomp.compile(seccomp.for_process("none", tcp_only=False, listen=False, shared_user=False))
+        assert verdict(program, number("prlimit64"), 77, 7, 0x1000) == ALLOW
+        assert verdict(program, number("setpriority"), 2, 77) == ALLOW

@@ -10,7 +10,7 @@ import stat
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
-from ringfence.levels import capabilities, filter
+from ringfence.levels import capabilities, filter, reach
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
@@ -77,6 +77,7 @@ class ContainerLevel(Level):
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         found = limit_abilities(host)
+        found.update(reach.elsewhere())
         found["hostname"] = Ability(rule="hostname", mechanism="UTS namespace")
         found["image"] = Ability(rule="image", mechanism="mount namespace, pivot_root")
         found["user"] = Ability(rule="user", mechanism="user namespace")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ringfence._value import Value
 from ringfence.errors import CannotEnforce, Unmet
 from ringfence.levels.base import Ability, requested
-from ringfence.linux import seccomp
+from ringfence.linux import privileges, seccomp
 from ringfence.linux import seccomp_bpf as bpf
 from ringfence.result import Applied
 
@@ -149,7 +149,7 @@ _MOST_KNOWN = 16
 def choose(spec: Spec, host: Host, *, kernel: str = "") -> Filter:
     """The filter of a spec that was checked, and asks for one. Raises SpecError, CannotEnforce."""
     wanted = spec.seccomp
-    where = (spec.isolation, spec.network.mode == "none", spec.capabilities, kernel)
+    where = (spec.isolation, spec.network.mode == "none", spec.user is not None, spec.capabilities, kernel)
     if wanted.profile == "unconfined":
         return Filter(program=b"", answers=b"", audit=False, foreign=True, flags=0, mechanism="no filter")
     own = None
@@ -194,11 +194,13 @@ def _make(spec: Spec, own: Profile | None) -> Filter:
 
 def _program(spec: Spec, own: Profile | None) -> bytes:
     without_network = spec.isolation == "process" and spec.network.mode == "none"
+    if own is None and spec.isolation == "process":
+        shared = spec.user is not None or not privileges.privileged()
+        return seccomp.cached(seccomp.for_process(spec.network.mode, tcp_only=False, listen=True, shared_user=shared))
     if own is None:
         return seccomp.cached(
             seccomp.policy(
-                namespaces=spec.isolation != "process",
-                network=not without_network,
+                namespaces=True,
                 capabilities=spec.capabilities,
                 own_kernel=spec.isolation == "vm",
             )

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import resource
-import stat
 
 from ringfence.errors import Unmet
-from ringfence.levels import capabilities, filter
+from ringfence.levels import capabilities, filter, reach
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome, requested
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
@@ -31,7 +30,6 @@ __all__ = ["ProcessLevel"]
 
 # Processes and threads of a sandbox whose caller set no limit and that has no id of its own.
 _MOST_PROCESSES = 1024
-_NO_LANDLOCK_HELP = "use a kernel with Landlock, or isolation='container'"
 
 
 class ProcessLevel(Level):
@@ -49,11 +47,7 @@ class ProcessLevel(Level):
         found["capabilities"] = capabilities.REFUSED_AT_PROCESS
         found["image"] = Ability(rule="image", reason="a process sees the host's files", help=container)
         found["user"] = Ability(rule="user", mechanism="setresuid")
-        found["mounts"] = (
-            Ability(rule="mounts", mechanism=f"Landlock ABI {host.landlock_abi}")
-            if host.landlock_abi
-            else Ability(rule="mounts", reason="this kernel has no Landlock", help=_NO_LANDLOCK_HELP)
-        )
+        found.update(reach.abilities(host))
         found["network=host"] = Ability(rule="network=host", mechanism="nothing is taken away")
         found["network=none"] = (
             Ability(rule="network=none", reason=host.seccomp, help="install libseccomp: 'ringfence setup'")
@@ -66,7 +60,7 @@ class ProcessLevel(Level):
         return found
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = limit_unmet(spec, host)
+        unmet = limit_unmet(spec, host) + reach.unmet(spec, host)
         if "seccomp" in spec.asked:
             unmet += filter.unmet(spec, host)
         for mount in spec.mounts:
@@ -78,15 +72,6 @@ class ProcessLevel(Level):
                         asked,
                         f"a process sees the host's paths: {os.fsdecode(mount.source)} can't appear elsewhere",
                         "use the same path twice, or isolation='container'",
-                    )
-                )
-            elif mount.writable and host.privileged and spec.user is None and not _anyone_writes(mount.source):
-                unmet.append(
-                    Unmet(
-                        "mounts",
-                        asked,
-                        f"the workload's uid may not write in {os.fsdecode(mount.source)}",
-                        "name its owner by user=, or use isolation='container'",
                     )
                 )
         if not host.privileged and host.landlock_abi < landlock.SCOPES_ABI:
@@ -126,10 +111,6 @@ def _slot_owner(slot: int) -> tuple[int, int]:
     return ids.process_uid(slot), ids.process_uid(slot)
 
 
-def _anyone_writes(path: bytes) -> bool:
-    return bool(os.stat(path).st_mode & stat.S_IWOTH)
-
-
 class ProcessSandbox(LocalSandbox):
     """A command of the host's own system."""
 
@@ -149,6 +130,7 @@ class ProcessSandbox(LocalSandbox):
         self.put_files()
         self.home = os.path.join(self.state.run_path, self.berth.name)
         plan = messages.Plan()
+        self._has_own_uid = uid is not None
         if uid is None:
             self._bound_processes(plan, user)
         self.make_cgroup()
@@ -157,9 +139,18 @@ class ProcessSandbox(LocalSandbox):
         plan.flags(no_new_privs=True)
         plan.workdir(self.home)
         self._restrict_files(plan, self.berth)
-        self.put_filter(plan, lambda: seccomp.policy(namespaces=False, network=spec.network.mode != "none"))
+        self.put_filter(plan, self._policy)
         self.common_plan(plan)
         self.start(messages.launch(clone_flags=0, kill_uid=uid, host_mounts=True, later=self.later), plan)
+
+    def _policy(self) -> seccomp.Policy:
+        network = self.spec.network
+        return seccomp.for_process(
+            network.mode,
+            tcp_only=network.allow is not None,
+            listen=bool(network.publish),
+            shared_user=not self._has_own_uid,
+        )
 
     def _bound_processes(self, plan: messages.Plan, user: tuple[int, int] | None) -> None:
         """Without an id of its own a sandbox is killed process by process, which only ends where their number does."""
@@ -175,19 +166,16 @@ class ProcessSandbox(LocalSandbox):
         plan.rlimit(resource.RLIMIT_NPROC, most, most)
 
     def _restrict_files(self, plan: messages.Plan, berth: Berth) -> None:
-        """The host read-only, by Landlock; what is writable by the work directory and the spec's mounts."""
+        """The host read-only, by Landlock, and the work directory writable, unless the spec says otherwise."""
         self.landlock = ""
         if not self._host.landlock_abi:
             return
-        no_network = self.spec.network.mode == "none"
-        writable = [os.open(one.source, os.O_PATH | os.O_CLOEXEC) for one in self.spec.mounts if one.writable]
-        if writable:
-            for fd in writable:
-                self.keep_fd(fd)
-            ruleset = landlock.host_read_only([berth.workdir.fd, *writable], deny_network=no_network)
-            self.landlock = ruleset.describe()
-            plan.landlock(self.keep_fd(ruleset.detach()))
+        if reach.is_narrowed(self.spec):
+            with reach.ruleset(self.spec, self._host, berth.workdir.fd) as made:
+                self.landlock = made.describe()
+                plan.landlock(self.keep_fd(made.detach()))
             return
+        no_network = self.spec.network.mode == "none"
         # A ruleset stays good for as long as its work directory.
         key = "no network" if no_network else "network"
         if key not in berth.rulesets:
@@ -200,11 +188,13 @@ class ProcessSandbox(LocalSandbox):
         started = outcome.started
         if started is None:
             return found
+        found += reach.applied(self.spec, started, self.landlock)
+        shown = "the host read-only" if self.spec.readable is None else "only what is `readable`"
         found.append(
             Applied(
                 rule="files",
                 requested=None,
-                effective="the host read-only, the work directory writable" if started.landlock else None,
+                effective=f"{shown}, the work directory writable" if started.landlock else None,
                 mechanism=self.landlock or "this kernel has no Landlock",
             )
         )
@@ -219,8 +209,11 @@ class ProcessSandbox(LocalSandbox):
                 )
             )
         mode = self.spec.network.mode
+        narrowed = self.spec.network.allow is not None
         enforced = mode == "host" or started.seccomp == 2
-        mechanism = "nothing is taken away" if mode == "host" else "seccomp: no socket(2)"
+        mechanism = "seccomp: no socket(2)" if mode == "none" else "nothing is taken away"
+        if narrowed:
+            mechanism = "only TCP, to what `allow` names"
         if mode == "none" and started.landlock and self._host.landlock_abi >= 4:
             mechanism += ", and Landlock: no TCP"
         found.append(

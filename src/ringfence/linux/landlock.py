@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 
 from ringfence.errors import KernelError
@@ -21,8 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL_FILES",
+    "BIND_TCP",
+    "CONNECT_TCP",
+    "DEVICE_CONTROL_ABI",
+    "NETWORK_ABI",
     "READ_ONLY",
     "SCOPES_ABI",
+    "TRUNCATE_ABI",
     "WRITABLE_TREE",
     "Ruleset",
     "abi",
@@ -30,6 +36,7 @@ __all__ = [
     "describe",
     "gaps",
     "host_read_only",
+    "of_paths",
 ]
 
 # Rights on files, of include/uapi/linux/landlock.h.
@@ -75,10 +82,12 @@ _GAPS = (
     (5, "ioctl(2) on a device that is already readable"),
     (6, "signals to processes outside, abstract UNIX sockets"),
 )
+TRUNCATE_ABI = 3
+NETWORK_ABI = 4
+DEVICE_CONTROL_ABI = 5
 SCOPES_ABI = 6
-_NETWORK_ABI = 4
 _CREATE_RULESET_VERSION = 1
-_RULE_PATH_BENEATH = 1
+_RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 
 _known_abi: int | None = None
 _known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
@@ -122,19 +131,27 @@ class Ruleset:
     """
 
     def __init__(
-        self, *, deny_network: bool = False, scope: bool = True, files: bool = True, version: int | None = None
+        self,
+        *,
+        deny_network: bool = False,
+        network: int = 0,
+        scope: bool = True,
+        files: bool = True,
+        version: int | None = None,
     ) -> None:
-        """deny_network: no TCP port may be bound or connected to. scope: no signals and no abstract UNIX
-        sockets to processes outside. files: whether any right on files is taken away. version: an older ABI
-        than the kernel's, for tests.
+        """deny_network: no TCP port may be bound or connected to. network: the rights on TCP ports that only
+        `allow_port` gives. scope: no signals and no abstract UNIX sockets to processes outside. files: whether
+        any right on files is taken away. version: an older ABI than the kernel's, for tests.
         """
         self.version = abi() if version is None else version
         self.handled_files = _files(self.version) if files else 0
-        self.handled_network = BIND_TCP | CONNECT_TCP if deny_network and self.version >= _NETWORK_ABI else 0
+        if deny_network:
+            network = BIND_TCP | CONNECT_TCP
+        self.handled_network = network if self.version >= NETWORK_ABI else 0
         self.scoped = SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if scope and self.version >= SCOPES_ABI else 0
         attributes = struct.pack("=QQQ", self.handled_files, self.handled_network, self.scoped)
         # An older kernel takes only the fields that it knows.
-        size = 24 if self.version >= SCOPES_ABI else 16 if self.version >= _NETWORK_ABI else 8
+        size = 24 if self.version >= SCOPES_ABI else 16 if self.version >= NETWORK_ABI else 8
         create_ruleset, self._add_rule = _calls()
         self.fd = create_ruleset(attributes[:size], size, 0)
 
@@ -156,6 +173,12 @@ class Ruleset:
             return False
         self.allow(fd, access)
         return True
+
+    def allow_port(self, port: int, access: int) -> None:
+        """Allow rights on a TCP port, of whatever address. Those that aren't handled are left out."""
+        access &= self.handled_network
+        if access:
+            self._add_rule(self.fd, _RULE_NET_PORT, struct.pack("=QQ", access, port), 0)
 
     def describe(self) -> str:
         """What it takes away, in a line: "Landlock ABI 7: files, TCP, signals, abstract UNIX sockets"."""
@@ -201,10 +224,35 @@ def host_read_only(
     return ruleset
 
 
+def of_paths(
+    readable: Iterable[int], writable: Iterable[int], *, network: int = 0, version: int | None = None
+) -> Ruleset:
+    """Readable and executable only what is beneath `readable` and `writable`, and the harmless devices.
+
+    readable, writable: file descriptors (O_PATH will do) of directories, files or devices. A device gets its controls
+    where it is in `writable` by itself. network, version: as for `Ruleset`. Raises KernelError.
+    """
+    ruleset = Ruleset(network=network, version=version)
+    try:
+        for path in _DEVICES:
+            ruleset.allow_path(path, _DEVICE & _ON_A_FILE)
+        for fds, access, device in ((readable, READ_ONLY, READ_FILE), (writable, WRITABLE_TREE, _DEVICE)):
+            for fd in fds:
+                mode = os.fstat(fd).st_mode
+                if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                    ruleset.allow(fd, device)
+                else:
+                    ruleset.allow(fd, access if stat.S_ISDIR(mode) else access & _ON_A_FILE)
+    except BaseException:
+        ruleset.close()
+        raise
+    return ruleset
+
+
 def describe(*, deny_network: bool) -> str:
     """`Ruleset.describe` of what `host_read_only` makes here."""
     version = abi()
-    return _describe(version, deny_network and version >= _NETWORK_ABI, version >= SCOPES_ABI)
+    return _describe(version, deny_network and version >= NETWORK_ABI, version >= SCOPES_ABI)
 
 
 def _describe(version: int, network: bool, scoped: bool) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "compile",
     "condensed",
     "exported",
+    "for_process",
     "kept",
     "library",
     "policy",
@@ -79,6 +80,7 @@ _MAGIC = b"RFBPF\0\0\5"
 _DIGEST_SIZE = 32
 
 _in_memory: dict[Policy, bytes] = {}
+_of_processes: dict[tuple[str, bool, bool, bool], Policy] = {}
 
 
 class Policy(Value):
@@ -86,14 +88,17 @@ class Policy(Value):
 
     allowed, denied: names of system calls; a name that this architecture or libseccomp doesn't know is left
     out, and so gets ENOSYS. families, pair_families: the address families of socket(2) and of socketpair(2)
-    that are allowed.
+    that are allowed. only_tcp: of sockets nothing but TCP's. shared_user: of a sandbox whose user has other
+    processes in its PID namespace, which it may not change.
     """
 
-    __slots__ = ("allowed", "denied", "families", "pair_families")
+    __slots__ = ("allowed", "denied", "families", "only_tcp", "pair_families", "shared_user")
     allowed: tuple[str, ...]
     denied: tuple[str, ...]
     families: tuple[int, ...]
     pair_families: tuple[int, ...]
+    only_tcp: bool
+    shared_user: bool
 
     def __init__(
         self,
@@ -102,8 +107,17 @@ class Policy(Value):
         denied: tuple[str, ...],
         families: tuple[int, ...],
         pair_families: tuple[int, ...],
+        only_tcp: bool = False,
+        shared_user: bool = False,
     ) -> None:
-        self._set(allowed=allowed, denied=denied, families=families, pair_families=pair_families)
+        self._set(
+            allowed=allowed,
+            denied=denied,
+            families=families,
+            pair_families=pair_families,
+            only_tcp=only_tcp,
+            shared_user=shared_user,
+        )
 
 
 # Objects of these outlive their processes, so without an IPC namespace one sandbox would leave them to the next.
@@ -151,6 +165,29 @@ def _with_capabilities(capabilities: Iterable[str], own_kernel: bool) -> Policy:
     )
 
 
+def for_process(network: str, *, tcp_only: bool, listen: bool, shared_user: bool) -> Policy:
+    """The default policy of a process sandbox.
+
+    network: "none" or "host". tcp_only: of the host's network only TCP, for Landlock to narrow. listen: whether it may
+    listen there. shared_user: as for `Policy`.
+    """
+    key = (network, tcp_only, listen, shared_user)
+    if key not in _of_processes:
+        _of_processes[key] = _for_process(*key)
+    return _of_processes[key]
+
+
+def _for_process(network: str, tcp_only: bool, listen: bool, shared_user: bool) -> Policy:
+    found = _NO_NETWORK if network == "none" else _HOST_NETWORK
+    if tcp_only:
+        found = found.replace(families=(_AF_INET, _AF_INET6), only_tcp=True)
+        if not listen:
+            # Not bind(2), which Landlock judges: a socket that was never bound listens at a port of the kernel's.
+            allowed = tuple(name for name in found.allowed if name != "listen")
+            found = found.replace(allowed=allowed, denied=(*found.denied, "listen"))
+    return found.replace(shared_user=True) if shared_user else found
+
+
 def cached(wanted: Policy) -> bytes:
     """The policy's program. Raises Unmet where it has to be compiled and libseccomp is missing."""
     program = _in_memory.get(wanted)
@@ -186,7 +223,9 @@ def available() -> tuple[bool, str]:
         return False, "this kernel's seccomp can't kill a process (it needs Linux 4.14)"
     try:
         size = len(cached(_NAMESPACED)) // bpf.INSTRUCTION.size
-        for other in (_HOST_NETWORK, _NO_NETWORK):
+        shared = os.geteuid() != 0  # the rarer ones are compiled when they are wanted
+        for network in ("host", "none"):
+            other = for_process(network, tcp_only=False, listen=True, shared_user=shared)
             path = _cache_path(_key(_text(other)))
             if path is None or not os.path.exists(path):
                 cached(other)
@@ -247,7 +286,14 @@ def _by_argument(wanted: Policy, number: Callable[[str], int]) -> dict[int, byte
         *((name, _no_set_id(mode, allow, deny)) for name, mode in _MODE_ARGUMENTS),
         *((name, _no_set_id(mode, allow, deny, flags)) for name, flags, mode in _OPEN_ARGUMENTS),
     )
-    judged = (one for one in checks if one[0] not in wanted.allowed)  # clone, where it may make namespaces
+    # clone is in the list where it may make namespaces.
+    judged = [one for one in checks if one[0] not in wanted.allowed]
+    if wanted.only_tcp or wanted.shared_user:
+        from ringfence.linux import _seccomp_host
+
+        # The later one of two for the same call counts, and is the stricter one.
+        judged += _seccomp_host.only_tcp(wanted.families) if wanted.only_tcp else ()
+        judged += _seccomp_host.on_others() if wanted.shared_user else ()
     return {number(name): b"".join(check) for name, check in judged if number(name) >= 0}
 
 
@@ -345,7 +391,8 @@ def exported(filter: Any) -> bytes:
 
 
 def _text(wanted: Policy) -> str:
-    return str((wanted.allowed, wanted.denied, wanted.families, wanted.pair_families))
+    flags = (wanted.only_tcp, wanted.shared_user)
+    return str((wanted.allowed, wanted.denied, wanted.families, wanted.pair_families, flags))
 
 
 def _key(text: str) -> bytes:

@@ -345,7 +345,11 @@ def _devices(devices: Iterable[Device | Path]) -> tuple[Device, ...]:
 def _paths(paths: Iterable[Path], what: str) -> tuple[bytes, ...]:
     if isinstance(paths, (str, bytes)) or not hasattr(paths, "__iter__"):
         raise SpecError(f"{what} must be a list of paths, not a {type(paths).__name__}")
-    return tuple(sorted({parse.absolute_path(path, what) for path in paths}))
+    found = tuple(sorted({parse.absolute_path(path, what) for path in paths}))
+    for path in found:
+        if not os.path.exists(path):
+            raise SpecError(f"{what}: {os.fsdecode(path)!r} doesn't exist")
+    return found
 
 
 def _namespaces(namespaces: Namespaces | Mapping[str, Any] | None) -> Namespaces:

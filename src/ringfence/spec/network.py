@@ -38,7 +38,8 @@ class Network(Value):
     allow: the only destinations that it may connect to; None is all of them. Each is "HOST:PORT", where HOST is a name
     ("example.com"), all names below one ("*.example.com"), an address ("192.0.2.7", "[2001:db8::7]"), a network
     ("192.0.2.0/24") or "*", and PORT a number or "*".
-    publish: {port of the host: port inside}, at 127.0.0.1 of the host; kept as sorted pairs.
+    publish: {port of the host: port inside}, at 127.0.0.1 of the host; kept as sorted pairs. A process, which has no
+    stack of its own, may with `allow` bind just these, the same on both sides, at any address.
     bandwidth: with nat, bytes a second ("10M") each way -> bandwidth_bytes_per_second; None is no limit.
 
     Raises SpecError.

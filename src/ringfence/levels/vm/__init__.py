@@ -12,7 +12,7 @@ import time
 
 from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unavailable, Unmet
 from ringfence.images import tree
-from ringfence.levels import capabilities, filter
+from ringfence.levels import capabilities, filter, reach
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
 from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
@@ -103,6 +103,7 @@ class VmLevel(Level):
                 rule=rule, reason="a guest's work directory is in its memory", help="use isolation='container'"
             )
         abilities["seccomp"] = filter.ability(host)
+        abilities.update(reach.elsewhere())
         abilities["disk"] = Ability(
             rule="disk", reason="no level limits the work directory's size yet", help="limit memory: it is in memory"
         )
