@@ -597,7 +597,8 @@ static int wait_and_serve(struct init *s) {
     if (wait[1].revents) {
         struct signalfd_siginfo info;
         while (read(s->signals, &info, sizeof info) == (ssize_t)sizeof info)
-            if (info.ssi_signo == SIGTERM) return -1;
+            /* In a namespace of our own the kernel ends us by SIGKILL: a SIGTERM is the workload's. */
+            if (info.ssi_signo == SIGTERM && s->where == RF_IN_PROCESS) return -1;
         reap_ready(s);
     }
     if (wait[2].revents && rf_sockets_serve(s->plan.sockets_fd) == 0) close_fd(&s->plan.sockets_fd);

@@ -418,6 +418,8 @@ int rf_launcher_main(int socket_fd, const struct rf_ids *ids) {
     s->next_network = -1;
     if (ids) s->ids = *ids;
     fcntl(socket_fd, F_SETFD, FD_CLOEXEC);
+    /* We were executed from a descriptor, whose number would be our name, and each init's. */
+    prctl(PR_SET_NAME, "ringfence-core", 0, 0, 0);
     syscall(SYS_close_range, (unsigned)socket_fd + 1, ~0U, 0); /* whatever Python's extensions left inheritable */
     /* Python ignores SIGPIPE and SIGXFSZ, and an ignored signal stays ignored over exec: undone once, for all that is
      * started from here. */

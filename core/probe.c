@@ -73,6 +73,8 @@ static const struct verb verbs[] = {
     {"try-userfaultfd", "— userfaultfd, user mode only", 0, 0, verb_try_userfaultfd},
     {"try-module", "— init_module with an empty image", 0, 0, verb_try_module},
     {"try-reboot", "— reboot(2) with a wrong magic number", 0, 0, verb_try_reboot},
+    {"escape", "NAME [ARGUMENT…] — one attempt to get out, by the names in probe_escape.c and probe_escape_kernel.c", 1, 4,
+     verb_escape},
     {"try-tiocsti", "— push input into a terminal of its own, from a bad address", 0, 0, verb_try_tiocsti},
 };
 

@@ -64,6 +64,9 @@ verb_fn verb_try_mount, verb_try_fsopen, verb_try_unshare, verb_try_setns, verb_
 verb_fn verb_try_sethostname, verb_try_settime, verb_try_setuid, verb_try_keyctl, verb_try_shm, verb_try_bpf, verb_try_perf;
 verb_fn verb_try_io_uring, verb_try_userfaultfd, verb_try_module, verb_try_reboot, verb_try_tiocsti;
 
+/* probe_escape.c and probe_escape_kernel.c: attempts to get out, or to change what is outside, by name */
+verb_fn verb_escape;
+
 /* probe_facts.c */
 verb_fn verb_facts;
 

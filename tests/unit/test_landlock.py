@@ -94,7 +94,7 @@ DENIED = {
     "remove outside": "EACCES",
     "mkdir outside": "EACCES",
     "symlink outside": "EACCES",
-    "device ioctl": "EACCES",
+    "device ioctl": "EACCES",  # already at its opening
     "tcp connect": "EACCES",
     "tcp bind": "EACCES",
     "signal outside": "EPERM",
@@ -105,7 +105,6 @@ SINCE = {
     "truncate outside": 3,
     "tcp connect": 4,
     "tcp bind": 4,
-    "device ioctl": 5,
     "signal outside": 6,
     "abstract socket": 6,
 }

@@ -46,10 +46,14 @@ _START_LIMIT_NS = 30_000_000_000
 _END_LIMIT_MS = 10_000
 
 _INFINITY = 2**64 - 1
+# Leave to be more urgent than others, which a workload doesn't inherit where its caller has it.
+_PRIORITIES = (resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
 _RLIMIT_NAMES = {
     resource.RLIMIT_CORE: "rlimit core",
     resource.RLIMIT_CPU: "rlimit cpu",
     resource.RLIMIT_NPROC: "rlimit nproc",
+    resource.RLIMIT_NICE: "rlimit nice",
+    resource.RLIMIT_RTPRIO: "rlimit rtprio",
 }
 
 
@@ -173,6 +177,9 @@ class LocalSandbox(Sandbox):
             _, hard = resource.getrlimit(which)
             value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
             plan.rlimit(which, value, value)
+        for which in _PRIORITIES:
+            if resource.getrlimit(which)[1] != 0:
+                plan.rlimit(which, 0, 0)
         if self.cgroup is not None:
             for fd in self.cgroup.join_fds():
                 plan.cgroup(fd)

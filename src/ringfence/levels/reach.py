@@ -248,21 +248,21 @@ def ruleset(spec: Spec, host: Host, workdir: int) -> Ruleset:
     """
     opened: list[int] = []
     try:
-        readable: list[int] = []
+        readable: list[int] | None = None if spec.readable is None else []
         writable = [workdir]
         changed: list[Unmet] = []
         for rule, path in _asked(spec):
             fd = _open(rule, path)
             opened.append(fd)
             changed += _access(spec, host, rule, path, fd)
-            (readable if rule == "readable" else writable).append(fd)
+            if rule != "readable":
+                writable.append(fd)
+            elif readable is not None:
+                readable.append(fd)
         if changed:
             raise CannotEnforce("process", changed)
-        if spec.readable is None:
-            opened.append(_open("readable", b"/"))
-            readable.append(opened[-1])
-        else:
-            for mount in spec.mounts:
+        for mount in spec.mounts:
+            if readable is not None:
                 opened.append(_open("mounts", mount.source))
                 readable.append(opened[-1])
         made = landlock.of_paths(readable, writable, network=_handled(spec), version=host.landlock_abi)

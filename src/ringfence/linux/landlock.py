@@ -72,6 +72,8 @@ _DEVICE = READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV
 # (EINVAL).
 _ON_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 
+# What is readable of the host: all but its devices. A terminal or a camera of the caller's could be listened to.
+_TOP_EXCEPT = (b"dev",)
 _DEVICES = (b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/random", b"/dev/urandom", b"/dev/tty")
 
 # From which ABI on each is handled, and what a sandbox can still do below it.
@@ -91,7 +93,8 @@ _RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 
 _known_abi: int | None = None
 _known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
-_known_paths: dict[bytes, int] = {}
+_known_paths: dict[bytes, tuple[int, bool]] = {}
+_top: list[bytes] | None = None
 
 
 def abi() -> int:
@@ -168,10 +171,11 @@ class Ruleset:
 
         The path is opened once in the life of this process and kept, so it is for paths that don't change.
         """
-        fd = _known_path(path)
-        if fd is None:
+        found = _known_path(path)
+        if found is None:
             return False
-        self.allow(fd, access)
+        fd, is_directory = found
+        self.allow(fd, access if is_directory else access & _ON_A_FILE)
         return True
 
     def allow_port(self, port: int, access: int) -> None:
@@ -205,7 +209,7 @@ class Ruleset:
 def host_read_only(
     writable: Iterable[int], *, deny_network: bool, scope: bool = True, version: int | None = None
 ) -> Ruleset:
-    """All of the host readable and executable; writable only what is beneath the given directories.
+    """All of the host but its devices readable and executable; writable only what is beneath the given directories.
 
     writable: file descriptors of directories. deny_network, scope, version: as for `Ruleset`.
     The harmless devices (null, zero, full, random, urandom, tty) can be written and controlled. What the
@@ -213,9 +217,8 @@ def host_read_only(
     """
     ruleset = Ruleset(deny_network=deny_network, scope=scope, version=version)
     try:
-        ruleset.allow_path(b"/", READ_ONLY)
-        for path in _DEVICES:
-            ruleset.allow_path(path, _DEVICE & _ON_A_FILE)
+        _allow_host(ruleset)
+        _allow_devices(ruleset)
         for fd in writable:
             ruleset.allow(fd, WRITABLE_TREE)
     except BaseException:
@@ -225,18 +228,20 @@ def host_read_only(
 
 
 def of_paths(
-    readable: Iterable[int], writable: Iterable[int], *, network: int = 0, version: int | None = None
+    readable: Iterable[int] | None, writable: Iterable[int], *, network: int = 0, version: int | None = None
 ) -> Ruleset:
-    """Readable and executable only what is beneath `readable` and `writable`, and the harmless devices.
+    """Readable and executable only what is beneath `readable` and `writable`, and the harmless devices. readable: None
+    is what it is for `host_read_only`.
 
     readable, writable: file descriptors (O_PATH will do) of directories, files or devices. A device gets its controls
     where it is in `writable` by itself. network, version: as for `Ruleset`. Raises KernelError.
     """
     ruleset = Ruleset(network=network, version=version)
     try:
-        for path in _DEVICES:
-            ruleset.allow_path(path, _DEVICE & _ON_A_FILE)
-        for fds, access, device in ((readable, READ_ONLY, READ_FILE), (writable, WRITABLE_TREE, _DEVICE)):
+        _allow_devices(ruleset)
+        if readable is None:
+            _allow_host(ruleset)
+        for fds, access, device in ((readable or (), READ_ONLY, READ_FILE), (writable, WRITABLE_TREE, _DEVICE)):
             for fd in fds:
                 mode = os.fstat(fd).st_mode
                 if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
@@ -247,6 +252,23 @@ def of_paths(
         ruleset.close()
         raise
     return ruleset
+
+
+def _allow_host(ruleset: Ruleset) -> None:
+    """Rules only ever add rights, so what isn't to be had is left out: the top's entries are named one by one."""
+    global _top
+    if _top is None:
+        found = (b"/" + name for name in os.listdir(b"/") if name not in _TOP_EXCEPT)
+        _top = [path for path in found if not os.path.islink(path)]
+    ruleset.allow_path(b"/", READ_DIR)
+    for path in _top:
+        ruleset.allow_path(path, READ_ONLY)
+    ruleset.allow_path(b"/dev/shm", READ_ONLY)
+
+
+def _allow_devices(ruleset: Ruleset) -> None:
+    for path in _DEVICES:
+        ruleset.allow_path(path, _DEVICE)
 
 
 def describe(*, deny_network: bool) -> str:
@@ -273,12 +295,14 @@ def _files(version: int) -> int:
     return rights
 
 
-def _known_path(path: bytes) -> int | None:
+def _known_path(path: bytes) -> tuple[int, bool] | None:
+    """A descriptor of it, and whether it is a directory."""
     if path not in _known_paths:
         try:
-            _known_paths[path] = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return None  # it isn't there, or isn't ours to see
+        _known_paths[path] = (fd, stat.S_ISDIR(os.fstat(fd).st_mode))
     return _known_paths[path]
 
 

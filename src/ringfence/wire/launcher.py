@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _socket as socket  # as in channel.py
 import atexit
+import errno
 import os
 import threading
 
@@ -22,7 +23,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["OWN_CGROUP", "OWN_HELD", "OWN_LEAF", "OWN_TREE", "Launcher", "core_path", "launcher", "probe_path"]
+__all__ = [
+    "OWN_CGROUP",
+    "OWN_HELD",
+    "OWN_LEAF",
+    "OWN_TREE",
+    "Launcher",
+    "core_path",
+    "launcher",
+    "probe_path",
+    "sealed_core",
+]
 
 OWN_TREE, OWN_CGROUP, OWN_HELD, OWN_LEAF = 1, 2, 3, 4
 # How long this process waits at its own end for the launcher to have cleaned up.
@@ -37,6 +48,53 @@ def core_path() -> str:
 def probe_path() -> str:
     """Where the static probe workload is: in the package."""
     return _binary("ringfence-probe")
+
+
+# linux/memfd.h, linux/fcntl.h.
+_MFD_EXEC = 0x10
+_ALL_SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW and WRITE
+
+
+def sealed_core() -> int:
+    """A descriptor of a copy of the static helper in memory that nobody can change. The caller closes it.
+
+    The launcher and every init execute this copy: through /proc/PID/exe, and through a script whose interpreter is
+    /proc/self/exe, a workload gets hold of the file that init executes, and where it is the caller's own user it could
+    otherwise write to that file once nobody executes it (CVE-2019-5736; as runc does since).
+
+    Raises Unavailable where the kernel lets no memfd be executed.
+    """
+    import fcntl
+
+    source = os.open(core_path(), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        try:
+            copy = os.memfd_create("ringfence-core", flags | _MFD_EXEC)
+        except OSError as error:
+            if error.errno == errno.EACCES:
+                reason = "the sysctl vm.memfd_noexec is 2: no program can be executed from memory"
+                raise Unavailable("every", reason, "set it to 0 or 1") from None
+            if error.errno != errno.EINVAL:
+                raise
+            copy = os.memfd_create("ringfence-core", flags)  # before Linux 6.3 all of them can be executed
+        try:
+            # Above those that the launcher gets as 0 to 3.
+            high = fcntl.fcntl(copy, fcntl.F_DUPFD_CLOEXEC, 16)
+        finally:
+            os.close(copy)
+        try:
+            left = os.fstat(source).st_size
+            while left > 0 and (sent := os.sendfile(high, source, None, left)):
+                left -= sent
+            os.fchmod(high, 0o555)
+            fcntl.fcntl(high, fcntl.F_ADD_SEALS, _ALL_SEALS)
+        except BaseException:
+            os.close(high)
+            raise
+        return high
+    finally:
+        os.close(source)
 
 
 def _binary(name: str) -> str:
@@ -56,8 +114,13 @@ class Launcher:
         try:
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             try:
+                program = sealed_core()
+            except BaseException:
+                os.close(null)
+                raise
+            try:
                 self.pid = os.posix_spawn(
-                    core_path(),
+                    f"/proc/self/fd/{program}",
                     ["ringfence-core", "launcher", *_ids(self.own_mounts)],
                     {},
                     file_actions=[(os.POSIX_SPAWN_DUP2, null, fd) for fd in (0, 1, 2)]
@@ -65,6 +128,7 @@ class Launcher:
                     setsid=True,
                 )
             finally:
+                os.close(program)
                 os.close(null)
         except BaseException:
             ours.close()
