@@ -49,6 +49,7 @@ struct init {
     struct rf_prefork prefork;
     struct rf_listen listen;
     struct rf_transfer transfer;
+    struct rf_layer layer;
     struct command commands[COMMANDS_MAX];
     uint8_t plan_payload[RF_PAYLOAD_MAX];
     uint8_t in[sizeof(struct rf_header) + RF_PAYLOAD_MAX];
@@ -263,6 +264,7 @@ static void finish_commands(struct init *s) {
         for (int o = 0; o < 2; o++)
             for (size_t left = PIPE_BYTES; c->out[o] >= 0 && left && pump_output(s, c, o);) left -= left < RF_CHUNK ? left : RF_CHUNK;
         if (s->plan.listen) rf_listen_report(&s->listen, &s->channel, c->id);
+        rf_layer_end(&s->layer, &s->channel, c->id);
         send_exited(s, c);
         if (c->once && s->where != RF_IN_GUEST) s->leaving = true;
         close_command(c);
@@ -420,6 +422,15 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     return 0;
 }
 
+/* The sizes of those file systems that the plan asks about, before the command can be in them. */
+static int tell_sizes(struct init *s, int root, struct rf_error *e) {
+    bool asked = s->layer.fd >= 0;
+    for (unsigned i = 0; i < s->plan.nmounts; i++) asked |= s->plan.mounts[i].flags & RF_M_TOLD;
+    if (!asked) return 0;
+    announce(s);
+    return rf_layer_sizes(&s->layer, s->plan.mounts, s->plan.nmounts, root, &s->channel, e);
+}
+
 static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     if (s->planned) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a second one");
     memcpy(s->plan_payload, f->payload, f->length);
@@ -442,8 +453,12 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     if (p->loopback && !s->launch.network_ready && rf_loopback_up(e) < 0) return -1;
     if (take_ids(s, e) < 0) return -1;
     if (p->flags & RF_P_ENTER) {
-        int root = rf_tree_build(p->mounts, p->nmounts, s->where == RF_IN_GUEST ? "/new" : "/proc", "mode=0755", e);
+        s->layer.uid = p->uid;
+        s->layer.gid = p->gid;
+        s->layer.user_namespace = s->where != RF_IN_GUEST;
+        int root = rf_tree_build(p->mounts, p->nmounts, s->where == RF_IN_GUEST ? "/new" : "/proc", "mode=0755", &s->layer, e);
         if (root < 0) return -1;
+        if (tell_sizes(s, root, e) < 0) return -1;
         int r = s->where == RF_IN_GUEST ? rf_tree_switch(root, e) : rf_tree_enter(root, e);
         close(root);
         if (r < 0) return -1;
@@ -503,6 +518,7 @@ static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     case RF_SIGNAL: signal_command(s, f); return 0;
     case RF_KILL: end_for(s, REASON_KILLED); return 0;
     case RF_SHUTDOWN: s->leaving = true; return 0;
+    case RF_CHANGES: rf_layer_end(&s->layer, &s->channel, f->id); return rf_channel_send(&s->channel, RF_DONE, f->id, NULL, 0);
     case RF_PUT:
     case RF_DATA:
     case RF_LIST:
@@ -611,8 +627,7 @@ int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l,
     struct init *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (s == MAP_FAILED) return 1;
     s->where = where;
-    s->cgroup_dir = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = -1;
-    s->cgroup_dir = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = -1;
+    s->cgroup_dir = s->layer.fd = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = -1;
     s->go = go;
     if (l) s->launch = *l;
     s->channel.fd = channel_fd;

@@ -58,7 +58,7 @@ static int own_mount_namespace(struct launcher *s, struct rf_error *e) {
     if (s->host_mounts < 0 || s->host_root < 0 || s->host_network < 0) return rf_fail(e, "launcher", "open", "the host's namespaces");
     if (unshare(CLONE_NEWNS) < 0) return rf_fail(e, "launcher", "unshare", "CLONE_NEWNS");
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) return rf_fail(e, "launcher", "mount", "MS_PRIVATE");
-    int root = rf_tree_build(steps, RF_LEN(steps), "/proc", "mode=0755", e);
+    int root = rf_tree_build(steps, RF_LEN(steps), "/proc", "mode=0755", NULL, e);
     if (root < 0 || rf_tree_enter(root, e) < 0) return -1;
     close(root);
     s->own_mounts = true;
@@ -248,7 +248,7 @@ static int template(struct launcher *s, const struct rf_frame *f, struct rf_erro
     char at[300];
     snprintf(at, sizeof at, "/t/%s", name);
     if (mkdir(at, 0755) < 0 && errno != EEXIST) return rf_fail(e, "template", "mkdir", at);
-    int root = rf_tree_build(steps, n, at, "mode=0755", e);
+    int root = rf_tree_build(steps, n, at, "mode=0755", NULL, e);
     if (root < 0) return -1;
     close(root);
     return 0;

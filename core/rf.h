@@ -47,9 +47,9 @@ int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *cal
 enum rf_type {
     RF_LAUNCH = 1, RF_TEMPLATE = 2, RF_OWN = 3, RF_USERNS = 4,
     RF_PLAN = 16, RF_EXEC = 17, RF_STDIN = 18, RF_SIGNAL = 19, RF_KILL = 20, RF_PUT = 21, RF_DATA = 22, RF_LIST = 23,
-    RF_READ = 24, RF_SHUTDOWN = 25,
+    RF_READ = 24, RF_SHUTDOWN = 25, RF_CHANGES = 30,
     RF_LAUNCHED = 32, RF_READY = 33, RF_STARTED = 34, RF_ERROR = 35, RF_STDOUT = 36, RF_STDERR = 37, RF_EXITED = 38,
-    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41, RF_LISTENER = 42,
+    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41, RF_LISTENER = 42, RF_SIZES = 43, RF_LAYER_END = 44,
 };
 
 struct rf_header {
@@ -120,10 +120,10 @@ int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, s
 #define RF_CGROUPS_MAX 8
 #define RF_BPF_MAX 4096 /* the kernel's BPF_MAXINSNS */
 
-enum rf_mount_kind { RF_DIR = 1, RF_SYMLINK, RF_FILE, RF_BIND, RF_FS, RF_MASK, RF_READONLY };
+enum rf_mount_kind { RF_DIR = 1, RF_SYMLINK, RF_FILE, RF_BIND, RF_FS, RF_MASK, RF_READONLY, RF_LAYER, RF_OVERLAY, RF_PLACE };
 enum {
     RF_M_RDONLY = 1, RF_M_NOSUID = 2, RF_M_NODEV = 4, RF_M_NOEXEC = 8, RF_M_ATTRS = 15,
-    RF_M_RECURSIVE = 0x100, RF_M_OPTIONAL = 0x200, RF_M_INSIDE = 0x400,
+    RF_M_RECURSIVE = 0x100, RF_M_OPTIONAL = 0x200, RF_M_INSIDE = 0x400, RF_M_TOLD = 0x800, RF_M_NOFOLLOW = 0x1000,
 };
 enum { RF_P_CGROUP_NS = 1, RF_P_ENTER = 2, RF_P_NO_NEW_PRIVS = 4, RF_P_ALL = 7 };
 
@@ -206,13 +206,54 @@ int rf_launch_parse(const uint8_t *payload, size_t n, const int *fds, unsigned n
 
 /* ---- rootfs.c: the file tree --------------------------------------------------------------------------------- */
 
+struct rf_layer;
+
 /* Makes a tmpfs, runs the steps in it, and returns a descriptor of its root; -1 on error. Must be called in a mount
- * namespace of our own. `at` is an existing directory to hang it on. */
-int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const char *options, struct rf_error *e);
+ * namespace of our own. `at` is an existing directory to hang it on. `layer`: or NULL, where no step may ask for one. */
+int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const char *options, struct rf_layer *layer, struct rf_error *e);
 /* Makes the tree at `root` this process's root and lets go of everything else. */
 int rf_tree_enter(int root, struct rf_error *e);
 /* The same where pivot_root can't work: PID 1 on the initramfs. */
 int rf_tree_switch(int root, struct rf_error *e);
+
+/* What the steps are made of. Each gives a descriptor, or 0; -1 with errno set, but for rf_mount_new, which fills `e`. */
+int rf_open_in(int root, const char *path, int flags);
+int rf_mount_new(const char *fstype, const char *source, const char *options, uint16_t flags, struct rf_error *e);
+int rf_mount_clone(int dir, const char *path, uint16_t flags);
+int rf_mount_private(int mount, bool recursive);
+int rf_mount_set(int mount, uint16_t flags);
+int rf_mount_attach(int mount, int target);
+int rf_mount_mask(int root, const char *target, struct rf_error *e);
+
+/* ---- layer.c: what of a sandbox's root can be written to, and what became of it -------------------------------- */
+
+#define RF_OVERLAYS_MAX 64
+
+struct rf_overlay { int upper, lower; const char *target; };
+
+/* One file system, or directory, that holds all that a workload may write to in its root and in its work directory. */
+struct rf_layer {
+    int fd;               /* its directory, or -1 */
+    uint32_t uid, gid;    /* whose the directories of PLACE steps are */
+    bool user_namespace;  /* overlays are made in one: their marks are user.*, as trusted.* are real root's alone */
+    struct rf_overlay overlays[RF_OVERLAYS_MAX];
+    unsigned noverlays, nplaces;
+};
+
+/* Takes a LAYER step's file system, hangs it on `at`, and makes its directories. `mount` is given up. */
+int rf_layer_open(struct rf_layer *l, const struct rf_mount *m, int mount, const char *at, struct rf_error *e);
+/* A directory of the layer to hang the root on. */
+int rf_layer_hang(const struct rf_layer *l, struct rf_error *e);
+/* An overlay with `lower`, a detached mount or one below the layer's root, as its lower layer; a detached mount. */
+int rf_layer_overlay(struct rf_layer *l, int lower, const char *target, struct rf_error *e);
+/* Masks what of the lower layer of the last overlay, below its folder `below`, isn't open to everybody. */
+int rf_layer_hide_private(const struct rf_layer *l, int root, const char *below, struct rf_error *e);
+/* The directory `source` of the layer, made for the command's user; a detached mount. */
+int rf_layer_place(struct rf_layer *l, const struct rf_mount *m, struct rf_error *e);
+/* SIZES: of each file system whose step has RF_M_TOLD, as the kernel tells it; with the layer's directory. */
+int rf_layer_sizes(const struct rf_layer *l, const struct rf_mount *m, unsigned n, int root, struct rf_channel *ch, struct rf_error *e);
+/* LAYER_END: how full it is, and what the overlays' upper layers say was changed. */
+void rf_layer_end(const struct rf_layer *l, struct rf_channel *ch, uint32_t id);
 
 /* ---- listen.c: a guest's own answers for what its filter denies ------------------------------------------------ */
 

@@ -21,7 +21,7 @@
 
 static int fail(struct rf_error *e, const char *call, const char *detail) { return rf_fail(e, "mounts", call, detail); }
 
-static int open_in(int root, const char *path, int flags) {
+int rf_open_in(int root, const char *path, int flags) {
     struct open_how how = {.flags = (uint32_t)(flags | O_CLOEXEC), .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
     return (int)syscall(SYS_openat2, root, path, &how, sizeof how);
 }
@@ -32,16 +32,18 @@ static int attributes(int fd, const struct mount_attr *attr, bool recursive) {
 }
 
 /* A clone of a shared mount is its peer: what is then mounted below would appear on the host too. Never that. */
-static int make_private(int fd, bool recursive) {
+int rf_mount_private(int fd, bool recursive) {
     struct mount_attr attr = {.propagation = RF_MS_PRIVATE};
     return attributes(fd, &attr, recursive);
 }
 
 /* A detached, private copy of the mount at a path. */
-static int clone_tree(int dir, const char *path, bool recursive) {
-    unsigned flags = OPEN_TREE_CLONE | O_CLOEXEC | (path[0] ? 0 : AT_EMPTY_PATH) | (recursive ? RF_AT_RECURSIVE : 0);
+int rf_mount_clone(int dir, const char *path, uint16_t how) {
+    bool recursive = how & RF_M_RECURSIVE;
+    unsigned flags = OPEN_TREE_CLONE | O_CLOEXEC | (path[0] ? 0 : AT_EMPTY_PATH) | (recursive ? RF_AT_RECURSIVE : 0) |
+                     ((how & RF_M_NOFOLLOW) ? AT_SYMLINK_NOFOLLOW : 0);
     int fd = (int)syscall(SYS_open_tree, dir, path, flags);
-    if (fd < 0 || make_private(fd, recursive) == 0) return fd;
+    if (fd < 0 || rf_mount_private(fd, recursive) == 0) return fd;
     int err = errno;
     close(fd);
     errno = err;
@@ -49,12 +51,12 @@ static int clone_tree(int dir, const char *path, bool recursive) {
 }
 
 /* The flags that we hand in have the values of MOUNT_ATTR_RDONLY, NOSUID, NODEV and NOEXEC. */
-static int set_attributes(int fd, uint16_t flags) {
+int rf_mount_set(int fd, uint16_t flags) {
     struct mount_attr attr = {.attr_set = flags & RF_M_ATTRS};
     return attr.attr_set ? attributes(fd, &attr, flags & RF_M_RECURSIVE) : 0;
 }
 
-static int attach(int mount, int target) {
+int rf_mount_attach(int mount, int target) {
     return (int)syscall(SYS_move_mount, mount, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
 }
 
@@ -77,7 +79,7 @@ static int configure(int fs, const char *options) {
 }
 
 /* A new, detached mount of a file system. */
-static int new_mount(const char *fstype, const char *source, const char *options, uint16_t flags, struct rf_error *e) {
+int rf_mount_new(const char *fstype, const char *source, const char *options, uint16_t flags, struct rf_error *e) {
     int fs = (int)syscall(SYS_fsopen, fstype, FSOPEN_CLOEXEC);
     if (fs < 0) return fail(e, "fsopen", fstype);
     int mount = -1;
@@ -101,7 +103,7 @@ static int open_parent(int root, const char *path, const char **name) {
     *name = slash ? slash + 1 : path;
     memcpy(dir, path, n);
     dir[n] = 0;
-    return open_in(root, n ? dir : "/", O_PATH | O_DIRECTORY);
+    return rf_open_in(root, n ? dir : "/", O_PATH | O_DIRECTORY);
 }
 
 static int make_entry(int root, const struct rf_mount *m, struct rf_error *e) {
@@ -129,33 +131,32 @@ static int make_entry(int root, const struct rf_mount *m, struct rf_error *e) {
 
 /* A clone of what an earlier step has put into the tree. */
 static int clone_inside(int root, const struct rf_mount *m, struct rf_error *e) {
-    int source = open_in(root, m->source, O_PATH);
-    int copy = source < 0 ? -1 : clone_tree(source, "", m->flags & RF_M_RECURSIVE);
+    int source = rf_open_in(root, m->source, O_PATH);
+    int copy = source < 0 ? -1 : rf_mount_clone(source, "", m->flags);
     if (copy < 0) fail(e, source < 0 ? "openat2" : "open_tree", m->source);
     if (source >= 0) close(source);
     return copy;
 }
 
-static int bind(int root, const struct rf_mount *m, struct rf_error *e) {
-    int mount = (m->flags & RF_M_INSIDE) ? clone_inside(root, m, e) : m->fd;
-    if (mount < 0) return (m->flags & RF_M_INSIDE) ? -1 : 0; /* 0: optional, and not there */
-    int target = open_in(root, m->target, O_PATH);
+/* Puts a detached mount, which is given up, in its place. */
+static int bind(int root, const struct rf_mount *m, int mount, struct rf_error *e) {
+    int target = rf_open_in(root, m->target, O_PATH);
     int r = 0;
     if (target < 0) r = fail(e, "openat2", m->target);
-    else if (make_private(mount, m->flags & RF_M_RECURSIVE) < 0) r = fail(e, "mount_setattr private", m->target); /* one from Python */
-    else if (set_attributes(mount, m->flags) < 0) r = fail(e, "mount_setattr", m->target);
-    else if (attach(mount, target) < 0) r = fail(e, "move_mount", m->target);
+    else if (rf_mount_private(mount, m->flags & RF_M_RECURSIVE) < 0) r = fail(e, "mount_setattr private", m->target); /* one from Python */
+    else if (rf_mount_set(mount, m->flags) < 0) r = fail(e, "mount_setattr", m->target);
+    else if (rf_mount_attach(mount, target) < 0) r = fail(e, "move_mount", m->target);
     if (target >= 0) close(target);
     close(mount);
     return r;
 }
 
 static int mount_fs(int root, const struct rf_mount *m, struct rf_error *e) {
-    int target = open_in(root, m->target, O_PATH | O_DIRECTORY);
+    int target = rf_open_in(root, m->target, O_PATH | O_DIRECTORY);
     if (target < 0) return fail(e, "openat2", m->target);
-    int r = -1, mount = new_mount(m->fstype, m->source, m->data, m->flags, e);
+    int r = -1, mount = rf_mount_new(m->fstype, m->source, m->data, m->flags, e);
     if (mount >= 0) {
-        r = attach(mount, target) < 0 ? fail(e, "move_mount", m->target) : 0;
+        r = rf_mount_attach(mount, target) < 0 ? fail(e, "move_mount", m->target) : 0;
         close(mount);
     }
     close(target);
@@ -163,21 +164,21 @@ static int mount_fs(int root, const struct rf_mount *m, struct rf_error *e) {
 }
 
 /* Hides a path: /dev/null over a file, an empty read-only directory over a directory (as OCI's maskedPaths). */
-static int mask(int root, const struct rf_mount *m, struct rf_error *e) {
-    int target = open_in(root, m->target, O_PATH);
-    if (target < 0) return errno == ENOENT || errno == ENOTDIR ? 0 : fail(e, "openat2", m->target);
+int rf_mount_mask(int root, const char *path, struct rf_error *e) {
+    int target = rf_open_in(root, path, O_PATH);
+    if (target < 0) return errno == ENOENT || errno == ENOTDIR ? 0 : fail(e, "openat2", path);
     struct stat st;
     int mount = -1, r = -1;
-    if (fstat(target, &st) < 0) fail(e, "fstat", m->target);
-    else if (S_ISDIR(st.st_mode)) mount = new_mount("tmpfs", "", "size=4k,nr_inodes=2,mode=0555", RF_M_ATTRS, e);
+    if (fstat(target, &st) < 0) fail(e, "fstat", path);
+    else if (S_ISDIR(st.st_mode)) mount = rf_mount_new("tmpfs", "", "size=4k,nr_inodes=2,mode=0555", RF_M_ATTRS, e);
     else {
-        int null = open_in(root, "/dev/null", O_PATH);
-        mount = null < 0 ? -1 : clone_tree(null, "", false);
+        int null = rf_open_in(root, "/dev/null", O_PATH);
+        mount = null < 0 ? -1 : rf_mount_clone(null, "", 0);
         if (mount < 0) fail(e, "open_tree", "/dev/null");
         if (null >= 0) close(null);
     }
     if (mount >= 0) {
-        r = attach(mount, target) < 0 ? fail(e, "move_mount", m->target) : 0;
+        r = rf_mount_attach(mount, target) < 0 ? fail(e, "move_mount", path) : 0;
         close(mount);
     }
     close(target);
@@ -185,62 +186,103 @@ static int mask(int root, const struct rf_mount *m, struct rf_error *e) {
 }
 
 static int make_readonly(int root, const struct rf_mount *m, struct rf_error *e) {
-    if (strcmp(m->target, "/") == 0) return set_attributes(root, RF_M_RDONLY) < 0 ? fail(e, "mount_setattr", "/") : 0;
-    int target = open_in(root, m->target, O_PATH);
+    if (strcmp(m->target, "/") == 0) return rf_mount_set(root, RF_M_RDONLY) < 0 ? fail(e, "mount_setattr", "/") : 0;
+    int target = rf_open_in(root, m->target, O_PATH);
     if (target < 0) return errno == ENOENT || errno == ENOTDIR ? 0 : fail(e, "openat2", m->target);
-    int r = -1, copy = clone_tree(target, "", true);
+    int r = -1, copy = rf_mount_clone(target, "", RF_M_RECURSIVE);
     if (copy < 0) fail(e, "open_tree", m->target);
-    else if (set_attributes(copy, RF_M_RDONLY | RF_M_RECURSIVE) < 0) fail(e, "mount_setattr", m->target);
-    else r = attach(copy, target) < 0 ? fail(e, "move_mount", m->target) : 0;
+    else if (rf_mount_set(copy, RF_M_RDONLY | RF_M_RECURSIVE) < 0) fail(e, "mount_setattr", m->target);
+    else r = rf_mount_attach(copy, target) < 0 ? fail(e, "move_mount", m->target) : 0;
     if (copy >= 0) close(copy);
     close(target);
     return r;
 }
 
-static int step(int root, const struct rf_mount *m, struct rf_error *e) {
+static int bind_step(int root, const struct rf_mount *m, struct rf_error *e) {
+    bool inside = m->flags & RF_M_INSIDE;
+    int mount = inside ? clone_inside(root, m, e) : m->fd;
+    if (mount < 0) return inside ? -1 : 0; /* 0: optional, and not there */
+    return bind(root, m, mount, e);
+}
+
+/* With the target "/" what was made until now is the lower layer of the root that there is from here on. */
+static int overlay_step(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e) {
+    if (!l || l->fd < 0) return rf_fail_errno(e, EPROTO, "layer", "overlay", "without a layer");
+    bool whole = strcmp(m->target, "/") == 0;
+    int lower = whole ? *root : (m->flags & RF_M_INSIDE) ? clone_inside(*root, m, e) : m->fd;
+    if (lower < 0) return e->err ? -1 : rf_fail_errno(e, ENOENT, "layer", "open_tree", m->target);
+    if (!whole && rf_mount_private(lower, true) < 0) return fail(e, "mount_setattr private", m->target);
+    if (!whole && rf_mount_set(lower, RF_M_RDONLY | RF_M_NOSUID | RF_M_NODEV | RF_M_RECURSIVE) < 0) return fail(e, "mount_setattr", m->target);
+    int mount = rf_layer_overlay(l, lower, m->target, e);
+    if (mount < 0) return -1;
+    close(lower);
+    if (!whole) {
+        if (bind(*root, m, mount, e) < 0) return -1;
+        return m->data[0] ? rf_layer_hide_private(l, *root, m->data, e) : 0;
+    }
+    int hang = rf_layer_hang(l, e);
+    int r = hang < 0 ? -1 : rf_mount_attach(mount, hang) < 0 ? fail(e, "move_mount", "/") : 0;
+    if (hang >= 0) close(hang);
+    *root = mount;
+    return r;
+}
+
+static int place_step(int root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e) {
+    if (!l || l->fd < 0) return rf_fail_errno(e, EPROTO, "layer", "place", "without a layer");
+    int mount = rf_layer_place(l, m, e);
+    return mount < 0 ? -1 : bind(root, m, mount, e);
+}
+
+static int step(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e) {
     switch (m->kind) {
     case RF_DIR:
     case RF_SYMLINK:
-    case RF_FILE: return make_entry(root, m, e);
-    case RF_BIND: return bind(root, m, e);
-    case RF_FS: return mount_fs(root, m, e);
-    case RF_MASK: return mask(root, m, e);
-    default: return make_readonly(root, m, e);
+    case RF_FILE: return make_entry(*root, m, e);
+    case RF_BIND: return bind_step(*root, m, e);
+    case RF_FS: return mount_fs(*root, m, e);
+    case RF_MASK: return rf_mount_mask(*root, m->target, e);
+    case RF_READONLY: return make_readonly(*root, m, e);
+    case RF_OVERLAY: return overlay_step(root, m, l, e);
+    case RF_PLACE: return place_step(*root, m, l, e);
+    default: return rf_fail_errno(e, EPROTO, "layer", "step", "a layer comes first");
     }
 }
 
 /* A detached clone of what a BIND step names by path; -1 with errno ENOENT tolerated where the step is optional. */
 static int open_source(struct rf_mount *m, struct rf_error *e) {
-    if (m->kind != RF_BIND || m->fd >= 0 || (m->flags & RF_M_INSIDE)) return 0;
-    m->fd = clone_tree(AT_FDCWD, m->source, m->flags & RF_M_RECURSIVE);
+    if ((m->kind != RF_BIND && m->kind != RF_LAYER && m->kind != RF_OVERLAY) || m->fd >= 0 || !m->source[0] || (m->flags & RF_M_INSIDE)) return 0;
+    m->fd = rf_mount_clone(AT_FDCWD, m->source, m->flags);
     if (m->fd >= 0 || ((m->flags & RF_M_OPTIONAL) && errno == ENOENT)) return 0;
     return fail(e, "open_tree", m->source);
 }
 
-int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const char *options, struct rf_error *e) {
+/* The root as a tmpfs, or as a clone of a ready tree where the first step is a BIND on "/"; attached nowhere yet. */
+static int new_root(const struct rf_mount *first, const char *options, struct rf_error *e) {
+    if (!first) return rf_mount_new("tmpfs", "", options, RF_M_NOSUID | RF_M_NODEV, e);
+    int root = first->fd;
+    if (root < 0) return rf_fail_errno(e, ENOENT, "mounts", "open_tree", "/");
+    if (rf_mount_private(root, first->flags & RF_M_RECURSIVE) < 0) return fail(e, "mount_setattr private", "/");
+    return rf_mount_set(root, first->flags) < 0 ? fail(e, "mount_setattr", "/") : root;
+}
+
+int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const char *options, struct rf_layer *l, struct rf_error *e) {
     struct rf_mount tree[RF_MOUNTS_MAX];
     if (n > RF_LEN(tree)) return rf_fail_errno(e, E2BIG, "mounts", "steps", "");
     memcpy(tree, m, n * sizeof *m);
     /* The sources first: once the new root hangs on `at`, a path through there leads into it. */
     for (unsigned i = 0; i < n; i++)
         if (open_source(&tree[i], e) < 0) return -1;
-    unsigned first = 0;
-    int root;
-    if (n > 0 && tree[0].kind == RF_BIND && strcmp(tree[0].target, "/") == 0) {
-        root = tree[0].fd;
-        first = 1;
-        if (root >= 0 && make_private(root, tree[0].flags & RF_M_RECURSIVE) < 0) return fail(e, "mount_setattr private", "/");
-        if (root >= 0 && set_attributes(root, tree[0].flags) < 0) return fail(e, "mount_setattr", "/");
-    } else {
-        root = new_mount("tmpfs", "", options, RF_M_NOSUID | RF_M_NODEV, e);
-    }
-    if (root < 0) return e->err ? -1 : rf_fail_errno(e, ENOENT, "mounts", "open_tree", "/");
-    int hang = open(at, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (hang < 0) return fail(e, "open", at);
-    if (attach(root, hang) < 0) return fail(e, "move_mount", at);
+    unsigned next = 0;
+    if (l && n > 0 && tree[0].kind == RF_LAYER && rf_layer_open(l, &tree[next++], tree[0].fd, at, e) < 0) return -1;
+    bool ready = n > next && tree[next].kind == RF_BIND && strcmp(tree[next].target, "/") == 0;
+    int root = new_root(ready ? &tree[next++] : NULL, options, e);
+    if (root < 0) return -1;
+    int hang = l && l->fd >= 0 ? rf_layer_hang(l, e) : open(at, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (hang < 0) return e->err ? -1 : fail(e, "open", at);
+    if (rf_mount_attach(root, hang) < 0) return fail(e, "move_mount", at);
     close(hang);
-    for (unsigned i = first; i < n; i++)
-        if (step(root, &tree[i], e) < 0) return -1;
+    for (; next < n; next++)
+        if (step(&root, &tree[next], l, e) < 0) return -1;
     return root;
 }
 
@@ -257,7 +299,7 @@ int rf_tree_switch(int root, struct rf_error *e) {
     if (fchdir(root) < 0) return fail(e, "fchdir", "new root");
     int old = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (old < 0) return fail(e, "open", "/");
-    int r = attach(root, old);
+    int r = rf_mount_attach(root, old);
     close(old);
     if (r < 0) return fail(e, "move_mount", "/");
     if (chroot(".") < 0) return fail(e, "chroot", ".");

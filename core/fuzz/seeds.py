@@ -12,7 +12,7 @@ import struct
 import sys
 from pathlib import Path
 
-from ringfence.wire import frames, messages
+from ringfence.wire import frames, layers, messages
 from ringfence.wire.frames import Type
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -35,6 +35,25 @@ def _steps() -> list[messages.MountStep]:
         messages.mask(b"/proc/kcore"),
         messages.readonly(b"/proc/sys"),
     ]
+
+
+def _layered_steps() -> list[messages.MountStep]:
+    return [
+        layers.memory_layer(1 << 20),
+        messages.directory(b"/usr"),
+        layers.overlay(b"/", None),
+        layers.overlay(b"/usr", 5),
+        layers.place(b"/work", 0o700),
+        layers.tmpfs(b"/data", 1 << 20, 0o1777, (1000, 1000)),
+    ]
+
+
+def _layered() -> messages.Plan:
+    plan = messages.Plan()
+    plan.mounts(_layered_steps())
+    plan.ids(0, 0)
+    plan.flags(enter=True)
+    return plan
 
 
 def _container() -> messages.Plan:
@@ -106,7 +125,7 @@ def _put(path: bytes, data: bytes, mode: int = 0o644) -> bytes:
 
 def seeds() -> dict[str, bytes]:
     """{"harness/name": input}."""
-    plans = {"container": _container(), "process": _process(), "guest": _guest()}
+    plans = {"container": _container(), "process": _process(), "guest": _guest(), "layered": _layered()}
     streams = _execute(streams=True) + frames.encode(Type.STDIN, b"hello", id=1) + messages.signal(15, id=1)
     found = {f"plan/{name}": bytes([len(plan.fds)]) + _payload(plan.encode()) for name, plan in plans.items()}
     found |= {
@@ -161,7 +180,7 @@ def seeds() -> dict[str, bytes]:
         "plan/many-mounts": b"\0" + _payload(many.encode()),
         "exec/many-arguments": frames.attribute(1, bytes(8193)),
     }
-    for step in _steps():
+    for step in (*_layered_steps(), *_steps()):
         encoded = step.encode(frames.NO_FD if step.fd is None else 0)
         kind = encoded[8]
         found[f"mount/{kind}-{'path' if step.fd is None else 'fd'}"] = b"\1" + encoded[8:]

@@ -136,6 +136,8 @@ class _Ran:
         self.files = sandbox.collect(spec.collect, _COLLECT_BYTES) if spec.collect else None
         self.measured = sandbox.usage(self.outcome)
         self.applied = sandbox.applied(self.outcome)
+        self.changes = sandbox.changes()
+        self.disk_full = sandbox.disk_full()
 
     def result(self, *, teardown_ns: int | None) -> Result:
         """Raises WorkloadFailed where the spec says check."""
@@ -149,7 +151,7 @@ class _Ran:
         found = Result(
             isolation=spec.isolation,
             accelerator=self.accelerator,
-            termination_reason=_reason(outcome, measured.out_of_memory),
+            termination_reason=_reason(outcome, measured.out_of_memory, self.disk_full),
             exit_code=exited.exit_code if exited is not None and outcome.stopped is None else None,
             signal=exited.signal if exited is not None else None,
             stdout=stdout,
@@ -158,6 +160,7 @@ class _Ran:
             files=self.files,
             applied=self.applied,
             denials=outcome.denials,
+            changes=self.changes,
             usage=measured.usage(
                 wall_ns=outcome.ended_ns - outcome.started_ns,
                 startup_ns=outcome.started_ns - self.called_ns,
@@ -167,7 +170,7 @@ class _Ran:
         return found.check() if spec.check else found
 
 
-def _reason(outcome: Outcome, out_of_memory: bool) -> TerminationReason:
+def _reason(outcome: Outcome, out_of_memory: bool, disk_full: bool) -> TerminationReason:
     exited = outcome.exited
     if outcome.stopped is not None:
         return TerminationReason(outcome.stopped)
@@ -182,4 +185,7 @@ def _reason(outcome: Outcome, out_of_memory: bool) -> TerminationReason:
     # limit did not end it.
     if out_of_memory and exited.exit_code != 0:
         return TerminationReason.MEMORY
+    # Nobody tells which write failed. That it failed, and that nothing more can be written, is what is known.
+    if disk_full and exited.exit_code != 0:
+        return TerminationReason.DISK
     return TerminationReason.SIGNALED if exited.signal is not None else TerminationReason.EXITED

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringfence.errors import ProtocolError, StartError
-from ringfence.wire import frames, messages
+from ringfence.wire import frames, layers, messages
 from ringfence.wire.channel import Channel, send_packet
 from ringfence.wire.frames import Type
 from ringfence.wire.launcher import Launcher
@@ -82,6 +82,23 @@ ENTRIES = struct.pack("<cIQ", b"f", 0o644, 3) + b"a.txt\0" + struct.pack("<cIQ",
 
 DENIALS = struct.pack("<Q", 3) + struct.pack("<IIiIQ6Q", 0xC000003E, 165, 1, 0, 7, 1, 2, 3, 4, 5, 6)
 DENIALS += struct.pack("<IIiIQ6Q", 0xC000003E, 166, -1, 0, 1, 0, 0, 0, 0, 0, 0)
+SIZES = frames.attribute(1, struct.pack("<QQ", 1 << 20, 256) + b"/data\0")
+
+
+def change(kind: int, what: bytes, size: int, path: bytes) -> bytes:
+    return frames.attribute(2, bytes([kind]) + what + struct.pack("<Q", size) + path + b"\0")
+
+
+LAYER_END = (
+    frames.attribute(1, struct.pack("<QQ", 0, 7)) + change(1, b"f", 3, b"/etc/new") + change(3, b"\0", 0, b"/old")
+)
+
+
+def layer_end(payload: bytes) -> object:
+    end = layers.LayerEnd()
+    end.add(payload, 4)
+    return end.free, end.changes, end.complete
+
 
 PARSERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "started": (messages.parse_started, STARTED),
@@ -89,6 +106,8 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "error": (messages.parse_error, ERROR),
     "entries": (messages.parse_entries, ENTRIES),
     "denials": (messages.parse_denials, DENIALS),
+    "sizes": (layers.parse_sizes, SIZES),
+    "layer end": (layer_end, LAYER_END),
 }
 
 
@@ -123,6 +142,10 @@ def test_what_the_payloads_say() -> None:
     others, denied = messages.parse_denials(DENIALS)
     assert (others, denied[0]) == (3, (0xC000003E, 165, 1, 7, (1, 2, 3, 4, 5, 6)))
     assert denied[1][:4] == (0xC000003E, 166, None, 1)
+    assert layers.parse_sizes(SIZES) == {b"/data": (1 << 20, 256)}
+    changes = {b"/etc/new": ("created", "file", 3), b"/old": ("deleted", None, 0)}
+    assert layer_end(LAYER_END) == ((0, 7), changes, True)
+    assert layer_end(frames.attribute(3)) == (None, {}, False)
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -140,6 +163,25 @@ def test_any_payload_is_values_or_a_protocol_error(name: str, data: st.DataObjec
         assert (found.exit_code is None) != (found.signal is None)
         assert found.signal is None or 1 <= found.signal <= 64
     assert len(repr(found)) < 100 * (len(payload) + 100)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *(change(1, b"f", 0, path) for path in (b"etc", b"", b"/", b"/a/../b", b"/a//b", b"/./b", b"/a\0b")),
+        change(0, b"f", 0, b"/a"),
+        change(4, b"f", 0, b"/a"),
+        change(3, b"f", 0, b"/a"),
+        change(1, b"\0", 0, b"/a"),
+        change(1, b"x", 0, b"/a"),
+        b"".join(change(1, b"f", 0, b"/%d" % number) for number in range(5)),
+        frames.attribute(3, b"x"),
+        frames.attribute(4, b""),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        layer_end(payload)
 
 
 @pytest.mark.parametrize(

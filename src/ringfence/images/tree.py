@@ -7,6 +7,7 @@ symlink to the host's own included.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
@@ -21,35 +22,11 @@ OWN_NAMES = frozenset((b"dev", b"home", b"proc", b"run", b"sys", b"tmp", b"work"
 # The host's userland: programs, libraries, configuration. All else (home, root, srv, var, mnt, boot, …) stays out.
 _HOST_NAMES = (b"bin", b"etc", b"lib", b"lib32", b"lib64", b"libx32", b"opt", b"sbin", b"usr")
 
-# What /etc holds that is nobody's business. Most of it is readable by root alone, and root's files belong to nobody in
-# a sandbox; it is masked all the same.
-_SECRETS = (
-    b"/etc/shadow",
-    b"/etc/shadow-",
-    b"/etc/gshadow",
-    b"/etc/gshadow-",
-    b"/etc/sudoers",
-    b"/etc/sudoers.d",
-    b"/etc/security/opasswd",
-    b"/etc/ssl/private",
-    b"/etc/ssh",
-    b"/etc/krb5.keytab",
-    b"/etc/ipsec.secrets",
-    b"/etc/ipsec.d",
-    b"/etc/wireguard",
-    b"/etc/openvpn",
-    b"/etc/docker",
-    b"/etc/kubernetes",
-    b"/etc/rancher",
-    b"/etc/NetworkManager/system-connections",
-    b"/etc/wpa_supplicant",
-    b"/etc/letsencrypt",
-    b"/etc/ppp",
-    b"/etc/cloud",
-    b"/etc/boto.cfg",
-    b"/etc/netrc",
-    b"/etc/machine-id",
-)
+# Each folder and file at the top takes a descriptor of the plan, of which there are 64.
+_MOST_SHOWN = 40
+_MOST_NAMES = 200
+
+_known_secrets: list[bytes] = []
 
 
 class Entry(Value):
@@ -68,10 +45,13 @@ def _entry(folder: bytes, name: bytes) -> Entry | None:
     path = os.path.join(folder, name)
     try:
         mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return None
-    if stat.S_ISLNK(mode):
-        return Entry(name=name, kind="symlink", target=os.readlink(path))
+        target = os.readlink(path) if stat.S_ISLNK(mode) else b""
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
+        return None  # it isn't there, or is no link any more: somebody changes the image
+    if target:
+        return Entry(name=name, kind="symlink", target=target)
     if stat.S_ISDIR(mode):
         return Entry(name=name, kind="directory")
     # Sockets, FIFOs and devices at the top of an image have no use in a sandbox.
@@ -81,12 +61,20 @@ def _entry(folder: bytes, name: bytes) -> Entry | None:
 def entries(folder: str) -> list[Entry]:
     """The top-level entries of a rootfs folder, sorted, less those that ringfence makes itself."""
     path = os.fsencode(folder)
+    names: list[bytes] = []
     try:
-        names = sorted(os.listdir(path))
+        with os.scandir(path) as listed:
+            for one in listed:
+                names.append(one.name)
+                if len(names) > _MOST_NAMES:
+                    raise SpecError(f"image: {folder!r} has more than {_MOST_NAMES} entries at its top")
     except OSError as error:
         raise SpecError(f"image: {folder!r} can't be read ({error.strerror})") from None
-    found = (_entry(path, name) for name in names if name not in OWN_NAMES)
-    return [entry for entry in found if entry is not None]
+    found = (_entry(path, name) for name in sorted(names) if name not in OWN_NAMES)
+    shown = [entry for entry in found if entry is not None]
+    if sum(entry.kind != "symlink" for entry in shown) > _MOST_SHOWN:
+        raise SpecError(f"image: {folder!r} has more than {_MOST_SHOWN} folders and files at its top")
+    return shown
 
 
 def host_entries() -> list[Entry]:
@@ -96,5 +84,11 @@ def host_entries() -> list[Entry]:
 
 
 def host_secrets() -> list[bytes]:
-    """Paths of the host's userland that a sandbox must not show. Not all of them exist on every host."""
-    return list(_SECRETS)
+    """Paths of the host's userland that a sandbox must not show: those of the known ones that this host had when it was
+    first asked.
+    """
+    if not _known_secrets:
+        from ringfence.images.secrets import MASKED
+
+        _known_secrets.extend(path for path in MASKED if os.path.lexists(path))
+    return list(_known_secrets)

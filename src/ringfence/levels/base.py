@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.host import Host
     from ringfence.levels.usage import Measured
-    from ringfence.result import Applied, Denial, Usage
+    from ringfence.result import Applied, Change, Denial, Usage
     from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.messages import Exited, Started
 
@@ -181,6 +181,14 @@ class Sandbox(abc.ABC):
     def usage(self, outcome: Outcome) -> Measured:
         """What the command used."""
 
+    def disk_full(self) -> bool:
+        """Whether limits.disk, where there is one, was used up at the command's end. After `run`."""
+        return False
+
+    def changes(self) -> tuple[Change, ...] | None:
+        """What the command did to its writable layer; None where it has none. After `run`."""
+        return None
+
     @abc.abstractmethod
     def applied(self, outcome: Outcome) -> list[Applied]:
         """Rule by rule, what is in force."""
@@ -243,12 +251,28 @@ class Level(abc.ABC):
             if not ability.available:
                 unmet.append(Unmet(rule, requested(spec, rule), ability.reason, ability.help))
         unmet += self.unmet(spec, host)
+        if spec.mounts:
+            unmet += _secret_mounts(spec)
         if unmet:
             raise CannotEnforce(self.name, unmet)
 
 
 # Level to the host that was asked last, and its answer.
 _known: dict[str, tuple[Host, Mapping[str, Ability]]] = {}
+
+
+def _secret_mounts(spec: Spec) -> list[Unmet]:
+    from ringfence.images.secrets import why_secret
+
+    found = []
+    for mount in spec.mounts:
+        why = "" if mount.secret else why_secret(mount.source)
+        if why:
+            help = "say Mount(..., secret=True), or SOURCE:TARGET:secret on the command line, where that is meant"
+            found.append(
+                Unmet("mounts", (mount.source, mount.target, mount.writable), f"it would show a secret: {why}", help)
+            )
+    return found
 
 
 def requested(spec: Spec, rule: str) -> object:

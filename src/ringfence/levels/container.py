@@ -12,6 +12,7 @@ from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
 from ringfence.levels import capabilities, filter, reach
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
+from ringfence.levels.layer import overlay_unmet, why_no_overlay
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.network.rules import NetworkFiles, network_unmet
@@ -19,15 +20,17 @@ from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
 from ringfence.linux import ids, landlock, mounts, seccomp
 from ringfence.result import Applied
-from ringfence.wire import messages
-from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
+from ringfence.spec.rules import Tmpfs
+from ringfence.wire import layers, messages
+from ringfence.wire.messages import NODEV, NOEXEC, NOFOLLOW, NOSUID, RDONLY, RECURSIVE, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ringfence.levels.host import Host
-    from ringfence.spec import Spec
+    from ringfence.levels.workdir import WorkDirectory
+    from ringfence.spec import Mount, Spec
 
 __all__ = [
     "ContainerLevel",
@@ -84,6 +87,18 @@ class ContainerLevel(Level):
         found["mounts"] = Ability(rule="mounts", mechanism="mount namespace, mount_setattr")
         found["seccomp"] = filter.ability(host)
         found["capabilities"] = capabilities.ability("user namespace, ambient set")
+        found["tmpfs"] = Ability(rule="tmpfs", mechanism="tmpfs with a size")
+        found["disk"] = Ability(rule="disk", mechanism="a tmpfs with a size for the work directory and the overlay")
+        missing = why_no_overlay(host)
+        found["overlay"] = (
+            Ability(rule="overlay", mechanism="overlayfs in the user namespace")
+            if missing is None
+            else Ability(rule="overlay", reason=missing[0], help=missing[1])
+        )
+        found["devices"] = Ability(
+            rule="devices",
+            mechanism="nodes of its own" if host.privileged else "the host's nodes, as the caller may use them",
+        )
         found["network=none"] = Ability(rule="network=none", mechanism="network namespace with only lo")
         found["network=host"] = Ability(rule="network=host", mechanism="the host's network namespace")
         nat = "a gateway outside, the only way out of a network namespace"
@@ -98,6 +113,13 @@ class ContainerLevel(Level):
             unmet += capabilities.unmet(spec, host)
         if "seccomp" in spec.asked:
             unmet += filter.unmet(spec, host)
+        unmet += overlay_unmet(spec, host)
+        if spec.devices:
+            from ringfence.levels import devices
+
+            unmet += devices.container_unmet(spec, privileged=host.privileged)
+        if spec.image != "host":
+            tree.entries(spec.image)  # raises SpecError where it can't be shown
         if spec.user is not None:
             try:
                 uid, gid = resolve(spec.user, spec.image)
@@ -133,6 +155,7 @@ class ContainerSandbox(LocalSandbox):
 
     vmm_started: messages.Started | None = None
     _local_dns = False
+    _folder: WorkDirectory | None = None
 
     def __init__(
         self,
@@ -172,7 +195,8 @@ class ContainerSandbox(LocalSandbox):
             self.berth = self.state.berth("container", None)
             self._maps = (b"%d %d 1" % (uid, os.geteuid()), b"%d %d 1" % (gid, os.getegid()))
         self.user = (uid, gid)
-        self.put_files()
+        if spec.limits.disk_bytes is None:
+            self.put_files()
         self.home = _HOME
         self.make_cgroup()
         plan = messages.Plan()
@@ -199,6 +223,8 @@ class ContainerSandbox(LocalSandbox):
         self.start(request, plan)
         if self.network is not None:
             self.start_network(self.network)
+        if spec.limits.disk_bytes is not None:
+            self.send_files(spec.files)
 
     def _scope_sockets(self, plan: messages.Plan) -> None:
         """Abstract UNIX sockets belong to the network namespace. Landlock keeps the host's out of reach."""
@@ -215,7 +241,17 @@ class ContainerSandbox(LocalSandbox):
         own = self._host.privileged
         if own and spec.image == "host":
             self.state.template(_TEMPLATE, host_template)
-        if own and spec.image == "host" and not spec.mounts and self._extra is None:
+        layered = spec.overlay or spec.limits.disk_bytes is not None
+        if layered or spec.tmpfs:
+            from ringfence.levels.layer import Layer
+
+            self.layer = Layer()
+        steps: list[MountStep]
+        if spec.overlay:
+            from ringfence.levels import overlay
+
+            steps, sealed = overlay.root_steps(self), True
+        elif own and spec.image == "host" and not (spec.mounts or spec.tmpfs or spec.devices) and self._extra is None:
             steps = [messages.bind(b"/", b"/t/" + _TEMPLATE, RECURSIVE)]
             sealed = True
         else:
@@ -227,18 +263,34 @@ class ContainerSandbox(LocalSandbox):
         if files:
             steps += files.after
             self._local_dns = files.missing
-        source = b"/t/run/" + name if own else os.path.join(self.state.run_path, name)
-        steps.append(messages.bind(_HOME, source, NOSUID | NODEV))
-        steps += self._mounts()
+        if spec.limits.disk_bytes is None:
+            steps.append(messages.bind(_HOME, self.run_path(name), NOSUID | NODEV))
+        else:
+            steps.append(layers.place(_HOME, 0o700))
+            if not spec.overlay:
+                steps.insert(0, layers.memory_layer(spec.limits.disk_bytes))
+        shown = self._mounts()
+        if spec.devices:
+            from ringfence.levels import devices
+
+            shown += devices.container_steps(self)
+        if spec.overlay and self.layer is not None:
+            self.layer.made_by_us(shown)
+        steps += shown
         if not sealed:
             steps.append(messages.readonly(b"/"))
         return steps
+
+    def run_path(self, name: bytes) -> bytes:
+        """Where init finds a directory of the run folder."""
+        return b"/t/run/" + name if self._host.privileged else os.path.join(self.state.run_path, name)
 
     def _skeleton(self) -> list[MountStep]:
         """A root built step by step, of the image's top-level entries."""
         spec = self.spec
         own = self._host.privileged
-        flags = RDONLY | NOSUID | NODEV | RECURSIVE
+        # What was a folder a moment ago may be a symlink to anywhere by now.
+        flags = RDONLY | NOSUID | NODEV | RECURSIVE | NOFOLLOW
         if spec.image == "host":
             entries, folder = tree.host_entries(), b"/t/" + _TEMPLATE if own else b""
         else:
@@ -251,11 +303,11 @@ class ContainerSandbox(LocalSandbox):
                 continue
             steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
             if own and spec.image != "host":
-                source: bytes | int = self._detached(folder + at)
+                source: bytes | int = self._detached(folder + at, follow=False)
             else:
                 source = folder + at
             steps.append(messages.bind(at, source, flags))
-        steps += device_steps(self._device)
+        steps += device_steps(self.standard_device)
         if spec.image == "host" and not own:
             steps += [messages.mask(path) for path in tree.host_secrets()]
         return steps
@@ -279,17 +331,54 @@ class ContainerSandbox(LocalSandbox):
         """A device of the host's, as the source of a mount."""
         return self.keep_fd(mounts.clone_tree(path)) if self._host.privileged else path
 
-    def _device(self, path: bytes) -> bytes | int:
+    @property
+    def privileged(self) -> bool:
+        return self._host.privileged
+
+    def outside_gid(self) -> int:
+        """The workload's group, as the host numbers it."""
+        for line in self._maps[1].splitlines():
+            first, outside, count = map(int, line.split())
+            if first <= self.user[1] < first + count:
+                return outside + self.user[1] - first
+        raise AssertionError("the workload's group is in its map")
+
+    def layer_folder(self) -> bytes:
+        """An empty folder on disk for the layer, which init's root may write to; as init finds it."""
+        self._folder = self.state.folder((self._base, self._base))
+        return self.run_path(self._folder.name)
+
+    def lower(self, path: bytes) -> bytes | int:
+        """A lower layer: a mount on which the ids on disk are the same ids inside, so that a copy has an owner."""
+        if not self._host.privileged:
+            return path
+        fd = self.keep_fd(mounts.clone_tree(path, recursive=False, follow=False))
+        if not mounts.set_idmap(fd, self._user_namespace(None)):
+            raise SpecError(f"overlay: the file system of {os.fsdecode(path)} can't map ids")
+        return fd
+
+    def close(self) -> None:
+        super().close()
+        folder, self._folder = self._folder, None
+        if folder is not None and self.ended:
+            try:
+                folder.remove()
+            except OSError:
+                os.close(folder.fd)  # the launcher removes what is left
+
+    def standard_device(self, path: bytes) -> bytes | int:
         """A standard node: the template's, where there is one."""
         if self._host.privileged and self.spec.image == "host":
             return b"/t/" + _TEMPLATE + path
         return self.device(path)
 
-    def _detached(self, path: bytes, owner: tuple[int, int] | None = None, *, must: bool = False) -> int:
+    def _detached(
+        self, path: bytes, owner: tuple[int, int] | None = None, *, must: bool = False, follow: bool = True
+    ) -> int:
         """A detached mount of a host path. owner: (uid, gid) on disk that the workload is to be; else ids on disk are
         the same ids inside. Where the file system can't map ids they are nobody's, which does for what all may read.
         """
-        fd = self.keep_fd(mounts.clone_tree(path))
+        fd = self.keep_fd(mounts.clone_tree(path, follow=follow))
         if not mounts.set_idmap(fd, self._user_namespace(owner)) and must:
             raise SpecError(
                 f"mounts: the file system of {os.fsdecode(path)} can't map ids, so nothing could be written there"
@@ -320,11 +409,16 @@ class ContainerSandbox(LocalSandbox):
         return [*steps, messages.bind(target, what, flags | RECURSIVE)]
 
     def _mounts(self) -> list[MountStep]:
-        """The spec's own mounts."""
-        steps = []
-        for mount in self.spec.mounts:
-            flags = NOSUID | NODEV | (0 if mount.writable else RDONLY)
-            steps += self.host_mount(mount.source, mount.target, flags, must=mount.writable)
+        """The spec's own mounts, parents first."""
+        steps: list[MountStep] = []
+        both: list[Mount | Tmpfs] = [*self.spec.mounts, *self.spec.tmpfs]
+        for one in sorted(both, key=lambda one: one.target):
+            if isinstance(one, Tmpfs):
+                steps += [*directories_above(one.target), messages.directory(one.target)]
+                steps.append(layers.tmpfs(one.target, one.size_bytes, one.mode, self.user))
+            else:
+                flags = NOSUID | NODEV | (0 if one.writable else RDONLY)
+                steps += self.host_mount(one.source, one.target, flags, must=one.writable)
         return steps
 
     # ---- telling ----
@@ -371,10 +465,22 @@ class ContainerSandbox(LocalSandbox):
             Applied(
                 rule="files",
                 requested=spec.image if "image" in spec.asked else None,
-                effective=f"{spec.image}, read-only; its own /tmp, /dev and /proc; /run and /home empty",
+                effective=f"{spec.image}, {'below an overlay' if spec.overlay else 'read-only'};"
+                " its own /tmp, /dev and /proc; /run and /home empty",
                 mechanism="mount namespace, pivot_root",
             )
         )
+        if self.layer is not None:
+            found += self.layer.applied(spec)
+        for device in spec.devices:
+            found.append(
+                Applied(
+                    rule=f"device {os.fsdecode(device.target)}",
+                    requested=device.access,
+                    effective=device.access,
+                    mechanism="a node of its own, by its mode" if self.privileged else "the host's node, by its mode",
+                )
+            )
         for mount in spec.mounts:
             shown = "writable" if mount.writable else "read-only"
             found.append(

@@ -68,7 +68,9 @@ def limit_abilities(host: Host) -> dict[str, Ability]:
     found["wall_time"] = Ability(rule="wall_time", mechanism="the caller's clock")
     found["output"] = Ability(rule="output", mechanism="the caller's pipes")
     found["disk"] = Ability(
-        rule="disk", reason="no level limits the work directory's size yet", help="limit memory and output instead"
+        rule="disk",
+        reason="a process has no mounts of its own: its work directory is a folder of the host's",
+        help="use isolation='container'",
     )
     return found
 

@@ -18,7 +18,7 @@ from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
 from ringfence.levels.usage import Measured, of_cgroup
 from ringfence.linux import landlock, seccomp
-from ringfence.result import Applied, Usage
+from ringfence.result import Applied, Change, Usage
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
 
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from ringfence.levels.denials import Listener
     from ringfence.levels.filter import Filter
     from ringfence.levels.host import Host
+    from ringfence.levels.layer import Layer
     from ringfence.levels.network.session import NetworkSession
+    from ringfence.levels.workdir import WorkDirectory
     from ringfence.linux import cgroups
     from ringfence.linux.cgroups import Cgroup
     from ringfence.linux.seccomp import Policy
@@ -106,6 +108,7 @@ class LocalSandbox(Sandbox):
         self.pidfd = -1
         self._next_id = 1
         self._before: cgroups.Usage | None = None
+        self.layer: Layer | None = None
         self._owned_fds: list[int] = []
         self.filter: Filter | None = None  # of a spec that asks for one
         self._listener: Listener | None = None
@@ -253,6 +256,8 @@ class LocalSandbox(Sandbox):
             raise SpecError("the sandbox is paused: what would be started in it would stand still too")
         id = self._next_id
         self._next_id += 1
+        if self.layer is not None:
+            self.layer.begin()
         pipes = Pipes(command.input, self.state.null)
         try:
             request = messages.execute(
@@ -293,6 +298,8 @@ class LocalSandbox(Sandbox):
         elif frame.type == Type.LISTENER and len(frame.fds) == 1 and self._listener is not None:
             fd = self.keep_fd(frame.fds[0])
             self._watched[fd] = self._listener.watch(fd, lambda: self._unwatch(fd))
+        elif self.layer is not None and (frame.type == Type.DONE or self.layer.take(frame)):
+            return  # the end of a file that was put in, for one
         else:
             raise ProtocolError(f"init sent a frame of type {frame.type}")
 
@@ -315,15 +322,52 @@ class LocalSandbox(Sandbox):
 
     def put(self, files: tuple[FileIn, ...]) -> None:
         assert self.berth is not None
-        self.berth.workdir.put(files, replace=True)
+        if self.spec.limits.disk_bytes is None:
+            self.berth.workdir.put(files, replace=True)
+            return
+        for id in self.send_files(files):
+            self._await_done(id)
+
+    def send_files(self, files: tuple[FileIn, ...]) -> list[int]:
+        """Has init write files, as a file system of the sandbox's own namespace takes none from an id that isn't its
+        own. Init answers each, by the number that is told here.
+        """
+        assert self.channel is not None
+        sent = []
+        for one in files:
+            sent.append(self._next_id)
+            self._next_id += 1
+            for request in messages.put(one.path, one.mode, one.data, id=sent[-1]):
+                self.channel.send(request)
+        return sent
+
+    def _await_done(self, id: int) -> None:
+        channel = self.channel
+        assert channel is not None
+        channel.flush_blocking()
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        while not channel.at_end and poll.poll(_END_LIMIT_MS):
+            for frame in channel.receive():
+                if frame.type == Type.ERROR:
+                    raise messages.parse_error(frame.payload)
+                if frame.type == Type.DONE and frame.id == id:
+                    return
+                self.take(frame)
+        raise ProtocolError("the sandbox doesn't take a file")
+
+    @property
+    def workdir(self) -> WorkDirectory:
+        """Where the command's files are: on disk, or, where they have a limit, in a file system that init made."""
+        assert self.berth is not None
+        limited = self.layer is not None and self.spec.limits.disk_bytes is not None
+        return self.layer.workdir if limited and self.layer is not None else self.berth.workdir
 
     def read(self, path: bytes, limit_bytes: int) -> bytes | None:
-        assert self.berth is not None
-        return self.berth.workdir.read(path, limit_bytes)
+        return self.workdir.read(path, limit_bytes)
 
     def files(self) -> list[tuple[bytes, int]]:
-        assert self.berth is not None
-        return self.berth.workdir.files()
+        return self.workdir.files()
 
     def mark(self) -> None:
         self._before = self.cgroup.usage() if self.cgroup is not None else None
@@ -342,10 +386,15 @@ class LocalSandbox(Sandbox):
             self.cgroup.thaw()
 
     def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
-        assert self.berth is not None
-        return self.berth.workdir.collect(patterns, limit_bytes)
+        return self.workdir.collect(patterns, limit_bytes)
 
     # ---- telling ----
+
+    def disk_full(self) -> bool:
+        return self.layer is not None and self.spec.limits.disk_bytes is not None and self.layer.full()
+
+    def changes(self) -> tuple[Change, ...] | None:
+        return self.layer.changes() if self.layer is not None and self.spec.overlay else None
 
     def usage(self, outcome: Outcome) -> Measured:
         used = self.cgroup.usage() if self.cgroup is not None else None
@@ -423,10 +472,13 @@ class LocalSandbox(Sandbox):
         finally:
             channel.close()
 
+    # Whether the end of all that ran in it was seen; before, what it may write to can't be removed.
+    ended = False
+
     def close(self) -> None:
         ended = False
         try:
-            ended = self._end()
+            ended = self.ended = self._end()
         finally:
             if self.network is not None:
                 self.network.close()
@@ -439,6 +491,8 @@ class LocalSandbox(Sandbox):
             for fd in self._owned_fds:
                 os.close(fd)
             self._owned_fds.clear()
+            if self.layer is not None:
+                self.layer.close()
             cgroup, self.cgroup = self.cgroup, None
             berth, self.berth = self.berth, None
             # What something may still run in is left to the launcher, which removes it in the end.

@@ -48,6 +48,8 @@ class ProcessLevel(Level):
         found["image"] = Ability(rule="image", reason="a process sees the host's files", help=container)
         found["user"] = Ability(rule="user", mechanism="setresuid")
         found.update(reach.abilities(host))
+        found["tmpfs"] = Ability(rule="tmpfs", reason="a process has no mounts of its own", help=container)
+        found["overlay"] = Ability(rule="overlay", reason="a process has no mounts of its own", help=container)
         found["network=host"] = Ability(rule="network=host", mechanism="nothing is taken away")
         found["network=none"] = (
             Ability(rule="network=none", reason=host.seccomp, help="install libseccomp: 'ringfence setup'")

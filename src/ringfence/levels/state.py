@@ -130,6 +130,13 @@ class State:
         if berth.slot is not None:
             ids.slots().give_back(berth.slot)
 
+    def folder(self, owner: tuple[int, int]) -> WorkDirectory:
+        """A folder that is a sandbox's own and never another one's; its user removes it."""
+        with self.lock:
+            self._count += 1
+            name = b"o%d" % self._count
+        return WorkDirectory(self.run_fd, name, owner)
+
     # ---- cgroups ----
 
     def cgroup(self, limits: Limits, *, live: bool = False) -> Cgroup | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 from ringfence.errors import SpecError
 
@@ -29,12 +31,31 @@ def _passwd(name: str, image: str) -> tuple[int, int]:
     return ids[0], ids[1]
 
 
+def _open_in_image(folder: str, file: str) -> int:
+    """A regular file of an image, of which no part may be a symlink: it could lead to the host's own."""
+    above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        below = os.open(
+            os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above
+        )
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(os.path.basename(file), flags, dir_fd=below)
+        finally:
+            os.close(below)
+    finally:
+        os.close(above)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "it is no regular file")
+
+
 def _lookup(file: str, name: str, image: str) -> list[int]:
     """The numbers of a line "name:password:number:number:…"."""
     folder = "/" if image == "host" else image
     try:
-        # An image's file may be a symlink to anywhere: it isn't followed.
-        fd = os.open(os.path.join(folder, file), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = _open_in_image(folder, file)
     except OSError as error:
         raise SpecError(f"user: {name!r} can't be looked up: /{file} of the image: {error.strerror}") from None
     try:

@@ -16,6 +16,7 @@ from ringfence.spec.parse import match_pattern
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Self
 
     from ringfence.spec import FileIn
 
@@ -33,7 +34,7 @@ class WorkDirectory:
 
     def __init__(self, parent_fd: int, name: bytes, owner: tuple[int, int] | None) -> None:
         self._parent_fd = parent_fd
-        self._name = name
+        self._name = self.name = name
         self._owner = owner
         os.mkdir(name, 0o700, dir_fd=parent_fd)
         self.fd = os.open(name, _FOLDER, dir_fd=parent_fd)
@@ -43,6 +44,13 @@ class WorkDirectory:
         except BaseException:
             self.remove()
             raise
+
+    @classmethod
+    def of(cls, fd: int) -> Self:
+        """One that somebody else made, and removes; `fd` stays theirs. It is only read."""
+        found = cls.__new__(cls)
+        found.fd, found._owner = fd, None
+        return found
 
     def put(self, files: tuple[FileIn, ...], *, replace: bool = False) -> None:
         """Writes files. replace: in place of what has their names; nothing is followed that a workload may have put

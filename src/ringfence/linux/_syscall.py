@@ -20,6 +20,9 @@ __all__ = ["NUMBERS", "system_call"]
 # The same on every architecture: all are from after the tables were unified in Linux 5.1.
 NUMBERS = {
     "open_tree": 428,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
     "mount_setattr": 442,
     "landlock_create_ruleset": 444,
     "landlock_add_rule": 445,

@@ -80,7 +80,8 @@ class Limits(Value):
     wall_time: "10s" or seconds, at least 1 ms -> wall_time_ns.
     cpu_time: "5s" or seconds of CPU of all its processes, at least 1 ms -> cpu_time_ns.
     output: bytes kept of each of stdout and stderr, 64 MiB by default -> output_bytes.
-    disk: "1G" or bytes that it may write, at least 4 KiB -> disk_bytes.
+    disk: "1G" or bytes that its work directory and its overlay may hold together, at least 4 KiB; both are in memory
+    then, and count as such -> disk_bytes. Writable mounts aren't bounded by it.
     asked: the names of the arguments that were given.
 
     Raises SpecError.

@@ -66,6 +66,7 @@ class Type:
     LIST = 23
     READ = 24
     SHUTDOWN = 25
+    CHANGES = 30
     LAUNCHED = 32
     READY = 33
     STARTED = 34
@@ -77,6 +78,8 @@ class Type:
     ENTRIES = 40
     DONE = 41
     LISTENER = 42
+    SIZES = 43
+    LAYER_END = 44
 
 
 # Not a Value: made for each 64 KiB that a guest sends.

@@ -34,7 +34,8 @@ __all__ = [
 
 # Attributes of a mount: the values of MOUNT_ATTR_* (mount_setattr(2)), then two of our own.
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
-RECURSIVE, OPTIONAL, INSIDE = 0x100, 0x200, 0x400
+RECURSIVE, OPTIONAL, INSIDE, TOLD, NOFOLLOW = 0x100, 0x200, 0x400, 0x800, 0x1000
+BIND = 4
 
 
 class MountStep:
@@ -42,7 +43,7 @@ class MountStep:
     docs/design/protocol.md.
     """
 
-    __slots__ = ("_head", "_tail", "_whole", "fd")
+    __slots__ = ("_head", "_tail", "_whole", "fd", "kind", "target")
 
     def __init__(
         self,
@@ -61,6 +62,8 @@ class MountStep:
         self._head = struct.pack("<BBHI", kind, 0, flags, mode)
         self._tail = b"%s\0%s\0%s\0%s\0" % (source, fstype, target, data)
         self.fd = fd
+        self.kind = kind
+        self.target = target
         self._whole = self.encode(frames.NO_FD)
 
     def encode(self, index: int = frames.NO_FD) -> bytes:

@@ -16,6 +16,7 @@ from ringfence.levels import capabilities, filter, reach
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
 from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
+from ringfence.levels.layer import Layer
 from ringfence.levels.limits import cgroup_applied, cpuset_unmet, freeze, limit_abilities
 from ringfence.levels.local import rlimits
 from ringfence.levels.state import state
@@ -23,11 +24,12 @@ from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
 from ringfence.levels.vm.vmm import Machine, Share, Vmm, start_qemu
 from ringfence.linux import ids, seccomp
-from ringfence.result import Applied, Usage
+from ringfence.result import Applied, Change, Usage
 from ringfence.spec.parse import match_pattern
-from ringfence.wire import frames, messages
+from ringfence.spec.rules import Tmpfs
+from ringfence.wire import frames, layers, messages
 from ringfence.wire.frames import Type
-from ringfence.wire.messages import INSIDE, NODEV, NOSUID, RDONLY, MountStep
+from ringfence.wire.messages import BIND, INSIDE, NODEV, NOSUID, RDONLY, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.host import Host
     from ringfence.levels.vm.kernel import GuestKernel
-    from ringfence.spec import FileIn, Limits, Spec
+    from ringfence.spec import FileIn, Limits, Mount, Spec
 
 __all__ = ["VmLevel"]
 
@@ -88,6 +90,8 @@ class VmLevel(Level):
             "mounts": "9p shares",
             "capabilities": "the guest's own kernel",
             "network=none": "no network card",
+            "disk": "a tmpfs with a size in the guest, for the work directory and the overlay",
+            "tmpfs": "tmpfs with a size in the guest",
         }
         abilities = {rule: Ability(rule=rule, mechanism=mechanism) for rule, mechanism in found.items()}
         local = limit_abilities(host)
@@ -104,8 +108,11 @@ class VmLevel(Level):
             )
         abilities["seccomp"] = filter.ability(host)
         abilities.update(reach.elsewhere())
-        abilities["disk"] = Ability(
-            rule="disk", reason="no level limits the work directory's size yet", help="limit memory: it is in memory"
+        abilities["overlay"] = _overlay_ability()
+        abilities["devices"] = Ability(
+            rule="devices",
+            reason="a guest has devices of its own, and none of the host's",
+            help="use isolation='container'",
         )
         abilities["network=host"] = Ability(
             rule="network=host",
@@ -132,6 +139,9 @@ class VmLevel(Level):
         if "seccomp" in spec.asked:
             guest = kernel.find()
             unmet += filter.unmet(spec, host, kernel=guest.release if guest is not None else "")
+        if spec.overlay and spec.image == "host":
+            reason = "a guest sees the host's files through a share, where they are nobody's: they couldn't be changed"
+            unmet.append(Unmet("overlay", True, reason, "use a rootfs folder as image, or isolation='container'"))
         if len(spec.mounts) > 6:
             unmet.append(
                 Unmet("mounts", requested(spec, "mounts"), "the machine has room for 6 shares", "share their parent")
@@ -168,6 +178,7 @@ class VmSandbox(Sandbox):
         # What init reported of the last command, and of the one before this one.
         self._last: messages.Exited | None = None
         self._before: messages.Exited | None = None
+        self._layer = Layer()
         shares, disks = [], []
         if spec.image == "host":
             shares.append(Share(tag="image", source=None, writable=False))
@@ -191,6 +202,7 @@ class VmSandbox(Sandbox):
             user=self._user if max(self._user) < ids.CONTAINER_IDS else _USER,
             cpu_weight=limits.cpu_weight,
             cpuset=limits.cpuset,
+            sets=("overlay",) if spec.overlay else (),
         )
         self._vmm: Vmm = start_qemu(self._machine, host, state(), stays=stays)
 
@@ -199,6 +211,7 @@ class VmSandbox(Sandbox):
     def run(self, command: Command) -> Outcome:
         channel = self._vmm.channel
         self._boot()
+        self._layer.begin()
         id = self._id()
         channel.send(
             messages.execute(command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0)
@@ -247,6 +260,8 @@ class VmSandbox(Sandbox):
             self._ready = messages.parse_ready(frame.payload)
         elif frame.type == Type.LISTENER and self._filter is not None and self._filter.answers:
             self._denied = messages.parse_denials(frame.payload)
+        elif self._layer.take(frame):
+            return
         elif frame.type not in (Type.DONE, Type.CREDIT):  # the end of a file put in; credit for a stdin that is through
             raise ProtocolError(f"the guest sent a frame of type {frame.type}")
 
@@ -328,30 +343,65 @@ class VmSandbox(Sandbox):
         """The same tree as a container's, of a share or a disk."""
         spec = self._spec
         uid, gid = self._user
+        disk = spec.limits.disk_bytes
+        steps, shown = self._skeleton()
+        if disk is not None or spec.overlay:
+            steps.insert(0, layers.memory_layer(disk if disk is not None else self._machine.memory_bytes // 2))
+        if spec.overlay:
+            # What is mounted comes after what is made: only that is below the overlay.
+            steps.append(layers.overlay(b"/", None))
+        steps += shown
+        # In a kernel of its own there is nothing of the host's to mask.
+        steps += private_steps(self._user, masks=False)
+        if disk is not None:
+            steps.append(layers.place(_HOME, 0o700))
+        else:
+            work = b"mode=0700,uid=%d,gid=%d" % (uid, gid)
+            steps.append(messages.filesystem(_HOME, b"tmpfs", data=work, flags=NOSUID | NODEV))
+        mounted = self._mounts()
+        if spec.overlay:
+            self._layer.made_by_us(mounted)
+        return [*steps, *mounted, messages.mask(_IMAGE), *(() if spec.overlay else (messages.readonly(b"/"),))]
+
+    def _skeleton(self) -> tuple[list[MountStep], list[MountStep]]:
+        """What a root is made of before anything is mounted in it, and the mounts: of the image and of the devices."""
+        spec = self._spec
         steps = [*own_directories(), messages.directory(_IMAGE)]
         if spec.image == "host":
             entries = tree.host_entries()
-            steps.append(_share(b"image", _IMAGE, writable=False))
+            shown = [_share(b"image", _IMAGE, writable=False)]
         else:
             entries = tree.entries(spec.image)
             flags = RDONLY | NOSUID | NODEV
             # "ro" too: a file system that may be written to can't be made of a read-only disk (EACCES).
-            steps.append(messages.filesystem(_IMAGE, b"erofs", source=b"/dev/vda", data=b"ro", flags=flags))
+            shown = [messages.filesystem(_IMAGE, b"erofs", source=b"/dev/vda", data=b"ro", flags=flags)]
         for entry in entries:
             at = b"/" + entry.name
             if entry.kind == "symlink":
                 steps.append(messages.symlink(at, entry.target))
                 continue
             steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
-            steps.append(messages.bind(at, _IMAGE + at, RDONLY | NOSUID | NODEV | INSIDE))
-        steps += device_steps(lambda path: path)  # of the guest's own devtmpfs
-        # In a kernel of its own there is nothing of the host's to mask.
-        steps += private_steps(self._user, masks=False)
-        work = b"mode=0700,uid=%d,gid=%d" % (uid, gid)
-        steps.append(messages.filesystem(_HOME, b"tmpfs", data=work, flags=NOSUID | NODEV))
-        for number, mount in enumerate(spec.mounts):
-            steps += _mount_steps(b"mount%d" % number, mount.source, mount.target, writable=mount.writable)
-        return [*steps, messages.mask(_IMAGE), messages.readonly(b"/")]
+            if spec.overlay and entry.kind == "directory":
+                shown.append(layers.overlay(at, _IMAGE + at, inside=True))
+            else:
+                shown.append(messages.bind(at, _IMAGE + at, RDONLY | NOSUID | NODEV | INSIDE))
+        devices = device_steps(lambda path: path)  # of the guest's own devtmpfs
+        steps += [step for step in devices if step.kind != BIND]
+        return steps, shown + [step for step in devices if step.kind == BIND]
+
+    def _mounts(self) -> list[MountStep]:
+        """The spec's own mounts, parents first."""
+        numbers = {mount.target: number for number, mount in enumerate(self._spec.mounts)}
+        both: list[Mount | Tmpfs] = [*self._spec.mounts, *self._spec.tmpfs]
+        steps: list[MountStep] = []
+        for one in sorted(both, key=lambda one: one.target):
+            if isinstance(one, Tmpfs):
+                steps += [*directories_above(one.target), messages.directory(one.target)]
+                steps.append(layers.tmpfs(one.target, one.size_bytes, one.mode, self._user))
+            else:
+                tag = b"mount%d" % numbers[one.target]
+                steps += _mount_steps(tag, one.source, one.target, writable=one.writable)
+        return steps
 
     # ---- a sandbox that stays ----
 
@@ -464,6 +514,12 @@ class VmSandbox(Sandbox):
 
     # ---- telling ----
 
+    def disk_full(self) -> bool:
+        return self._spec.limits.disk_bytes is not None and self._layer.full()
+
+    def changes(self) -> tuple[Change, ...] | None:
+        return self._layer.changes() if self._spec.overlay else None
+
     def usage(self, outcome: Outcome) -> Measured:
         return of_guest(outcome.exited, self._before)
 
@@ -534,10 +590,12 @@ class VmSandbox(Sandbox):
             Applied(
                 rule="files",
                 requested=spec.image if "image" in spec.asked else None,
-                effective=f"{spec.image}, read-only; its own /tmp, /dev and /proc; /run and /home empty",
+                effective=f"{spec.image}, {'below an overlay' if spec.overlay else 'read-only'};"
+                " its own /tmp, /dev and /proc; /run and /home empty",
                 mechanism="9p, read-only" if spec.image == "host" else "erofs disk",
             ),
         ]
+        found += self._layer.applied(spec, "as the guest tells")
         for mount in spec.mounts:
             shown = "writable" if mount.writable else "read-only"
             found.append(
@@ -549,6 +607,15 @@ class VmSandbox(Sandbox):
 
     def close(self) -> None:
         self._vmm.close()
+
+
+def _overlay_ability() -> Ability:
+    from ringfence.levels.vm import kernel
+
+    found = kernel.find()
+    if found is None or "overlay" in found.sets:
+        return Ability(rule="overlay", mechanism="overlayfs in the guest")
+    return Ability(rule="overlay", reason="the guest's kernel has no overlayfs", help="use isolation='container'")
 
 
 def _share(tag: bytes, target: bytes, *, writable: bool) -> MountStep:

@@ -70,6 +70,7 @@ class Machine(Value):
         "initramfs",
         "kernel",
         "memory_bytes",
+        "sets",
         "shares",
         "user",
     )
@@ -83,6 +84,7 @@ class Machine(Value):
     user: tuple[int, int]
     cpu_weight: int | None
     cpuset: tuple[int, ...] | None
+    sets: tuple[str, ...]
 
     def __init__(
         self,
@@ -97,6 +99,7 @@ class Machine(Value):
         user: tuple[int, int],
         cpu_weight: int | None = None,
         cpuset: tuple[int, ...] | None = None,
+        sets: tuple[str, ...] = (),
     ) -> None:
         self._set(
             kernel=kernel,
@@ -109,6 +112,7 @@ class Machine(Value):
             user=user,
             cpu_weight=cpu_weight,
             cpuset=cpuset,
+            sets=sets,
         )
 
 
@@ -242,6 +246,7 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False) 
             channel_fd=3,
             shares=[(share.tag, b"/vm/" + share.tag.encode(), share.writable) for share in spec.shares],
             disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
+            sets=spec.sets,
             qemu=_QEMU,
         )
         request = messages.execute(argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4)
