@@ -451,6 +451,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     }
     if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);
     if (p->loopback && !s->launch.network_ready && rf_loopback_up(e) < 0) return -1;
+    if (p->sockets_fd >= 0) rf_sockets_any_port();
     if (take_ids(s, e) < 0) return -1;
     if (p->flags & RF_P_ENTER) {
         s->layer.uid = p->uid;

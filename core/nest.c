@@ -84,6 +84,7 @@ int rf_nest(const struct rf_plan *p, const struct rf_launch *l, struct rf_error 
     /* The launcher's ready network namespace belongs to the host's user namespace, and one that clone3 made to the outer
      * one. */
     if (!(p->capabilities & NETWORK) || !(l->clone_flags & CLONE_NEWNET)) return 0;
+    if (l->own_network && !(p->capabilities & CAP(CAP_SYS_ADMIN))) return 0; /* it belongs to the command's own already */
     if (unshare(CLONE_NEWNET) < 0) return rf_fail(e, "network", "unshare", "CLONE_NEWNET");
     return p->loopback ? rf_loopback_up(e) : 0;
 }

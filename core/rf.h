@@ -345,6 +345,8 @@ pid_t rf_clone_elsewhere(int proc, const struct rf_launch *l, struct rf_error *e
 /* Serves what has come on `fd`, a packet each: u32 domain, type, protocol. The answer is i32 errno, and with 0 the new
  * socket. 0 at the end of `fd`. */
 int rf_sockets_serve(int fd);
+/* Lets every user of this network namespace, which is ours alone, listen on every port. */
+void rf_sockets_any_port(void);
 
 /* Brings up lo of this process's network namespace. */
 int rf_loopback_up(struct rf_error *e);

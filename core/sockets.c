@@ -2,6 +2,7 @@
  * namespace that it was made in, whoever holds it. */
 #include "rf.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -37,4 +38,14 @@ int rf_sockets_serve(int fd) {
     int sent = answer(fd, made);
     if (made >= 0) close(made);
     return sent == 0;
+}
+
+void rf_sockets_any_port(void) {
+    /* Ports below 1024 are for root to keep others from posing as the host's services, which are elsewhere. Where /proc/sys
+     * can't be written a workload that wants one is told so by bind(2). */
+    int fd = open("/proc/sys/net/ipv4/ip_unprivileged_port_start", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    ssize_t ignored = write(fd, "0", 1);
+    (void)ignored;
+    close(fd);
 }

@@ -5,8 +5,12 @@ has its positive control: without the list it works.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,8 +20,8 @@ import pytest
 
 import ringfence as rf
 from support import leaks
-from support.sandboxes import need, python
-from support.world import HOST_ADDRESS, HOST_PORTS, UNPRIVILEGED, World, equal, in_world
+from support.sandboxes import SOURCES, need, python
+from support.world import CLIENT, HOST_ADDRESS, HOST_PORTS, UNPRIVILEGED, World, equal, in_world
 
 USERS = pytest.mark.parametrize("user", [0, UNPRIVILEGED], ids=["root", "unprivileged"])
 # What a workload gets for a destination that isn't open: "administratively prohibited" (icmp(7), RFC 4443).
@@ -266,11 +270,88 @@ def test_a_workload_cannot_change_its_network(user: int) -> None:
     in_world(changes_nothing, user=user)
 
 
+# Every capability over its own network: the rules are deleted, the mark is set, packets are made by hand.
+ATTACK = r"""
+import errno, socket, struct, sys
+MARK = 0x72660001
+def attempt(what):
+    try:
+        print(what() or b"")
+    except OSError as error:
+        print(errno.errorcode.get(error.errno, error))
+def connect(mark=0, source=None, address="203.0.113.81"):
+    one = socket.socket()
+    one.settimeout(3)
+    if mark: one.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+    if source:
+        one.setsockopt(socket.SOL_IP, 19, 1)
+        one.bind((source, 0))
+    one.connect((address, 80))
+    return one.recv(100)
+def checksum(data):
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16: total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+def raw(mark):
+    to, own = socket.inet_aton("203.0.113.81"), socket.inet_aton("192.0.0.2")
+    head = struct.pack("!HHIIBBHHH", 40000, 80, 1, 0, 0x50, 2, 1000, 0, 0)
+    pseudo = own + to + struct.pack("!BBH", 0, 6, 20)
+    head = head[:16] + struct.pack("!H", checksum(pseudo + head)) + head[18:]
+    one = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+    one.sendto(struct.pack("!BBHHHBBH4s4s", 0x45, 0, 40, 0, 0, 64, 6, 0, own, to) + head, ("203.0.113.81", 0))
+def netlink(protocol, messages):
+    one = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+    parts = [struct.pack("=IHHII", 16 + len(body), kind, flags, 0, 0) + body for kind, flags, body in messages]
+    one.send(b"".join(parts))
+    code = -struct.unpack_from("=i", one.recv(4096), 16)[0]
+    if code: raise OSError(code, "")
+    return b"done"
+def delete_rules():
+    ends, name = struct.pack("!BBH", 0, 0, 10), struct.pack("=HH", 14, 1) + b"ringfence\0\0\0"
+    return netlink(12, [(0x10, 1, ends), (10 << 8 | 2, 5, struct.pack("!BBH", 1, 0, 0) + name), (0x11, 1, ends)])
+def delete_route():
+    route = struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 254, 4, 254, 2, 0) + struct.pack("=HHI", 8, 4, 1)
+    return netlink(0, [(25, 5, route)])
+attempt(lambda: connect(address="203.0.113.80"))
+attempt(connect)
+attempt(lambda: connect(MARK))
+attempt(lambda: connect(MARK, "203.0.113.80"))
+attempt(lambda: connect(0, "127.0.0.1"))
+attempt(lambda: raw(MARK))
+attempt(lambda: raw(0))
+attempt(lambda: connect(address="203.0.113.80"))
+attempt(delete_rules)
+attempt(connect)
+attempt(lambda: connect(MARK))
+attempt(delete_route)
+attempt(connect)
+"""
+
+
+def with_capabilities(world: World) -> None:
+    """An allow-list holds against a workload that may do anything to its own network: it can only cut itself off."""
+    held = ["net_admin", "net_raw", "net_bind_service"] + (["sys_admin"] if os.geteuid() == 0 else [])
+    for capabilities in (held[:3], held):
+        result = rf.run(
+            ["python3", "-c", ATTACK], network=allow("203.0.113.80:80"), capabilities=capabilities, text=True
+        )
+        good = "b'203.0.113.80 80\\n'"
+        wanted = [good, NO, "ECONNRESET", "ECONNRESET", NO, "b''", "b''", good]
+        wanted += ["b'done'", "ECONNREFUSED", "ECONNREFUSED", "b'done'", "ENETUNREACH"]
+        equal((result.stdout.splitlines(), result.stderr), (wanted, ""))
+
+
+@USERS
+def test_an_allow_list_holds_against_capabilities(user: int) -> None:
+    in_world(with_capabilities, user=user)
+
+
 # ---- published ports ----
 
 SERVER = """
 import socket, sys
-one = socket.create_server((sys.argv[1], 8080))
+one = socket.create_server((sys.argv[1], 80))
 open("ready", "w").close()
 peer, _ = one.accept()
 peer.sendall(b"inside: " + peer.recv(100))
@@ -296,14 +377,14 @@ def serves(where: str, network: rf.Network) -> None:
     answers: list[bytes] = []
     asks = threading.Thread(target=lambda: answers.append(_ask(18080, b"hello", time.monotonic() + 20)))
     asks.start()
-    result = rf.run(["python3", "-c", SERVER, where], network=network, user=0, text=True)
+    result = rf.run(["python3", "-c", SERVER, where], network=network, text=True)
     asks.join()
     equal((answers, result.stderr, result.exit_code), ([b"inside: hello"], "", 0))
-    equal([one.effective for one in result.applied if one.rule == "publish"], [((18080, 8080),)])
+    equal([one.effective for one in result.applied if one.rule == "publish"], [((18080, 80),)])
 
 
 def publishes(world: World) -> None:
-    network = rf.Network("nat", allow=(), publish={18080: 8080})
+    network = rf.Network("nat", allow=(), publish={18080: 80})
     serves("0.0.0.0", network)
     serves("127.0.0.1", network)
     # The port is free again, and one that is taken is told before anything is started.
@@ -312,7 +393,7 @@ def publishes(world: World) -> None:
         rf.run(["true"], network=network)
     # Another sandbox doesn't get at it.
     threading.Thread(target=lambda: rf.run(["python3", "-c", SERVER, "0.0.0.0"], network=network, limits=None)).start()
-    steps = ["tcp 127.0.0.1 18080", "tcp 192.0.0.1 18080", f"tcp {HOST_ADDRESS} 18080", "tcp 192.0.0.2 8080"]
+    steps = ["tcp 127.0.0.1 18080", "tcp 192.0.0.1 18080", f"tcp {HOST_ADDRESS} 18080", "tcp 192.0.0.2 80"]
     equal(world.client(*steps, network="nat"), ["ECONNREFUSED", NO, NO, "ECONNREFUSED"])
     equal(_ask(18080, b"x", time.monotonic() + 20), b"inside: x")
     while threading.active_count() > 1:
@@ -322,6 +403,125 @@ def publishes(world: World) -> None:
 @USERS
 def test_published_ports(user: int) -> None:
     in_world(publishes, user=user)
+
+
+def forks(world: World) -> None:
+    """A child that the caller forks meanwhile doesn't keep the port, and doesn't take the network away."""
+    network = rf.Network("nat", publish={18082: 80})
+    results: list[rf.Result] = []
+    runs = threading.Thread(
+        target=lambda: results.append(rf.run(["python3", "-c", SERVER, "0.0.0.0"], network=network, text=True))
+    )
+    runs.start()
+    assert leaks.settled(lambda: not _listens(18082), 20) is False
+    goes_on, ends = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ends)
+        os.read(goes_on, 1)
+        os._exit(0)
+    os.close(goes_on)
+    equal(_ask(18082, b"after the fork", time.monotonic() + 20), b"inside: after the fork")
+    runs.join()
+    equal(results[0].exit_code, 0)
+    assert not _listens(18082)
+    os.close(ends)
+    os.waitpid(child, 0)
+
+
+def test_a_fork_of_the_caller() -> None:
+    in_world(forks)
+
+
+# ---- where else it works ----
+
+
+def images(world: World) -> None:
+    """/etc/resolv.conf is ringfence's own whatever an image has in its place, and where it has none names work too."""
+    for link in (None, "", "/run/systemd/resolve/stub-resolv.conf", "../run/resolv.conf", "/var/run/a/b", "other"):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o755)
+            os.mkdir(f"{folder}/etc")
+            for name in ("bin", "lib", "lib64"):
+                os.symlink(f"usr/{name}", f"{folder}/{name}")
+            if link:
+                Path(folder, "etc/other").write_text("nameserver 203.0.113.99\n")
+                os.symlink(link, f"{folder}/etc/resolv.conf")
+            elif link is not None:
+                Path(folder, "etc/resolv.conf").write_text("nameserver 203.0.113.99\n")
+            options: dict[str, Any] = {"image": folder, "mounts": [rf.Mount("/usr", "/usr")]}
+            for user in (None, 0):
+                for network in (rf.Network(), allow("web.example:80")):
+                    found = world.client("page web.example 80", network=network, user=user, **options)
+                    equal((link, user, found), (link, user, ["203.0.113.80 80"]))
+
+
+@USERS
+def test_images_with_any_resolv_conf(user: int) -> None:
+    in_world(images, user=user)
+
+
+def stays(world: World) -> None:
+    with rf.Sandbox(isolation="container", network=allow("web.example:80")) as sandbox:
+        for step, wanted in (("page web.example 80", "203.0.113.80 80"), ("tcp 203.0.113.80 80", "203.0.113.80 80")):
+            result = sandbox.run(["python3", "-c", CLIENT, step], text=True)
+            equal((result.stdout, result.stderr), (wanted + "\n", ""))
+
+
+def test_a_sandbox_that_stays() -> None:
+    in_world(stays)
+
+
+def by_command_line(world: World) -> None:
+    options = ["--network", "nat", "--allow", "web.example:80", "--publish", "18083:80", "--bandwidth", "10M"]
+    command = ["python3", "-c", CLIENT, "page web.example 80", "tcp 203.0.113.81 80"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ringfence", "run", *options, "--", *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        check=False,
+    )
+    equal((done.stdout.split("\n"), done.stderr), (["203.0.113.80 80", NO, ""], ""))
+
+
+def test_by_the_command_line() -> None:
+    in_world(by_command_line)
+
+
+def bounded(world: World) -> None:
+    """More connections than the gateway has room for: the others wait, and nothing but they does."""
+    code = """
+import errno, socket, time
+ones = [socket.socket() for _ in range(80)]
+for one in ones:
+    one.setblocking(False)
+    one.connect_ex(("203.0.113.80", 80))
+time.sleep(1.5)
+def said(one):
+    try: return one.recv(100)
+    except BlockingIOError: return b""
+first = [one for one in ones if said(one)]
+print(len(first))
+for one in first: one.close()
+time.sleep(4)
+print(len([one for one in ones if one not in first and said(one)]))
+"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        before = time.process_time()
+        result = rf.run(["python3", "-c", code], network="nat", text=True)
+        spent = time.process_time() - before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    first, later = map(int, result.stdout.split())
+    assert (first, later > 0) == (32, True), (first, later)
+    assert spent < 1.0, f"{spent} s of CPU"
+
+
+def test_flows_are_bounded() -> None:
+    in_world(bounded)
 
 
 # ---- bandwidth ----

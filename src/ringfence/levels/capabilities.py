@@ -89,7 +89,7 @@ def unmet(spec: Spec, host: Host) -> list[Unmet]:
         refuse(wanted, "they count in a user namespace of its own, and it has none", "leave namespaces out")
         return found
     networked = wanted & NETWORK
-    if spec.network.mode != "none" or spec.namespaces.net != "own":
+    if spec.network.mode == "host" or spec.namespaces.net != "own":
         reason = "they count only in a network namespace that belongs to the sandbox, which this one doesn't"
         refuse(networked, reason, "use network='none', or isolation='vm'")
     if "CAP_SYS_ADMIN" in wanted:

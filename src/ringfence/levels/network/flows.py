@@ -115,10 +115,13 @@ class Connection:
                 sent = 0
             if sent < count:
                 half.pending = memoryview(bytes(buffer[sent:count]))
+                self._loop.held_bytes += count - sent
 
     def _write(self, half: _Half) -> None:
         if half.pending:
-            half.pending = half.pending[half.sink.send(half.pending) :]
+            sent = half.sink.send(half.pending)
+            half.pending = half.pending[sent:]
+            self._loop.held_bytes -= sent
 
     def _interest(self) -> None:
         if all(half.ended and not half.pending for half in self._halves):
@@ -131,7 +134,7 @@ class Connection:
                 if self._loop.room(reads.direction) > 0:
                     wanted |= select.EPOLLIN
                 else:
-                    self._loop.paused(self)
+                    self._loop.paused(self.resume)
             if writes.pending:
                 wanted |= select.EPOLLOUT
             self._loop.want(sock, wanted)
@@ -144,6 +147,7 @@ class Connection:
     def close(self, *, broken: bool = False) -> None:
         if self.inside.fileno() < 0:
             return
+        self._loop.held_bytes -= sum(len(half.pending) for half in self._halves)
         for sock in (self.inside, self.outside):
             self._loop.forget(sock)
             if broken:

@@ -102,6 +102,8 @@ class Gateway:
         self._wake, self._waker = socket.socketpair()
         self._ending = False
         self._pending: dict[_Key, _Pending] = {}
+        # Connections to a published port that the sandbox hasn't taken yet: inside -> (outside, until when).
+        self._joining: dict[socket.socket, tuple[socket.socket, float]] = {}
         self._connections: set[Connection] = set()
         self._datagrams: dict[_Key, _Datagrams] = {}
         # A flow takes two descriptors of the caller's process: at most a quarter of what it may have.
@@ -129,7 +131,7 @@ class Gateway:
         sweep = time.monotonic() + _SWEEP_S
         while not self._ending:
             deadline = self._resolver.next_deadline()
-            if self._pending or self._datagrams:
+            if self._pending or self._joining or self._datagrams:
                 deadline = sweep if deadline is None else min(deadline, sweep)
             now = time.monotonic()
             self._loop.turn(None if deadline is None else max(0.0, deadline - now))
@@ -143,6 +145,12 @@ class Gateway:
         for key, pending in list(self._pending.items()):
             if pending.deadline <= now:
                 self._give_up(key, None)
+        for inside, (outside, deadline) in list(self._joining.items()):
+            if deadline <= now:
+                del self._joining[inside]
+                self._loop.forget(inside)
+                inside.close()
+                abort(outside)
         for flow in [one for one in self._datagrams.values() if one.used + _DATAGRAM_IDLE_S <= now]:
             self._end_datagrams(flow)
 
@@ -161,6 +169,10 @@ class Gateway:
             connection.close(broken=True)
         for flow in self._datagrams.values():
             flow.outside.close()
+        for inside, (outside, _) in self._joining.items():
+            inside.close()
+            outside.close()
+        self._joining.clear()
         self._datagrams.clear()
         self._pending.clear()
         for listener, _ in self._published:
@@ -172,6 +184,9 @@ class Gateway:
         for connection in self._connections:
             connection.inside.close()
             connection.outside.close()
+        for inside, (outside, _) in self._joining.items():
+            inside.close()
+            outside.close()
         for pending in self._pending.values():
             pending.outside.close()
         for flow in self._datagrams.values():
@@ -212,7 +227,8 @@ class Gateway:
         return (address, port) if kind in (None, netlink.RTN_UNICAST) else None
 
     def _full(self) -> bool:
-        return len(self._pending) + len(self._connections) + len(self._datagrams) >= self.most_flows
+        flows = (self._pending, self._joining, self._connections, self._datagrams)
+        return sum(len(one) for one in flows) >= self.most_flows
 
     # ---- TCP, from the sandbox ----
 
@@ -286,7 +302,7 @@ class Gateway:
         while True:
             try:
                 inside, peer = listener.accept()
-            except OSError:
+            except BlockingIOError:
                 return
             inside.setblocking(False)
             here = inside.getsockname()
@@ -310,7 +326,7 @@ class Gateway:
         while True:
             try:
                 outside, _ = listener.accept()
-            except OSError:
+            except BlockingIOError:
                 return
             outside.setblocking(False)
             if self._full():
@@ -322,14 +338,13 @@ class Gateway:
                 abort(outside)  # the sandbox is ending
                 return
             inside.setblocking(False)
+            self._joining[inside] = (outside, time.monotonic() + _ACCEPT_S)
+            self._loop.watch(inside, lambda _, inside=inside: self._joined(inside), select.EPOLLOUT)  # type: ignore[misc]
             inside.connect_ex(("127.0.0.1", port))
-            self._loop.watch(
-                inside,
-                lambda _, inside=inside, outside=outside: self._published_to(inside, outside),  # type: ignore[misc]
-                select.EPOLLOUT,
-            )
 
-    def _published_to(self, inside: socket.socket, outside: socket.socket) -> None:
+    def _joined(self, inside: socket.socket) -> None:
+        """A published port's connection has arrived, or nobody listens there."""
+        outside, _ = self._joining.pop(inside)
         self._loop.forget(inside)
         if inside.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             inside.close()
@@ -342,7 +357,10 @@ class Gateway:
     def _from_inside(self, sock: socket.socket) -> None:
         for _ in range(_PACKETS):
             if self._loop.room(OUT) <= 0:
-                return  # stays in the socket's buffer, and what doesn't fit there is lost
+                # What comes meanwhile stays in the socket's buffer, as far as it fits in.
+                self._loop.want(sock, 0)
+                self._loop.paused(lambda: self._loop.want(sock, select.EPOLLIN))
+                return
             try:
                 data, control, _, peer = sock.recvmsg(_PACKET_BYTES, 64)
             except OSError:

@@ -12,11 +12,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ringfence.levels.network.flows import Connection
-
 __all__ = ["Loop"]
 
 _BUFFER_BYTES = 256 << 10
+# What all connections together hold for a side that doesn't take it; a little more for each beyond that.
+_MOST_HELD_BYTES = 32 << 20
+_LEAST_READ_BYTES = 4096
+# Until descriptors, or whatever else an operation lacked, may be there again.
+_PAUSE_S = 0.01
 
 
 class Loop:
@@ -32,7 +35,8 @@ class Loop:
         self._calls: dict[int, Callable[[int], None]] = {}
         self._interest: dict[int, int] = {}
         self._buckets = None if bytes_per_second is None else tuple(Bucket(bytes_per_second, now) for _ in (OUT, BACK))
-        self._paused: set[Connection] = set()
+        self._paused: set[Callable[[], None]] = set()
+        self.held_bytes = 0
 
     # ---- sockets ----
 
@@ -68,17 +72,18 @@ class Loop:
 
     def room(self, direction: int) -> int:
         """How many bytes may move now."""
+        most = min(_BUFFER_BYTES, max(_LEAST_READ_BYTES, (_MOST_HELD_BYTES - self.held_bytes) // 8))
         if self._buckets is None:
-            return _BUFFER_BYTES
-        return self._buckets[direction].room(time.monotonic())
+            return most
+        return min(most, self._buckets[direction].room(time.monotonic()))
 
     def moved(self, direction: int, count: int) -> None:
         if self._buckets is not None:
             self._buckets[direction].take(count)
 
-    def paused(self, one: Connection) -> None:
-        """It waits for room."""
-        self._paused.add(one)
+    def paused(self, resume: Callable[[], None]) -> None:
+        """Somebody waits for room; called once there may be some."""
+        self._paused.add(resume)
 
     # ---- the clock ----
 
@@ -89,12 +94,17 @@ class Loop:
             timeout_s = wait if timeout_s is None else min(wait, timeout_s)
         for fd, events in self._epoll.poll(timeout_s):
             call = self._calls.get(fd)
-            if call is not None:  # an earlier event of this turn may have closed it
+            if call is None:
+                continue  # an earlier event of this turn has closed it
+            try:
                 call(events)
+            except OSError:
+                # Descriptors or memory are short, say. The flow is left as it is, and others go on.
+                time.sleep(_PAUSE_S)
         if self._paused:
             waiting, self._paused = self._paused, set()
-            for one in waiting:
-                one.resume()
+            for resume in waiting:
+                resume()
 
     def close(self) -> None:
         self._epoll.close()

@@ -25,8 +25,13 @@ HOSTS = (
 def network_unmet(spec: Spec) -> list[Unmet]:
     """The rules that only a network of the sandbox's own can keep."""
     network = spec.network
-    if network.mode != "host":
+    if network.mode == "none":
         return []
+    if network.mode == "nat":
+        if spec.namespaces.net == "own":
+            return []
+        reason = "its gateway is the way out of a network namespace that it has made itself"
+        return [Unmet("network", "nat", reason, "leave namespaces.net out")]
     reason = "it would have the host's own network, where nothing stands between it and the world"
     asked: dict[str, object] = {
         "allow": None if network.allow is None else tuple(map(str, network.allow)),

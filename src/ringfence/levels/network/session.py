@@ -6,7 +6,7 @@ import os
 import socket
 import weakref
 
-from ringfence.errors import CannotEnforce, KernelError, StartError, Unmet
+from ringfence.errors import CannotEnforce, KernelError, Unmet
 from ringfence.levels.network.gateway import Gateway
 from ringfence.levels.network.inside import Inside, Supply
 from ringfence.levels.network.policy import Policy
@@ -69,14 +69,16 @@ class NetworkSession:
     def start(self) -> None:
         """Sets up the namespace by init's sockets, once these begin to come, and starts the gateway.
 
-        Raises StartError where this kernel can't.
+        Raises CannotEnforce where this kernel can't: the command has not been started.
         """
         assert self._inside is not None
         try:
             self._inside.open()
         except KernelError as error:
-            step, call, detail = "network", error.call, ", ".join(map(str, error.arguments))
-            raise StartError(step, call, error.errno, detail) from error
+            asked = ", ".join(map(str, error.arguments))
+            reason = f"this kernel refuses {asked} in a network namespace ({error.errno_name})"
+            help = "load nft_tproxy, nft_log, nft_reject_inet and nfnetlink_log by modprobe, or use another kernel"
+            raise CannotEnforce(self._isolation, [Unmet("network", "nat", reason, help)]) from error
         policy = Policy(self._network.allow)
         published, self._published = self._published, []
         self._gateway = Gateway(self._inside, policy, published, self._network.bandwidth_bytes_per_second)
