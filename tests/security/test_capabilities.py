@@ -118,6 +118,9 @@ REACHES = {
     "the memory of init": ("open('/proc/1/mem', 'rb').close()", "EACCES"),
     "ptrace of init": ("call('ptrace', 0x4206, 1, None, None)", "EPERM"),
     "a descriptor of init": ("system_call(438, os.pidfd_open(1), 3, 0)", "EPERM"),
+    "the namespaces of init": ("call('setns', os.pidfd_open(1), 0x20000)", "EPERM"),
+    "another outer namespace": ("__import__('fcntl').ioctl(os.open('/proc/self/ns/user', 0), 0xb702)", "EPERM"),
+    "reboot": ("call('reboot', 0x01234567)", "EPERM"),
     "a file by its handle": ("handle(b'/usr/bin/env')", "EPERM"),
     "iopl": ("system_call(172, 3)", "EPERM"),
     "settimeofday": ("system_call(164, 0, bytes(8))", "EPERM"),
@@ -257,6 +260,24 @@ def test_cgroups_can_be_seen_and_not_changed() -> None:
     for name, one in found.items():
         if name not in shown and name.split()[0] in shown:
             assert one == "EACCES", name
+
+
+def test_they_can_end_the_sandbox_and_no_more() -> None:
+    """The control: without the capability the workload goes on."""
+    code = PRELUDE + "print(attempt(lambda: call('reboot', 0x01234567)))"
+    command = [PYTHON, "-I", "-S", "-c", code]
+    ended = rf.run(command, isolation="container", capabilities=["sys_boot"])
+    assert (ended.termination_reason, ended.stdout) == ("killed", b"")
+    assert output(rf.run(command, isolation="container")) == b"EPERM\n"
+
+
+def test_signals_do_not_end_init() -> None:
+    """It is told apart by who may send them at all: the control, without the capability."""
+    code = (
+        "[os.kill(1, one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)]; time.sleep(0.2)"
+    )
+    assert inside({"kill": code}, capabilities=["kill"])[0] == {"kill": "ok"}
+    assert inside({"kill": code})[0] == {"kill": "EPERM"}
 
 
 def test_in_a_guest_they_count_in_its_own_kernel() -> None:
