@@ -12,7 +12,7 @@ import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
 from ringfence.errors import SpecError, Unmet
-from ringfence.linux import seccomp, seccomp_profile
+from ringfence.linux import seccomp, seccomp_compiler, seccomp_profile
 from ringfence.linux import seccomp_bpf as bpf
 from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
 from ringfence.spec import Seccomp, Spec
@@ -46,7 +46,7 @@ def parsed(profile: dict[str, Any], **options: Any) -> seccomp_profile.Profile:
 
 
 def compiled(profile: dict[str, Any], **options: Any) -> bytes:
-    return seccomp_profile.compile(parsed(profile, **options))
+    return seccomp_compiler.compile(parsed(profile, **options))
 
 
 def rule(*names: str, action: str = "SCMP_ACT_ALLOW", **more: Any) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def test_what_makes_no_sense_is_refused(what: str) -> None:
     profile, sentence = REFUSED[what]
     data = profile if isinstance(profile, bytes) else json.dumps(profile).encode()
     with pytest.raises(SpecError) as caught:
-        seccomp_profile.compile(seccomp_profile.parse(data))
+        seccomp_compiler.compile(seccomp_profile.parse(data))
     assert sentence in str(caught.value)
 
 
@@ -278,15 +278,15 @@ def test_flags_and_podmans_errno() -> None:
 
 def test_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = parsed(denying(rule("read")))
-    first = seccomp_profile.cached(profile)
+    first = seccomp_compiler.cached(profile)
 
     def never(_: seccomp_profile.Profile) -> bytes:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr(seccomp_profile, "compile", never)
-    assert seccomp_profile.cached(profile) == first
+    monkeypatch.setattr(seccomp_compiler, "compile", never)
+    assert seccomp_compiler.cached(profile) == first
     with pytest.raises(AssertionError, match="compiled again"):
-        seccomp_profile.cached(parsed(denying(rule("write"))))
+        seccomp_compiler.cached(parsed(denying(rule("write"))))
 
 
 def test_a_wrong_program_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

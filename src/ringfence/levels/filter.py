@@ -205,9 +205,9 @@ def _program(spec: Spec, own: Profile | None) -> bytes:
                 own_kernel=spec.isolation == "vm",
             )
         )
-    from ringfence.linux import seccomp_profile
+    from ringfence.linux import seccomp_compiler
 
-    program = seccomp_profile.cached(own)
+    program = seccomp_compiler.cached(own)
     if without_network:
         if own.architectures:
             others = ", ".join(own.architectures)
