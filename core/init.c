@@ -373,38 +373,6 @@ static void signal_command(struct init *s, const struct rf_frame *f) {
 
 /* ---- PLAN ---- */
 
-static int become(struct init *s, unsigned long uid, unsigned long gid, struct rf_error *e) {
-    char text[21];
-    if (syscall(SYS_setresgid, gid, gid, gid) < 0) return rf_fail(e, "user namespace", "setresgid", rf_decimal(text, gid));
-    if (syscall(SYS_setresuid, uid, uid, uid) < 0) return rf_fail(e, "user namespace", "setresuid", rf_decimal(text, uid));
-    if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0) return rf_fail(e, "user namespace", "prctl", "PR_SET_DUMPABLE");
-    return rf_die_with_parent(&s->launch, e);
-}
-
-/* The first id that a joined user namespace has. */
-static int first_id(const char *map, uint64_t *id, struct rf_error *e) {
-    int fd = open(map, O_RDONLY | O_CLOEXEC);
-    int r = fd < 0 ? -1 : rf_read_number(fd, NULL, id);
-    if (fd >= 0) close(fd);
-    return r < 0 ? rf_fail_errno(e, EINVAL, "user namespace", "read", map) : 0;
-}
-
-/* Becomes id 0 of the user namespace, once the launcher has written its maps: what is made from here on has owners. */
-static int take_ids(struct init *s, struct rf_error *e) {
-    if (s->launch.joins_user) {
-        uint64_t uid = 0, gid = 0;
-        if (first_id("/proc/self/uid_map", &uid, e) < 0 || first_id("/proc/self/gid_map", &gid, e) < 0) return -1;
-        return become(s, uid, gid, e);
-    }
-    if (s->go < 0) return 0;
-    char ready;
-    if (read(s->go, &ready, 1) != 1) return rf_fail_errno(e, ECANCELED, "user namespace", "read", "the launcher gave up");
-    close(s->go);
-    s->go = -1;
-    /* The first id that the maps have inside: 0, or the only one. */
-    return become(s, strtoul(s->launch.uid_map, NULL, 10), strtoul(s->launch.gid_map, NULL, 10), e);
-}
-
 /* A plan may only change what is this sandbox's own. The same request in a namespace of the host's would rename the host
  * or mount over its /proc. */
 static int check_plan(const struct init *s, struct rf_error *e) {
@@ -452,7 +420,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);
     if (p->loopback && !s->launch.network_ready && rf_loopback_up(e) < 0) return -1;
     if (p->sockets_fd >= 0) rf_sockets_any_port();
-    if (take_ids(s, e) < 0) return -1;
+    if (rf_init_ids(&s->launch, &s->go, e) < 0) return -1;
     if (p->flags & RF_P_ENTER) {
         s->layer.uid = p->uid;
         s->layer.gid = p->gid;
@@ -464,6 +432,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
         close(root);
         if (r < 0) return -1;
     }
+    if ((s->launch.clone_flags & CLONE_NEWNS) && !(s->launch.clone_flags & CLONE_NEWUSER) && !s->launch.joins_user && rf_init_limit(e) < 0) return -1;
     if (p->capabilities && s->where == RF_IN_CONTAINER && rf_nest(p, &s->launch, e) < 0) return -1;
     s->planned = true;
     /* Nobody waits for this sandbox yet, so there is time to make its command's process too. */

@@ -99,7 +99,7 @@ static void use_up_network(struct launcher *s) {
 /* Init by way of a process that goes ahead, into namespaces that exist already. */
 static pid_t clone_elsewhere(struct launcher *s, struct rf_launch *l, struct rf_error *e) {
     struct rf_launch changed = *l;
-    bool stock = (l->clone_flags & CLONE_NEWNET) && s->next_network >= 0;
+    bool stock = (l->clone_flags & CLONE_NEWNET) && !l->own_network && s->next_network >= 0;
     if (stock) {
         static_assert(RF_JOINS_MAX >= 8, "there is room for one more: mounts are never joined");
         changed.joins[changed.njoins++] = (struct rf_join){.flag = CLONE_NEWNET, .fd = s->next_network};

@@ -358,6 +358,11 @@ enum rf_where { RF_IN_PROCESS, RF_IN_CONTAINER, RF_IN_GUEST };
 int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l, int go);
 /* A signal at the launcher's death. To be asked for anew after each change of ids, which clears it. */
 int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e);
+/* users.c. Becomes id 0 of the user namespace, once the launcher has written its maps and told so by `go`; or the first id of
+ * one that was joined. What is made from here on has owners. */
+int rf_init_ids(const struct rf_launch *l, int *go, struct rf_error *e);
+/* Gives up what an init without a user namespace doesn't need. */
+int rf_init_limit(struct rf_error *e);
 /* ids: what sandboxes are run as, where Python found all that it takes to change ids and mounts on the host; else NULL. */
 int rf_launcher_main(int socket_fd, const struct rf_ids *ids);
 int rf_guest_main(void);

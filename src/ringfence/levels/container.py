@@ -10,7 +10,7 @@ import stat
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
-from ringfence.levels import capabilities, filter, reach
+from ringfence.levels import capabilities, filter, namespaces, reach
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.layer import overlay_unmet, why_no_overlay
 from ringfence.levels.limits import limit_abilities, limit_unmet
@@ -38,14 +38,8 @@ __all__ = [
     "device_steps",
     "directories_above",
     "own_directories",
-    "own_namespaces",
     "private_steps",
 ]
-
-_NEWNS, _NEWCGROUP, _NEWUTS, _NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
-_NEWUSER, _NEWPID, _NEWNET, _NEWTIME = 0x10000000, 0x20000000, 0x40000000, 0x00000080
-# The cgroup namespace comes later: its root is the cgroup that the command has joined by then.
-_NAMESPACES = _NEWNS | _NEWUTS | _NEWIPC | _NEWUSER | _NEWPID | _NEWTIME
 
 _HOME = b"/work"
 _HOSTNAME = "ringfence"
@@ -99,6 +93,7 @@ class ContainerLevel(Level):
             rule="devices",
             mechanism="nodes of its own" if host.privileged else "the host's nodes, as the caller may use them",
         )
+        found["namespaces"] = Ability(rule="namespaces", mechanism="clone3, setns, /proc/PID/timens_offsets")
         found["network=none"] = Ability(rule="network=none", mechanism="network namespace with only lo")
         found["network=host"] = Ability(rule="network=host", mechanism="the host's network namespace")
         nat = "a gateway outside, the only way out of a network namespace"
@@ -108,7 +103,7 @@ class ContainerLevel(Level):
         return found
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = limit_unmet(spec, host) + network_unmet(spec)
+        unmet = [*namespaces.unmet(spec, host), *limit_unmet(spec, host), *network_unmet(spec)]
         if spec.capabilities:
             unmet += capabilities.unmet(spec, host)
         if "seccomp" in spec.asked:
@@ -120,7 +115,7 @@ class ContainerLevel(Level):
             unmet += devices.container_unmet(spec, privileged=host.privileged)
         if spec.image != "host":
             tree.entries(spec.image)  # raises SpecError where it can't be shown
-        if spec.user is not None:
+        if spec.user is not None and spec.namespaces.user == "own":
             try:
                 uid, gid = resolve(spec.user, spec.image)
             except SpecError as error:
@@ -172,18 +167,25 @@ class ContainerSandbox(LocalSandbox):
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
         self._namespaces: dict[tuple[int, int] | None, int] = {}
+        self.shared = namespaces.OWN
         super().__init__(spec, host, state, later=later, stays=stays)
 
     def _open(self) -> None:
         spec, host = self.spec, self._host
         uid, gid = resolve(spec.user, spec.image) if spec.user is not None else _USER
-        if host.privileged:
+        if spec.namespaces.asked:
+            self.shared = namespaces.choose(spec, host, self.keep_fd)
+        shared = self.shared
+        if not shared.is_own("user"):
+            uid, gid = self._take_ids_elsewhere((uid, gid))
+        elif host.privileged:
             group = min(gid, ids.CONTAINER_IDS - 1)
             self.berth = self.state.berth(
                 f"container {uid}:{group}",
                 lambda slot: (ids.container_base(slot) + uid, ids.container_base(slot) + group),
             )
             self._base = ids.container_base(self.berth.slot or 0)
+            self._outside = self._base + uid, self._base + group
             uid_map = gid_map = b"0 %d %d" % (self._base, ids.CONTAINER_IDS)
             if self._extra_gid is not None:
                 # A group of the host's, which nothing but the command itself is in: for /dev/kvm.
@@ -194,41 +196,83 @@ class ContainerSandbox(LocalSandbox):
             # One id, which is the caller's own outside. The workload isn't root inside unless that was asked for.
             self.berth = self.state.berth("container", None)
             self._maps = (b"%d %d 1" % (uid, os.geteuid()), b"%d %d 1" % (gid, os.getegid()))
+            self._outside = os.geteuid(), os.getegid()
         self.user = (uid, gid)
+        berth = self.berth
+        assert berth is not None
         if spec.limits.disk_bytes is None:
             self.put_files()
         self.home = _HOME
         self.make_cgroup()
         plan = messages.Plan()
-        plan.hostname(self._hostname.encode("ascii"))
-        if spec.network.mode != "host":
+        if shared.is_own("uts"):
+            plan.hostname(self._hostname.encode("ascii"))
+        if self._network_kind in ("none", "nat"):
             plan.loopback()
-        plan.mounts(self._tree(self.berth.name))
+        plan.mounts(self._tree(berth.name))
         plan.ids(uid, gid)
-        plan.flags(cgroup_namespace=True, enter=True, no_new_privs=True)
+        plan.flags(cgroup_namespace=shared.is_own("cgroup"), enter=True, no_new_privs=True)
         plan.workdir(_HOME)
-        self.put_filter(plan, lambda: seccomp.policy(namespaces=True, capabilities=spec.capabilities))
+        own_ipc = shared.kinds["ipc"] != "host"
+        self.put_filter(plan, lambda: seccomp.policy(namespaces=own_ipc, capabilities=spec.capabilities))
         if spec.capabilities:
             plan.capabilities(capabilities.mask(spec.capabilities))
         self._scope_sockets(plan)
         self.common_plan(plan)
-        flags = _NAMESPACES | (0 if spec.network.mode == "host" else _NEWNET)
-        uid_map, gid_map = self._maps
-        nat = spec.network.mode == "nat"
+        nat = self._network_kind == "nat"
         if nat:
             self.open_network(plan, local_dns=self._local_dns)
+        joined = shared.joined
         request = messages.launch(
-            clone_flags=flags, uid_map=uid_map, gid_map=gid_map, later=self.later, own_network=nat
+            clone_flags=shared.clone_flags & ~(namespaces.FLAGS["net"] if self._network_kind == "host" else 0),
+            uid_map=self._maps[0] if shared.is_own("user") else None,
+            gid_map=self._maps[1] if shared.is_own("user") else None,
+            kill_uid=None if shared.is_own("pid") or not host.privileged else self._outside[0],
+            joins=[namespaces.FLAGS[one.name] for one in joined],
+            offsets_ns=shared.offsets_ns,
+            later=self.later,
+            own_network=nat,
         )
-        self.start(request, plan)
+        self.start(request, plan, [one.fd for one in joined])
         if self.network is not None:
             self.start_network(self.network)
         if spec.limits.disk_bytes is not None:
             self.send_files(spec.files)
 
+    @property
+    def _network_kind(self) -> str:
+        """The mode, or "joined" where its network namespace is one that exists already."""
+        kind = self.shared.kinds["net"]
+        if kind == "host":
+            return "host"
+        return self.spec.network.mode if kind == "own" else "joined"
+
+    def _take_ids_elsewhere(self, asked: tuple[int, int]) -> tuple[int, int]:
+        """The workload's ids and its berth, where the user namespace isn't its own."""
+        from ringfence.levels import joined
+
+        user = self.shared.kinds["user"]
+        if isinstance(user, namespaces.Joined):
+            maps = joined.maps_of(user)
+            given = asked if self.spec.user is not None else None
+            inside, self._outside = joined.outside(maps, given, _USER, privileged=self._host.privileged)
+            outer = self._outside
+            kind = f"container {outer} of another user namespace"
+            self.berth = self.state.berth(kind, (lambda _: outer) if self._host.privileged else None)
+            self._base = maps[0][0][1]
+            self._maps = (b"%d %d %d" % maps[0][0], b"%d %d %d" % maps[1][0])
+            self._namespaces[None] = user.fd
+            return inside
+        self.berth = self.state.berth("container, the host's ids", lambda slot: (ids.process_uid(slot),) * 2)
+        own = ids.process_uid(self.berth.slot or 0)
+        self._base = 0
+        self._maps = (b"0 0 4294967295",) * 2
+        self._outside = own, own
+        return own, own
+
     def _scope_sockets(self, plan: messages.Plan) -> None:
         """Abstract UNIX sockets belong to the network namespace. Landlock keeps the host's out of reach."""
-        if self.spec.network.mode == "host" and self._host.landlock_abi >= landlock.SCOPES_ABI:
+        if self._network_kind == "host" and self._host.landlock_abi >= landlock.SCOPES_ABI:
             plan.landlock(self.keep_fd(landlock.Ruleset(files=False).detach()))
 
     # ---- the file tree ----
@@ -257,9 +301,10 @@ class ContainerSandbox(LocalSandbox):
         else:
             steps = self._skeleton() + (self._extra(self) if self._extra is not None else [])
             sealed = False
-        files = NetworkFiles(spec.image, self._hostname, self.user) if spec.network.mode == "nat" else None
+        files = NetworkFiles(spec.image, self._hostname, self.user) if self._network_kind == "nat" else None
         steps += files.before if files else []
-        steps += private_steps(self.user)
+        host_proc = self.shared.is_own("user") and self.shared.kinds["pid"] == "host"
+        steps += private_steps(self.user, host_proc=host_proc)
         if files:
             steps += files.after
             self._local_dns = files.missing
@@ -392,8 +437,8 @@ class ContainerSandbox(LocalSandbox):
                 maps = self._maps
             else:
                 maps = (
-                    b"%d %d 1" % (owner[0], self._base + self.user[0]),
-                    b"%d %d 1" % (owner[1], self._base + min(self.user[1], ids.CONTAINER_IDS - 1)),
+                    b"%d %d 1" % (owner[0], self._outside[0]),
+                    b"%d %d 1" % (owner[1], self._outside[1]),
                 )
             self._namespaces[owner] = self.keep_fd(self.state.launcher.user_namespace(*maps))
         return self._namespaces[owner]
@@ -424,6 +469,11 @@ class ContainerSandbox(LocalSandbox):
     # ---- telling ----
 
     def user_mechanism(self) -> str:
+        user = self.shared.kinds["user"]
+        if user == "host":
+            return "the host's user namespace: an id that no account has"
+        if user != "own":
+            return f"a joined user namespace: {self._outside[0]}:{self._outside[1]} outside"
         inside = self._maps[0].split()
         return f"user namespace: id {inside[0].decode()} is {inside[1].decode()} outside, {inside[2].decode()} mapped"
 
@@ -436,29 +486,20 @@ class ContainerSandbox(LocalSandbox):
         found.append(
             Applied(rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="UTS namespace")
         )
-        ours = own_namespaces()
-        for name, inode in started.namespaces.items():
-            own = ours.get(name) != inode
-            wanted = None if name == "net" and spec.network.mode == "host" else "own"
-            found.append(
-                Applied(
-                    rule=f"namespace {name}",
-                    requested=wanted,
-                    effective=inode if own or wanted is None else None,
-                    mechanism="its own, by /proc/self/ns" if own else "the host's",
-                )
-            )
+        found += namespaces.applied(spec, self.shared, outcome, host_network=self._network_kind == "host")
         if self.network is not None:
             found += self.network.applied(spec.asked)
-        mode = spec.network.mode
-        own_net = started.namespaces.get("net") != ours.get("net")
+        mode = self._network_kind
+        own_net = started.namespaces.get("net") != namespaces.own_namespaces().get("net")
         if self.network is None:
             found.append(
                 Applied(
                     rule="network",
                     requested=mode if "network" in spec.asked else None,
                     effective=mode if own_net == (mode != "host") else None,
-                    mechanism=_network_mechanism(own_net, started.landlock),
+                    mechanism="a joined network namespace"
+                    if mode == "joined"
+                    else _network_mechanism(own_net, started.landlock),
                 )
             )
         found.append(
@@ -495,14 +536,18 @@ class ContainerSandbox(LocalSandbox):
 
 
 @functools.cache
-def private_steps(user: tuple[int, int], *, masks: bool = True) -> tuple[MountStep, ...]:
+def private_steps(user: tuple[int, int], *, masks: bool = True, host_proc: bool = False) -> tuple[MountStep, ...]:
     """What is every sandbox's own: /proc, /tmp, /dev/shm, terminals; /run for root, who alone may write there. /home is
-    an empty folder of the tree. masks: what /proc tells of the host, or would change there, is hidden.
+    an empty folder of the tree. masks: what /proc tells of the host, or would change there, is hidden. host_proc: it is
+    the launcher's /proc, with all processes of the host, where a user namespace of its own may not mount that anew.
     """
     tmpfs = NOSUID | NODEV
     terminals = b"newinstance,ptmxmode=0666,mode=620"
+    proc_flags = NOSUID | NODEV | NOEXEC
     steps = [
-        messages.filesystem(b"/proc", b"proc", flags=NOSUID | NODEV | NOEXEC),
+        messages.bind(b"/proc", b"/proc", proc_flags)
+        if host_proc
+        else messages.filesystem(b"/proc", b"proc", flags=proc_flags),
         messages.filesystem(b"/tmp", b"tmpfs", data=b"mode=1777,size=1g", flags=tmpfs),
         messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777,size=256m", flags=tmpfs),
         messages.filesystem(b"/dev/pts", b"devpts", data=terminals, flags=NOSUID | NOEXEC),
@@ -513,20 +558,6 @@ def private_steps(user: tuple[int, int], *, masks: bool = True) -> tuple[MountSt
         steps += [messages.mask(path) for path in _MASKED]
         steps += [messages.readonly(path) for path in _READONLY]
     return tuple(steps)
-
-
-_known_namespaces: dict[str, int] = {}
-
-
-def own_namespaces() -> dict[str, int]:
-    """Our own namespaces, which don't change in a process's life unless it changes them itself."""
-    if not _known_namespaces:
-        for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"):
-            try:
-                _known_namespaces[name] = os.stat(f"/proc/self/ns/{name}").st_ino
-            except FileNotFoundError:
-                continue  # a kernel without it
-    return _known_namespaces
 
 
 def _network_mechanism(own: bool, scoped: bool) -> str:

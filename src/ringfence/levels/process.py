@@ -50,6 +50,9 @@ class ProcessLevel(Level):
         found.update(reach.abilities(host))
         found["tmpfs"] = Ability(rule="tmpfs", reason="a process has no mounts of its own", help=container)
         found["overlay"] = Ability(rule="overlay", reason="a process has no mounts of its own", help=container)
+        found["namespaces"] = Ability(
+            rule="namespaces", reason="a process has the host's, all of them", help="use isolation='container'"
+        )
         found["network=host"] = Ability(rule="network=host", mechanism="nothing is taken away")
         found["network=none"] = (
             Ability(rule="network=none", reason=host.seccomp, help="install libseccomp: 'ringfence setup'")

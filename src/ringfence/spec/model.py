@@ -161,8 +161,8 @@ class Spec(Value):
         variables = _env(env)
         _check_exec_size(command, variables)
         mounted, in_memory = _mounts(mounts)
-        wanted_network = _network(network)
         shared = _namespaces(namespaces)
+        wanted_network = _network(network, shared)
         granted = boundary.capabilities(capabilities)
         nodes = _devices(devices)
         may_read = None if readable is None else _paths(readable, "readable")
@@ -170,7 +170,7 @@ class Spec(Value):
         given = {
             "hostname": hostname is not None,
             "user": user is not None,
-            "network": network is not None,
+            "network": network is not None or shared.net == "host",
             "allow": wanted_network.allow is not None,
             "publish": bool(wanted_network.publish),
             "bandwidth": wanted_network.bandwidth_bytes_per_second is not None,
@@ -426,11 +426,15 @@ def _hostname(hostname: str) -> str:
     return hostname
 
 
-def _network(network: str | Network | None) -> Network:
+def _network(network: str | Network | None, shared: Namespaces) -> Network:
+    """What `network` asks for, or a namespace that is the host's: both say the same, or it is refused."""
     if network is None:
-        return _NO_NETWORK
-    if isinstance(network, Network):
-        return network
-    if not isinstance(network, str):
+        return Network("host") if shared.net == "host" else _NO_NETWORK
+    if not isinstance(network, (str, Network)):
         raise SpecError(f"network must be 'none', 'nat', 'host' or Network(...), not {type(network).__name__}")
-    return Network(network)
+    found = network if isinstance(network, Network) else Network(network)
+    if "net" in shared.asked and (found.mode == "host") != (shared.net == "host"):
+        raise SpecError(f"network={found.mode!r} and a network namespace that is {shared.net!r} contradict each other")
+    if shared.net not in ("own", "host"):
+        raise SpecError("network: a joined network namespace is the network: leave network= out")
+    return found

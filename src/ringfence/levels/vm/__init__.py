@@ -114,6 +114,11 @@ class VmLevel(Level):
             reason="a guest has devices of its own, and none of the host's",
             help="use isolation='container'",
         )
+        abilities["namespaces"] = Ability(
+            rule="namespaces",
+            reason="a guest's kernel has namespaces of its own, and shares none with the host's",
+            help="use isolation='container'",
+        )
         abilities["network=host"] = Ability(
             rule="network=host",
             reason="a virtual machine has a network stack of its own",

@@ -11,7 +11,8 @@ import socket
 
 from ringfence._value import Value
 from ringfence.errors import ProtocolError, Unavailable
-from ringfence.levels.container import ContainerSandbox, own_namespaces
+from ringfence.levels.container import ContainerSandbox
+from ringfence.levels.namespaces import own_namespaces
 from ringfence.levels.vm import machine
 from ringfence.result import Applied
 from ringfence.spec import Limits, Spec
