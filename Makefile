@@ -97,6 +97,7 @@ test-tools: system
 	need libc6-dev test -e /usr/include/stdio.h
 	need clang clang --version
 	need iproute2 ip -V
+	need uidmap test -x /usr/bin/newuidmap
 	install
 	missing=()
 	need "libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev" bash -c 'cd "$$(mktemp -d)" && echo "int LLVMFuzzerTestOneInput(void) { return 0; }" > t.c && clang -fsanitize=fuzzer,address,undefined t.c'

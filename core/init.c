@@ -259,7 +259,10 @@ static void finish_commands(struct init *s) {
     for (unsigned i = 0; i < COMMANDS_MAX; i++) {
         struct command *c = &s->commands[i];
         if (!c->used || c->running) continue;
-        if (c->once) end_everything(s);
+        if (c->once) {
+            end_everything(s);
+            if (s->plan.give_back && s->plan.workdir) rf_give_back(s->plan.workdir, s->plan.uid, s->plan.gid);
+        }
         /* No more than the pipe held: in a lasting sandbox somebody may write for ever. */
         for (int o = 0; o < 2; o++)
             for (size_t left = PIPE_BYTES; c->out[o] >= 0 && left && pump_output(s, c, o);) left -= left < RF_CHUNK ? left : RF_CHUNK;
@@ -548,6 +551,7 @@ static int watch_cpu(struct init *s) {
 
 static void leave(struct init *s) {
     end_everything(s);
+    if (s->planned && s->plan.give_back && s->plan.workdir) rf_give_back(s->plan.workdir, s->plan.uid, s->plan.gid);
     if (s->where == RF_IN_GUEST) {
         sync();
         reboot(RB_POWER_OFF);

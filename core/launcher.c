@@ -32,6 +32,7 @@ struct launcher {
     int next_network; /* a network namespace in which nothing has run yet, or -1 */
     bool own_mounts, wants_network;
     struct rf_ids ids; /* what sandboxes are run as */
+    struct rf_maps maps;
     struct sandbox live[SANDBOXES_MAX];
     unsigned nlive;
     struct owned owned[OWNED_MAX];
@@ -132,24 +133,6 @@ static pid_t clone_sandbox(struct launcher *s, struct rf_launch *l, int *pidfd, 
 
 /* ---- LAUNCH ---- */
 
-static int write_proc(const struct launcher *s, pid_t pid, const char *file, const char *text, struct rf_error *e) {
-    char path[64];
-    snprintf(path, sizeof path, "%d/%s", pid, file);
-    int fd = openat(s->proc, path, O_WRONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : write(fd, text, strlen(text));
-    if (n < 0) rf_fail(e, "user namespace", "write", file);
-    if (fd >= 0) close(fd);
-    return n < 0 ? -1 : 0;
-}
-
-static int write_maps(const struct launcher *s, pid_t pid, const struct rf_launch *l, struct rf_error *e) {
-    if (!l->uid_map || !l->gid_map) return 0;
-    /* Without CAP_SETGID a gid map may only be written once setgroups is denied (user_namespaces(7)). */
-    if (!s->own_mounts && write_proc(s, pid, "setgroups", "deny", e) < 0) return -1;
-    if (write_proc(s, pid, "uid_map", l->uid_map, e) < 0) return -1;
-    return write_proc(s, pid, "gid_map", l->gid_map, e);
-}
-
 /* From clone3 to init's loop, in the child. */
 static int become_init(const struct launcher *s, const struct rf_launch *l, int control, int go, struct rf_error *e) {
     if (l->host_mounts && enter_host_mounts(s, e) < 0) return -1;
@@ -208,7 +191,8 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     }
     int r = pid < 0 ? -1 : 0;
     if (r == 0) s->live[s->nlive++] = (struct sandbox){.pid = pid, .has_uid = l.has_kill_uid, .uid = l.kill_uid, .killer = l.slot_base + RF_KILLER_LAUNCHER};
-    if (r == 0) r = write_maps(s, pid, &l, e);
+    if (r == 0) r = rf_write_maps(s->proc, pid, &l, s->own_mounts, e);
+    if (r == 0 && rf_remember_maps(&l, s->own_mounts, &s->maps) < 0) r = rf_fail_errno(e, E2BIG, "user namespace", "maps", "too many ranges");
     if (r == 0 && go[1] >= 0 && write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
     if (go[0] >= 0) close(go[0]), close(go[1]); /* without its byte the child ends by itself */
     if (pidfd >= 0) close(pidfd);
@@ -266,7 +250,7 @@ static int user_namespace(struct launcher *s, const struct rf_frame *f, int *res
         if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) _exit(1);
         for (;;) pause();
     }
-    int r = write_maps(s, pid, &l, e);
+    int r = rf_write_maps(s->proc, pid, &l, s->own_mounts, e);
     if (r == 0) {
         char path[64];
         snprintf(path, sizeof path, "%d/ns/user", pid);
@@ -342,8 +326,11 @@ static void end_all(struct launcher *s) {
     }
     for (unsigned i = 0; i < s->nowned; i++) {
         struct owned *o = &s->owned[i];
-        if (o->kind == OWNED_TREE) rf_remove_tree(o->parent, o->name);
-        else if (o->kind == OWNED_CGROUP) rf_remove_cgroup(o->parent, o->name);
+        if (o->kind == OWNED_TREE) {
+            rf_remove_mapped(s->proc, &s->maps, o->parent, o->name);
+            rf_remove_tree(o->parent, o->name);
+        }
+        if (o->kind == OWNED_CGROUP) rf_remove_cgroup(o->parent, o->name);
     }
     for (unsigned i = 0; i < s->nowned; i++) {
         struct owned *o = &s->owned[i];

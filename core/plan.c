@@ -109,6 +109,7 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 18: return parse_guest_limits(a, p);
     case 19: return parse_seccomp(a, p);
     case 23: return attr_fd(a, fds, nfds, &p->sockets_fd);
+    case 27: p->give_back = true; return a->length ? -1 : 0;
     default: return -1;
     }
 }

@@ -20,6 +20,7 @@ static int empty_tree(int dir, int top, unsigned depth) {
         if (copy >= 0) close(copy);
         return -1;
     }
+    rewinddir(d); /* a copy of a descriptor shares its position: another round would see only what came meanwhile */
     int moved = 0;
     for (struct dirent *entry; (entry = readdir(d));) {
         const char *name = entry->d_name;

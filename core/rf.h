@@ -144,7 +144,7 @@ struct rf_rlimit { uint32_t resource; uint64_t soft, hard; };
 
 struct rf_plan {
     const char *hostname, *workdir;
-    bool loopback, has_ids;
+    bool loopback, has_ids, give_back;
     uint32_t uid, gid, flags, seccomp_flags;
     int channel_fd; /* where a listener is sent */
     uint64_t capabilities, cpu_limit_ns, realtime_ns;
@@ -358,9 +358,18 @@ enum rf_where { RF_IN_PROCESS, RF_IN_CONTAINER, RF_IN_GUEST };
 int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l, int go);
 /* A signal at the launcher's death. To be asked for anew after each change of ids, which clears it. */
 int rf_die_with_parent(const struct rf_launch *l, struct rf_error *e);
+/* maps.c. The id maps of the child `pid`, by /proc or, where an unprivileged caller has more than its own id, by newuidmap. */
+int rf_write_maps(int proc, pid_t pid, const struct rf_launch *l, bool privileged, struct rf_error *e);
+/* What has subordinate ids is removed by the same maps as it was made. Kept of the first launch that has such. */
+struct rf_maps { char uid[1024], gid[1024]; };
+int rf_remember_maps(const struct rf_launch *l, bool privileged, struct rf_maps *m);
+void rf_remove_mapped(int proc, const struct rf_maps *m, int parent, const char *name);
+
 /* users.c. Becomes id 0 of the user namespace, once the launcher has written its maps and told so by `go`; or the first id of
  * one that was joined. What is made from here on has owners. */
 int rf_init_ids(const struct rf_launch *l, int *go, struct rf_error *e);
+/* Gives all in a work directory to the command's user: to whom they belong outside. For when nothing runs there any more. */
+void rf_give_back(const char *workdir, uint32_t uid, uint32_t gid);
 /* Gives up what an init without a user namespace doesn't need. */
 int rf_init_limit(struct rf_error *e);
 /* ids: what sandboxes are run as, where Python found all that it takes to change ids and mounts on the host; else NULL. */

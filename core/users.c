@@ -1,10 +1,14 @@
 /* Who a sandbox's init is, once it is in its user namespace, or in none. */
 #include "rf.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <linux/capability.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -52,4 +56,50 @@ int rf_init_limit(struct rf_error *e) {
     d[0] = (struct __user_cap_data_struct){.effective = keep, .permitted = keep};
     d[1] = (struct __user_cap_data_struct){0};
     return syscall(SYS_capset, &h, d) < 0 ? rf_fail(e, "capabilities", "capset", "init") : 0;
+}
+
+#define DEPTH_MAX 200 /* directories that are held open at once */
+
+/* Moves what lies too deep up to `top`, by a name that the workload could not foresee. */
+static bool move_up(int dir, const char *name, int top) {
+    char up[64];
+    uint64_t random[2];
+    if (getrandom(random, sizeof random, 0) != sizeof random) return false;
+    snprintf(up, sizeof up, ".deep-%016llx%016llx", (unsigned long long)random[0], (unsigned long long)random[1]);
+    return renameat(dir, name, top, up) == 0;
+}
+
+/* True where something was moved up: another round is needed. Takes `dir`. */
+static bool give_all(int dir, int top, uint32_t uid, uint32_t gid, unsigned depth) {
+    if (fchown(dir, uid, gid) < 0) { /* the file system's to refuse; what can't be given is left to the launcher */ }
+    DIR *d = fdopendir(dir);
+    if (!d) {
+        close(dir);
+        return false;
+    }
+    bool moved = false;
+    for (struct dirent *entry; (entry = readdir(d));) {
+        const char *name = entry->d_name;
+        if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0) continue;
+        struct stat st;
+        if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) < 0) continue;
+        if (!S_ISDIR(st.st_mode)) {
+            if ((st.st_uid != uid || st.st_gid != gid) && fchownat(dir, name, uid, gid, AT_SYMLINK_NOFOLLOW) < 0) continue;
+        } else if (depth == DEPTH_MAX) {
+            moved |= move_up(dir, name, top);
+        } else {
+            int below = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+            if (below >= 0) moved |= give_all(below, top, uid, gid, depth + 1);
+        }
+    }
+    closedir(d);
+    return moved;
+}
+
+void rf_give_back(const char *workdir, uint32_t uid, uint32_t gid) {
+    int top = open(workdir, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (top < 0) return;
+    for (int round = 0, dir; round < 1000 && (dir = openat(top, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)) >= 0; round++)
+        if (!give_all(dir, top, uid, gid, 0)) break;
+    close(top);
 }

@@ -80,6 +80,7 @@ def _process() -> messages.Plan:
     plan.ids(0x71000000, 0x71000000)
     plan.flags()
     plan.workdir(b"/var/lib/ringfence/w")
+    plan.give_back()
     plan.landlock(5)
     plan.seccomp(_RETURN_ALLOW * 3)
     plan.rlimit(0, 7, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 
 import ringfence as rf
 from ringfence.spec import Spec
-from support.sandboxes import applied, ended, host_facts, need_root, output, run_probe
+from support import leaks
+from support.sandboxes import applied, ended, host_facts, need_root, output, python, run_probe
 
 NAMES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
 SHAREABLE = tuple(name for name in NAMES if name != "mnt")
@@ -132,6 +134,30 @@ def _command(pid: str) -> bytes:
         return b""
 
 
+def test_a_killed_caller_leaves_nothing_in_the_hosts_pid_namespace() -> None:
+    """No PID namespace ends it: the launcher does, by the id."""
+    need_root()
+    code = """
+import ringfence as rf
+script = "(setsid sleep 63 &); echo x > f; sleep 64"
+rf.run(["sh", "-c", script], namespaces={"pid": "host"})
+"""
+    with python(code) as caller:
+
+        def sleeping() -> list[str]:
+            return [name for name in os.listdir("/proc") if name.isdigit() and _command(name).startswith(b"sleep\x006")]
+
+        try:
+            deadline = time.monotonic() + 30
+            while len(sleeping()) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            os.kill(caller.pid, signal.SIGKILL)
+        assert leaks.settled(sleeping, 5) == []
+        assert leaks.settled(lambda: leaks.run_folders_of(caller.pid), 5) == set()
+
+
 def test_time_limit_in_a_shared_pid_namespace() -> None:
     need_root()
     result = rf.run(["sleep", "60"], namespaces={"pid": "host"}, limits=rf.Limits(wall_time="300ms"))
@@ -209,6 +235,17 @@ def test_a_joined_user_namespace_gives_its_ids() -> None:
         assert facts(namespaces={"user": pid}, user=7)[0]["uids"]["real"] == 7
         with pytest.raises(rf.CannotEnforce, match="has no such id"):
             rf.run(["true"], namespaces={"user": pid}, user=70000)
+
+
+def test_a_joined_user_namespace_whose_root_is_the_hosts_is_refused() -> None:
+    need_root()
+    with other("--user") as pid:
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{pid}/{name}").write_text("0 0 1\n7 1800000000 1")
+        assert refused(namespaces={"user": pid}) == [
+            ("user", "0:0 of the joined user namespace is root on the host, in part at least")
+        ]
+        assert facts(namespaces={"user": pid}, user=7)[0]["uids"]["real"] == 7
 
 
 def test_a_joined_pid_namespace() -> None:
@@ -341,3 +378,12 @@ def test_a_clock_before_the_boot_is_refused() -> None:
         rf.run(["true"], namespaces={"monotonic_offset": "-4000d"})
     assert (caught.value.step, caught.value.errno) == ("clocks", 34)  # ERANGE
     assert host_facts()["namespaces"]["time"] == inode("time")
+
+
+@pytest.mark.parametrize("namespaces", [{"user": "host"}, {"pid": "host"}, {"ipc": "host"}])
+def test_capabilities_count_in_namespaces_of_its_own_only(namespaces: dict[str, Any]) -> None:
+    need_root()
+    assert [rule for rule, _ in refused(namespaces=namespaces, capabilities=["chown"])] == ["capabilities"]
+    # The control: each by itself is fine.
+    assert rf.run(["true"], namespaces=namespaces).ok
+    assert rf.run(["true"], capabilities=["chown"]).ok

@@ -36,6 +36,7 @@ PROMISES = frozenset(
         "user namespaces",
         "Landlock",
         "libseccomp",
+        "newuidmap",
         "vm level",
     )
 )

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.comparison import ablation, profile
 from ringfence.comparison.report import console, print_parts
-from ringfence.levels.container import own_namespaces
+from ringfence.levels.namespaces import own_namespaces
 from support.sandboxes import need_root
 
 ROUNDS = 2

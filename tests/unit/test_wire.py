@@ -450,6 +450,7 @@ PLANS = {
     "257 steps": messages.mask(b"/x").encode(frames.NO_FD) * 257,
     "step of no kind": frames.attribute(3, bytes(12) + b"\0\0/x\0\0"),
     "relative target": frames.attribute(3, struct.pack("<BBHII", 1, 0, 0, 0, frames.NO_FD) + b"\0\0x\0\0"),
+    "a word to give back": frames.attribute(27, b"x"),
     "long seed": frames.attribute(17, bytes(513)),
     "a listener without a filter": frames.u32(19, 1),
     "an unknown flag of a filter": frames.attribute(6, struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000)) + frames.u32(19, 32),

@@ -177,13 +177,20 @@ def _facts(machine: Host) -> list[Fact]:
         Fact("kernel", None, f"Linux {machine.kernel}, {machine.machine}"),
         Fact("user", None, "root" if machine.privileged else f"uid {os.geteuid()}, without privileges"),
         *_cgroups(machine),
-        Fact("user namespaces", not machine.user_namespaces, machine.user_namespaces or "usable"),
+        *_surroundings(),
+        Fact(
+            "user namespaces",
+            not machine.user_namespaces,
+            machine.user_namespaces or "usable",
+            machine.user_namespaces_help,
+        ),
         _landlock(machine),
         Fact("seccomp", not machine.seccomp, machine.seccomp or "filters can be made"),
         *_tools(),
         _kvm(),
         _guest_kernel(),
         _ids(machine),
+        *_subordinate_ids(machine),
     ]
 
 
@@ -197,12 +204,34 @@ def _cgroups(machine: Host) -> list[Fact]:
     return facts
 
 
+def _surroundings() -> list[Fact]:
+    """The container that this process is in itself, if any."""
+    from ringfence.linux import surroundings
+
+    detail, help = surroundings.find().told()
+    return [Fact("surroundings", not help, detail, help)] if detail else []
+
+
+def _subordinate_ids(machine: Host) -> list[Fact]:
+    from ringfence.linux import rootless
+
+    if machine.privileged:
+        return []
+    given = rootless.known()
+    if not given.usable:
+        # Without them a container has one id, which does for most.
+        return [Fact("subordinate ids", None, f"a container has a single id: {given.reason}", given.help)]
+    count = sum(count for _, count in given.uids)
+    return [Fact("subordinate ids", True, f"{count} by newuidmap and newgidmap, where more than one id is needed")]
+
+
 def _landlock(machine: Host) -> Fact:
     from ringfence.linux import landlock
 
     version = machine.landlock_abi
     if not version:
-        return Fact("Landlock", False, landlock.available()[1])
+        help = "a kernel with CONFIG_SECURITY_LANDLOCK, and landlock among lsm= on its command line"
+        return Fact("Landlock", False, landlock.available()[1], help)
     gaps = landlock.gaps(version)
     missing = f"; not kept from a process: {', '.join(gaps)}" if gaps else ""
     return Fact("Landlock", True, f"ABI {version}{missing}", "a newer kernel" if gaps else "")

@@ -69,7 +69,7 @@ class ContainerLevel(Level):
 
     def unavailable(self, host: Host) -> tuple[str, str] | None:
         if host.user_namespaces:
-            return host.user_namespaces, "run as root, or switch them on: see 'ringfence doctor'"
+            return host.user_namespaces, host.user_namespaces_help or "see 'ringfence doctor'"
         return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
@@ -121,16 +121,7 @@ class ContainerLevel(Level):
             except SpecError as error:
                 unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
             else:
-                if not host.privileged and (uid, gid) not in ((0, 0), _USER):
-                    unmet.append(
-                        Unmet(
-                            "user",
-                            spec.user,
-                            "an unprivileged caller maps a single id",
-                            "leave user out, or run as root",
-                        )
-                    )
-                elif max(uid, gid) >= ids.CONTAINER_IDS:
+                if host.privileged and max(uid, gid) >= ids.CONTAINER_IDS:
                     unmet.append(
                         Unmet(
                             "user",
@@ -168,6 +159,8 @@ class ContainerSandbox(LocalSandbox):
         self._hostname = spec.hostname or _HOSTNAME
         self._namespaces: dict[tuple[int, int] | None, int] = {}
         self.shared = namespaces.OWN
+        self._subordinate = False
+        self._unmapped: set[bytes] = set()
         super().__init__(spec, host, state, later=later, stays=stays)
 
     def _open(self) -> None:
@@ -197,6 +190,8 @@ class ContainerSandbox(LocalSandbox):
             self.berth = self.state.berth("container", None)
             self._maps = (b"%d %d 1" % (uid, os.geteuid()), b"%d %d 1" % (gid, os.getegid()))
             self._outside = os.geteuid(), os.getegid()
+            if spec.capabilities or (spec.user is not None and (uid, gid) not in ((0, 0), _USER)):
+                self._map_subordinate(uid, gid)
         self.user = (uid, gid)
         berth = self.berth
         assert berth is not None
@@ -213,6 +208,8 @@ class ContainerSandbox(LocalSandbox):
         plan.ids(uid, gid)
         plan.flags(cgroup_namespace=shared.is_own("cgroup"), enter=True, no_new_privs=True)
         plan.workdir(_HOME)
+        if self._subordinate:
+            plan.give_back()
         own_ipc = shared.kinds["ipc"] != "host"
         self.put_filter(plan, lambda: seccomp.policy(namespaces=own_ipc, capabilities=spec.capabilities))
         if spec.capabilities:
@@ -238,6 +235,17 @@ class ContainerSandbox(LocalSandbox):
             self.start_network(self.network)
         if spec.limits.disk_bytes is not None:
             self.send_files(spec.files)
+
+    def _map_subordinate(self, uid: int, gid: int) -> None:
+        """An unprivileged caller's whole range of ids, where it has one. Its helpers take some milliseconds, so only
+        where ids other than the workload's can matter.
+        """
+        from ringfence.linux import rootless
+
+        given = rootless.known()
+        if given.usable:
+            self._maps = rootless.maps(given, uid, gid)
+            self._subordinate = True
 
     @property
     def _network_kind(self) -> str:
@@ -424,10 +432,12 @@ class ContainerSandbox(LocalSandbox):
         the same ids inside. Where the file system can't map ids they are nobody's, which does for what all may read.
         """
         fd = self.keep_fd(mounts.clone_tree(path, follow=follow))
-        if not mounts.set_idmap(fd, self._user_namespace(owner)) and must:
-            raise SpecError(
-                f"mounts: the file system of {os.fsdecode(path)} can't map ids, so nothing could be written there"
-            )
+        if not mounts.set_idmap(fd, self._user_namespace(owner)):
+            if must:
+                raise SpecError(
+                    f"mounts: the file system of {os.fsdecode(path)} can't map ids, so nothing could be written there"
+                )
+            self._unmapped.add(path)
         return fd
 
     def _user_namespace(self, owner: tuple[int, int] | None) -> int:
@@ -474,6 +484,9 @@ class ContainerSandbox(LocalSandbox):
             return "the host's user namespace: an id that no account has"
         if user != "own":
             return f"a joined user namespace: {self._outside[0]}:{self._outside[1]} outside"
+        if not self._host.privileged:
+            how = "all others by newuidmap" if self._subordinate else "no other is mapped"
+            return f"user namespace: id {self.user[0]} is {os.geteuid()} outside, {how}"
         inside = self._maps[0].split()
         return f"user namespace: id {inside[0].decode()} is {inside[1].decode()} outside, {inside[2].decode()} mapped"
 
@@ -529,7 +542,8 @@ class ContainerSandbox(LocalSandbox):
                     rule=f"mount {os.fsdecode(mount.target)}",
                     requested=shown,
                     effective=shown,
-                    mechanism="bind, mount_setattr",
+                    mechanism="bind, mount_setattr"
+                    + ("; its file system can't map ids: all are nobody's" if mount.source in self._unmapped else ""),
                 )
             )
         return found

@@ -19,11 +19,21 @@ class Host(Value):
 
     kernel: its release. machine: the architecture, as uname(2) has it. privileged: as
     `linux.privileges` tells it. cgroups: their layout. landlock_abi: 0 is none.
-    user_namespaces, seccomp: why they can't be used, or "".
+    user_namespaces, seccomp: why they can't be used, or ""; user_namespaces_help: what would help.
     ids: why a privileged caller's sandboxes can't have ids of their own, and what would help; or None.
     """
 
-    __slots__ = ("cgroups", "ids", "kernel", "landlock_abi", "machine", "privileged", "seccomp", "user_namespaces")
+    __slots__ = (
+        "cgroups",
+        "ids",
+        "kernel",
+        "landlock_abi",
+        "machine",
+        "privileged",
+        "seccomp",
+        "user_namespaces",
+        "user_namespaces_help",
+    )
     kernel: str
     machine: str
     privileged: bool
@@ -32,6 +42,7 @@ class Host(Value):
     user_namespaces: str
     seccomp: str
     ids: tuple[str, str] | None
+    user_namespaces_help: str
 
     def __init__(
         self,
@@ -44,6 +55,7 @@ class Host(Value):
         user_namespaces: str,
         seccomp: str,
         ids: tuple[str, str] | None = None,
+        user_namespaces_help: str = "",
     ) -> None:
         self._set(
             kernel=kernel,
@@ -54,6 +66,7 @@ class Host(Value):
             user_namespaces=user_namespaces,
             seccomp=seccomp,
             ids=ids,
+            user_namespaces_help=user_namespaces_help,
         )
 
 
@@ -67,34 +80,30 @@ def host() -> Host:
         system = os.uname()
         privileged = privileges.privileged()
         usable, reason = seccomp.available()
+        why, help = _user_namespaces(privileged)
         _known = Host(
             kernel=system.release,
             machine=system.machine,
             privileged=privileged,
             cgroups=cgroups.layout(),
             landlock_abi=landlock.abi(),
-            user_namespaces=_why_no_user_namespaces(privileged),
+            user_namespaces=why,
+            user_namespaces_help=help,
             seccomp="" if usable else reason,
             ids=ids.why_not() if privileged else None,
         )
     return _known
 
 
-def _number(path: str) -> int | None:
-    try:
-        with open(path, "rb") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return None
+def _user_namespaces(privileged: bool) -> tuple[str, str]:
+    """Why they don't serve, and what would help; ("", "") where nothing stands in the way."""
+    from ringfence.linux import surroundings
 
+    # A privileged caller's /proc is mounted anew, whatever lies over this one: its long table needs no look.
+    quick = surroundings.find(mounts=not privileged, engine=False)
+    if quick.no_user_namespaces(privileged=privileged) is None:
+        return "", ""
+    from ringfence.wire.launcher import core_path
 
-def _why_no_user_namespaces(privileged: bool) -> str:
-    if not os.path.exists("/proc/self/ns/user"):
-        return "this kernel has no user namespaces (CONFIG_USER_NS)"
-    if _number("/proc/sys/user/max_user_namespaces") == 0:
-        return "user namespaces are switched off (sysctl user.max_user_namespaces is 0)"
-    if not privileged and _number("/proc/sys/kernel/unprivileged_userns_clone") == 0:
-        return "user namespaces are for root only (sysctl kernel.unprivileged_userns_clone is 0)"
-    if not privileged and _number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == 1:
-        return "AppArmor restricts user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns is 1)"
-    return ""
+    found = surroundings.find(helper=core_path(), mounts=not privileged)
+    return found.no_user_namespaces(privileged=privileged, helper=core_path()) or ("", "")

@@ -90,4 +90,8 @@ def outside(
     if uid is None or gid is None:
         reason = "the joined user namespace has no such id"
         raise CannotEnforce("container", [Unmet("user", asked, reason, "choose one of its /proc/PID/uid_map")])
+    if uid == 0 or gid == 0:
+        # Such as that of a container whose root is the host's: what root owns on the host would be the workload's.
+        reason = f"{wanted[0]}:{wanted[1]} of the joined user namespace is root on the host, in part at least"
+        raise CannotEnforce("container", [Unmet("user", asked, reason, "choose another of its ids by user=")])
     return wanted, (uid, gid)

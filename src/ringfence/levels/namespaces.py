@@ -149,14 +149,10 @@ def _refused(kinds: dict[str, str], spec: Spec, host: Host) -> list[Unmet]:
 
 
 def _refused_capabilities(kinds: dict[str, str], spec: Spec) -> list[Unmet]:
-    """They must count in namespaces of its own, and nowhere else."""
+    """They must count in namespaces of its own, and nowhere else. `levels.capabilities` tells what else they need."""
     if not spec.capabilities:
         return []
     reasons = {}
-    if kinds["user"] == "host":
-        reasons["user"] = "without a user namespace of its own they would be capabilities over the host"
-    elif kinds["user"] == "joined":
-        reasons["user"] = "they would count for all that belongs to the joined user namespace"
     if kinds["pid"] != "own":
         reasons["pid"] = "without a PID namespace of its own they can't be kept from the masks over /proc"
     if kinds["ipc"] == "host":

@@ -172,7 +172,8 @@ class WorkDirectory:
     def is_pristine(self) -> bool:
         """Whether nothing of a workload shows in it: it is empty, and as it was made."""
         about = os.fstat(self.fd)
-        owned = self._owner is None or (about.st_uid, about.st_gid) == self._owner
+        # With CAP_CHOWN a workload may have given it away.
+        owned = (about.st_uid, about.st_gid) == (self._owner or (os.geteuid(), about.st_gid))
         # A directory that held much stays large on disk, and slow. An ACL is an extended attribute.
         plain = stat.S_IMODE(about.st_mode) == 0o700 and about.st_size <= _PRISTINE_BYTES
         return owned and plain and not os.listdir(self.fd) and not os.listxattr(self.fd)

@@ -173,6 +173,10 @@ class Plan:
         flags = notify * 1 | foreign * 2 | (kernel & 6) << 1 | audit * 16
         self._parts.append(frames.attribute(19, struct.pack("<I", flags) + answers))
 
+    def give_back(self) -> None:
+        """At its end all in the work directory is given to the command's user."""
+        self._parts.append(frames.attribute(27))
+
     def guest(self, *, realtime_ns: int, entropy: bytes, memory_bytes: int, pids: int, cpu_ns: int) -> None:
         """What only a guest takes. Limits of 0 are none; `cpu_ns` is the quota in each 100 ms."""
         self._parts.append(frames.u64(16, realtime_ns) + frames.attribute(17, entropy))
