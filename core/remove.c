@@ -11,6 +11,18 @@
 
 #define DEPTH_MAX 200 /* directories that a removal holds open at once */
 
+/* A folder that an unprivileged caller's workload has closed to its own user. By what was opened, as fchmodat(2) follows
+ * a symlink that took the name. */
+static int open_closed(int dir, const char *name) {
+    int held = openat(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (held < 0) return -1;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", held);
+    int r = chmod(path, 0700) < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    close(held);
+    return r;
+}
+
 /* Removes all below `dir`, and what lies deeper than DEPTH_MAX only after moving it up to `top`: a workload may have
  * made a tree deeper than the descriptors that we may hold. */
 static int empty_tree(int dir, int top, unsigned depth) {
@@ -27,8 +39,7 @@ static int empty_tree(int dir, int top, unsigned depth) {
         if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0) continue;
         if (unlinkat(dir, name, 0) == 0) continue;
         int child = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-        if (child < 0 && errno == EACCES && fchmodat(dir, name, 0700, 0) == 0) /* not ours to enter, when unprivileged */
-            child = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        if (child < 0 && errno == EACCES) child = open_closed(dir, name);
         if (child < 0) continue;
         if (depth < DEPTH_MAX) {
             int r = empty_tree(child, top, depth + 1);

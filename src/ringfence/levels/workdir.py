@@ -27,6 +27,9 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _MOST_DEEP = 64
 _MOST_ENTRIES = 65536
 _PRISTINE_BYTES = 4096
+# Of a removal: directories held open at once, each by two descriptors; and how often it starts anew, as it does for
+# each such depth of a tree, before it gives up on somebody who fills the directory meanwhile.
+_HELD, _MOST_ROUNDS = 48, 100_000
 
 
 class WorkDirectory:
@@ -81,20 +84,25 @@ class WorkDirectory:
         """A descriptor of the directory that `path` is in, made where it is missing, and the last name."""
         *folders, name = path.split(b"/")
         here = self.fd
-        for folder in folders:
-            try:
-                os.mkdir(folder, 0o755, dir_fd=here)
-                made = True
-            except FileExistsError:
-                made = False
-            below = os.open(folder, _FOLDER, dir_fd=here)
+        try:
+            for folder in folders:
+                try:
+                    os.mkdir(folder, 0o755, dir_fd=here)
+                    made = True
+                except FileExistsError:
+                    made = False
+                below = os.open(folder, _FOLDER, dir_fd=here)
+                if here != self.fd:
+                    os.close(here)
+                here = below
+                if made and self._owner is not None:
+                    os.fchown(here, *self._owner)
+                if made:
+                    os.fchmod(here, 0o755)
+        except BaseException:
             if here != self.fd:
                 os.close(here)
-            here = below
-            if made and self._owner is not None:
-                os.fchown(here, *self._owner)
-            if made:
-                os.fchmod(here, 0o755)
+            raise
         return here, name
 
     def read(self, path: bytes, limit_bytes: int) -> bytes | None:
@@ -138,12 +146,13 @@ class WorkDirectory:
         for path, folder, name in self._files(self.fd, b"", 0, [0]):
             if not any(match_pattern(pattern, path) for pattern in patterns):
                 continue
-            data = _read(folder, name, left)
+            try:
+                data = _read(folder, name, left)
+            except _TooLong:
+                raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together") from None
             if data is None:
                 continue
             left -= len(data)
-            if left < 0:
-                raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
             found[os.fsdecode(path)] = data
         return found
 
@@ -166,8 +175,9 @@ class WorkDirectory:
                         yield from self._files(below, prefix + name + b"/", depth + 1, count)
                     finally:
                         os.close(below)
-            except (FileNotFoundError, PermissionError, NotADirectoryError):
-                continue  # not ours to read, or not there any more
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
 
     def is_pristine(self) -> bool:
         """Whether nothing of a workload shows in it: it is empty, and as it was made."""
@@ -189,12 +199,41 @@ class WorkDirectory:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 os.close(fd)
                 raise
-            while _empty(fd, fd, 0):
-                pass
-            os.close(fd)
-            os.rmdir(self._name, dir_fd=self._parent_fd)
+            try:
+                self._remove_filled(fd)
+            finally:
+                os.close(fd)
         else:
             os.close(fd)
+
+    def _remove_filled(self, fd: int) -> None:
+        for _ in range(_MOST_ROUNDS):
+            if _empty(fd, fd, 0):
+                continue
+            try:
+                os.rmdir(self._name, dir_fd=self._parent_fd)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        raise OSError(errno.ENOTEMPTY, f"{os.fsdecode(self._name)} is filled faster than it is emptied")
+
+
+# What a name turns out to be that was a file or a folder a moment ago, or isn't ours to open.
+_NOT_THERE = (
+    errno.ENOENT,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENXIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ESTALE,
+)
+
+
+class _TooLong(Exception):
+    """A file is longer than what may still be read. It isn't read then: a hole can be of any size."""
 
 
 def _unlink(folder: int, name: bytes) -> None:
@@ -205,18 +244,23 @@ def _unlink(folder: int, name: bytes) -> None:
 
 
 def _read(folder: int, name: bytes, limit: int) -> bytes | None:
-    """A regular file's content, a little more than `limit` bytes at most; None for what is none any more."""
+    """A regular file's content, as long as it is at its opening, which doesn't follow one that grows; None for what is
+    no such file any more. Raises _TooLong.
+    """
     try:
         # Without waiting for a FIFO's other end, should one have taken the name.
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, dir_fd=folder)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EACCES, errno.ENXIO):
+        if error.errno in _NOT_THERE:
             return None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
             return None
-        chunks, left = [], limit + 1
+        if about.st_size > limit:
+            raise _TooLong
+        chunks, left = [], about.st_size
         while left > 0 and (chunk := os.read(fd, min(left, 1 << 20))):
             chunks.append(chunk)
             left -= len(chunk)
@@ -225,40 +269,69 @@ def _read(folder: int, name: bytes, limit: int) -> bytes | None:
         os.close(fd)
 
 
+# Of a removal: somebody else is at work in the same folder.
+_TAKEN_AWAY = (errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ELOOP, errno.EISDIR)
+
+
 def _empty(folder: int, top: int, depth: int) -> bool:
-    """Removes what is in `folder`. What lies deeper than _MOST_DEEP is moved up to `top` instead, and then True is
-    returned: another round is needed.
+    """Removes what is in `folder`. What lies deeper than _HELD is moved up to `top` instead, and then True is returned:
+    another round is needed. Whatever is swapped under way, nothing is followed out of the tree.
     """
     again = False
-    for name in os.listdir(folder):
-        try:
-            os.unlink(name, dir_fd=folder)
-            continue
-        except IsADirectoryError:
-            pass
-        except PermissionError:
-            os.fchmod(folder, 0o700)  # an unprivileged caller's own folder, made read-only by the workload
-        try:
-            below = os.open(name, _FOLDER, dir_fd=folder)
-        except PermissionError:
-            os.chmod(name, 0o700, dir_fd=folder)
-            below = os.open(name, _FOLDER, dir_fd=folder)
-        except NotADirectoryError:
-            os.unlink(name, dir_fd=folder)
-            continue
-        try:
-            if depth < _MOST_DEEP:
-                again |= _empty(below, top, depth + 1)
-            elif os.listdir(below):
-                # By a name that the workload could not foresee, and so not take.
-                os.rename(name, b".deep-" + os.urandom(16).hex().encode(), src_dir_fd=folder, dst_dir_fd=top)
-                again = True
-                continue
-        finally:
-            os.close(below)
-        try:
-            os.rmdir(name, dir_fd=folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+    # Name by name: there may be millions.
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                again |= _remove_entry(folder, os.fsencode(entry.name), top, depth)
+            except OSError as error:
+                # Somebody was quicker, or is. The round after, if any is left, will tell.
+                if error.errno not in _TAKEN_AWAY:
+                    raise
     return again
+
+
+def _remove_entry(folder: int, name: bytes, top: int, depth: int) -> bool:
+    try:
+        os.unlink(name, dir_fd=folder)
+        return False
+    except IsADirectoryError:
+        pass
+    except PermissionError:
+        os.fchmod(folder, 0o700)  # an unprivileged caller's own folder, made read-only by the workload
+    try:
+        below = _open_folder(folder, name)
+    except NotADirectoryError:
+        os.unlink(name, dir_fd=folder)
+        return False
+    try:
+        if depth < _HELD:
+            again = _empty(below, top, depth + 1)
+        elif _has_entries(below):
+            # By a name that the workload could not foresee, and so not take.
+            os.rename(name, b".deep-" + os.urandom(16).hex().encode(), src_dir_fd=folder, dst_dir_fd=top)
+            return True
+        else:
+            again = False
+    finally:
+        os.close(below)
+    os.rmdir(name, dir_fd=folder)
+    return again
+
+
+def _has_entries(folder: int) -> bool:
+    with os.scandir(folder) as entries:
+        return next(entries, None) is not None
+
+
+def _open_folder(folder: int, name: bytes) -> int:
+    """A folder to list and to empty, also one that the workload has closed to its own user."""
+    try:
+        return os.open(name, _FOLDER, dir_fd=folder)
+    except PermissionError:
+        # By what was opened, as chmod(2) would follow a symlink that took the name.
+        held = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            os.chmod(f"/proc/self/fd/{held}", 0o700)
+            return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        finally:
+            os.close(held)
