@@ -376,3 +376,36 @@ def test_the_targets_are_as_they_were(targets: Targets) -> None:
     for pid in targets[:4]:
         assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
         assert "unlimited" in Path(f"/proc/{pid}/limits").read_text()
+
+
+# To all that it may reach, and to all of its group; what it leaves of itself is the status by that signal.
+TO_EVERYBODY = "sleep 1000 & kill -9 -1; kill -9 0"
+AS_USER_SIGNALS = """
+import json, sys
+import ringfence as rf
+result = rf.run(["sh", "-c", sys.argv[2]], isolation=sys.argv[1])
+print(json.dumps([result.exit_code, result.signal]))
+"""
+
+
+@pytest.mark.parametrize(("isolation", "who"), [case for case in CASES if case[0] != "vm"])
+def test_a_signal_to_everybody_reaches_its_own(isolation: str, who: str, targets: Targets) -> None:
+    """Neither the caller nor its processes nor another sandbox. The control has a PID namespace to kill in."""
+    control = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "sh",
+        "-c",
+        "sleep 1000 & S=$!; kill -9 -1; wait $S; echo $?",
+    ]
+    assert subprocess.run(control, capture_output=True, check=True).stdout == b"137\n"
+    if who == "root":
+        result = rf.run(["sh", "-c", TO_EVERYBODY], isolation=isolation)
+        ended = [result.exit_code, result.signal]
+    else:
+        ended = unprivileged.python_json(AS_USER_SIGNALS, isolation, TO_EVERYBODY)
+    assert ended == [None, 9]
+    for pid in targets[:4]:
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
