@@ -256,6 +256,15 @@ def test_a_hole_of_a_tebibyte_is_not_read(work: WorkDirectory, tmp_path: Path) -
     assert time.monotonic() - started < 1
 
 
+@pytest.mark.parametrize("isolation", ["vm"])
+def test_a_hole_in_a_guest_is_not_sent(isolation: str) -> None:
+    started = time.monotonic()
+    script = "mkfifo fifo.txt; ln -s /etc/passwd link.txt; truncate -s 1T hole.txt"
+    with pytest.raises(rf.SpecError, match="bytes together"):
+        rf.run(["sh", "-c", script], isolation=isolation, collect=["*.txt"])
+    assert time.monotonic() - started < 60
+
+
 # ---- names that change hands meanwhile ----
 
 # Outside, with the rights of whoever owns the folder: exchanges two names without end (renameat2, RENAME_EXCHANGE).

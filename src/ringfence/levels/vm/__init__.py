@@ -466,6 +466,9 @@ class VmSandbox(Sandbox):
         for entry in self._list():
             if entry.kind != "f" or not any(match_pattern(pattern, entry.path) for pattern in patterns):
                 continue
+            if entry.size_bytes > left:
+                # A hole can be of any size: it isn't sent for.
+                raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
             try:
                 data = self._read(entry.path, left)
             except StartError:
