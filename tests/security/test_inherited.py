@@ -193,6 +193,22 @@ def test_the_program_of_init_cannot_be_overwritten(tmp_path: Path) -> None:
         os.close(sealed)
 
 
+def test_a_host_that_executes_nothing_from_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the file instead: nothing is started, and nothing stays open."""
+
+    def forbidden(*_: object, **__: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", forbidden)
+        with pytest.raises(rf.Unavailable, match=r"vm\.memfd_noexec"):
+            launcher_module.Launcher()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_spawn", forbidden)
+        with pytest.raises(rf.Unavailable, match="security module"):
+            launcher_module.Launcher()
+
+
 # By the interpreter of a script the command itself becomes init's program, as the workload's user.
 SCRIPT = {"script": rf.File(b"#!/proc/self/exe --version\n", 0o755)}
 WRITERS = r"""

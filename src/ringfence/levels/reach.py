@@ -147,7 +147,7 @@ def _access(spec: Spec, host: Host, rule: str, path: bytes, fd: int) -> list[Unm
         help = "name its owner by user=, or use isolation='container'"
     else:
         mode = os.R_OK if rule == "readable" else os.R_OK | os.W_OK
-        able = os.access(path, mode, effective_ids=True)
+        able = os.access(f"/proc/self/fd/{fd}", mode, effective_ids=True)
         help = "name a path that you may use yourself"
     if able:
         return []

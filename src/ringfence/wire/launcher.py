@@ -127,6 +127,9 @@ class Launcher:
                     + [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 3)],
                     setsid=True,
                 )
+            except PermissionError:
+                reason = "a security module of this host lets no program be executed from memory (memfd)"
+                raise Unavailable("every", reason, "allow it to the program that calls ringfence") from None
             finally:
                 os.close(program)
                 os.close(null)
