@@ -347,6 +347,72 @@ def test_an_allow_list_holds_against_capabilities(user: int) -> None:
     in_world(with_capabilities, user=user)
 
 
+NOISE = r"""
+import os, random, socket, struct
+random.seed(7)
+raw4 = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+raw6 = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW)
+dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+dns.setblocking(False)
+good = struct.pack("!HHHHHH", 7, 256, 1, 0, 0, 0) + b"\3web\7example\0\0\1\0\1"
+own6, there6 = (socket.inet_pton(socket.AF_INET6, one) for one in ("fdd5:7266:6e65:7400::2", "2001:db8::80"))
+def send(one, data, to):
+    try: one.sendto(data, to)
+    except OSError: pass
+for number in range(3000):
+    size = random.choice((0, 1, 4, 12, 13, 19, 20, 24, 40, 60))
+    segment = bytearray(os.urandom(size))
+    if size > 13: segment[13] = random.choice((2, 2, 2, 3, 18, 0xC2))
+    if size > 12: segment[12] = random.randrange(256)
+    source = socket.inet_aton(random.choice(("192.0.0.2", "203.0.113.80", "0.0.0.0", "255.255.255.255")))
+    rest = random.choice((0, 0x2000, 1)), 64, random.choice((6, 6, 17, 1, 132)), 0, source
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 0, 0, *rest, socket.inet_aton("203.0.113.80"))
+    send(raw4, head + bytes(segment), ("203.0.113.80", 0))
+    six = struct.pack("!IHBB", 6 << 28, size, random.choice((6, 6, 17, 0, 43, 44, 60)), 64) + own6 + there6
+    send(raw6, six + bytes(segment), ("2001:db8::80", 0))
+    query = bytearray(good)
+    for _ in range(random.randrange(4)): query[random.randrange(len(query))] = random.randrange(256)
+    send(dns, bytes(query)[: random.choice((len(query), random.randrange(len(query))))], ("192.0.0.1", 53))
+"""
+
+
+def noise(world: World) -> None:
+    """Packets and queries that make no sense do the gateway no harm: the next ones work."""
+    for network in (rf.Network(), allow("web.example:80")):
+        code = NOISE + "\nimport sys\nexec(sys.argv.pop(1))"
+        command = ["python3", "-c", code, CLIENT, "page web.example 80", "tcp 203.0.113.80 80"]
+        result = rf.run(command, network=network, capabilities=["net_raw"], text=True)
+        equal((result.stdout.split("\n"), result.stderr), (["203.0.113.80 80"] * 2 + [""], ""))
+
+
+@USERS
+def test_noise_does_no_harm(user: int) -> None:
+    in_world(noise, user=user)
+
+
+def kernel_without(world: World) -> None:
+    """A kernel that lacks a part of nftables: a rule that can't be enforced, and no command was started."""
+    from ringfence.levels.network import inside
+    from ringfence.linux.netlink import expression
+
+    inside._rules.cache_clear()
+    tproxy = expression.tproxy
+    expression.tproxy = lambda *_: expression._make(b"nosuch")  # type: ignore[method-assign]
+    reason = r"this kernel refuses NFT_MSG_NEWRULE in a network namespace \(ENOENT\)"
+    try:
+        with pytest.raises(rf.CannotEnforce, match=reason):
+            rf.run(["true"], network="nat")
+    finally:
+        expression.tproxy = tproxy  # type: ignore[method-assign]
+        inside._rules.cache_clear()
+    equal(world.client("tcp 203.0.113.80 80", network="nat"), ["203.0.113.80 80"])
+
+
+@USERS
+def test_a_kernel_without_a_part_of_it(user: int) -> None:
+    in_world(kernel_without, user=user)
+
+
 # ---- published ports ----
 
 SERVER = """
@@ -459,6 +525,18 @@ def images(world: World) -> None:
 @USERS
 def test_images_with_any_resolv_conf(user: int) -> None:
     in_world(images, user=user)
+
+
+def dead_server(world: World) -> None:
+    """The host's first name server doesn't answer."""
+    Path("/etc/resolv.conf").write_text("nameserver 203.0.113.99\nnameserver 203.0.113.53\n")
+    time.sleep(1.1)  # what was read before is kept for a second
+    for network in (rf.Network(), allow("web.example:80")):
+        equal(world.client("page web.example 80", network=network), ["203.0.113.80 80"])
+
+
+def test_a_name_server_that_does_not_answer() -> None:
+    in_world(dead_server)
 
 
 def stays(world: World) -> None:

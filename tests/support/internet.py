@@ -100,7 +100,11 @@ class Servers:
 
     def names(self, one: socket.socket) -> None:
         data, peer = one.recvfrom(1 << 16)
-        one.sendto(answer(data, self.log), peer)
+        try:
+            reply = answer(data, self.log)
+        except (IndexError, UnicodeDecodeError, struct.error):
+            return  # a hostile workload's, passed on as it is
+        one.sendto(reply, peer)
 
     def log(self, name: str) -> None:
         with open(self.log_path, "a") as file:

@@ -11,7 +11,7 @@ import pytest
 
 from ringfence import _setup
 from ringfence.cli import doctor, main
-from ringfence.errors import StartError, Unavailable
+from ringfence.errors import CannotEnforce, StartError, Unavailable, Unmet
 from ringfence.levels.host import host
 from ringfence.result import Result
 from ringfence.spec import ISOLATIONS
@@ -118,6 +118,23 @@ def test_a_trial_that_goes_wrong_is_told_and_the_next_level_is_looked_at(
     assert not report.ok
     assert (report.levels[0].works, report.levels[0].detail, report.levels[0].help) == (False, detail, help)
     assert report.levels[1].works
+
+
+def test_a_network_that_only_a_trial_shows_to_be_impossible() -> None:
+    def run(argv: list[str], *, isolation: str, network: str | None = None, **more: Any) -> Result:
+        if network == "nat":
+            raise CannotEnforce(isolation, [Unmet("network", "nat", "no tproxy", "load it")])
+        return good(argv, isolation=isolation)
+
+    report = doctor.examine(host(), quick=False, run=run)
+    container = {one.rule: one for one in report.levels[1].abilities}
+    for rule in ("network=nat", "allow", "publish", "bandwidth"):
+        assert (container[rule].available, container[rule].reason, container[rule].help) == (
+            False,
+            "no tproxy",
+            "load it",
+        )
+    assert container["network=none"].available
 
 
 def test_exit_status(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

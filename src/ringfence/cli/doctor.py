@@ -12,7 +12,7 @@ from ringfence import api
 from ringfence._value import Value
 from ringfence.cli import output
 from ringfence.cli._options import Option, Options
-from ringfence.errors import RingfenceError
+from ringfence.errors import CannotEnforce, RingfenceError
 from ringfence.levels.host import host
 from ringfence.spec import ISOLATIONS, File, Limits
 
@@ -148,6 +148,8 @@ def _look(boundary: Level, machine: Host, run: Callable[..., Result] | None) -> 
             return LevelReport(name=boundary.name, works=False, detail=missing[0], help=missing[1])
         abilities = tuple(boundary.abilities(machine).values())
         works, detail = (True, "not tried") if run is None else _try(boundary.name, run)
+        if works and run is not None:
+            abilities = _try_nat(boundary.name, abilities, run)
     except RingfenceError as error:
         # What a doctor is for: whatever is wrong with one level is told, and the next is looked at.
         reason, help = getattr(error, "reason", str(error)), getattr(error, "help", None)
@@ -155,13 +157,30 @@ def _look(boundary: Level, machine: Host, run: Callable[..., Result] | None) -> 
     return LevelReport(name=boundary.name, works=works, detail=detail, abilities=abilities)
 
 
-def _try(name: str, run: Callable[..., Result]) -> tuple[bool, str]:
+def _try_nat(name: str, abilities: tuple[Ability, ...], run: Callable[..., Result]) -> tuple[Ability, ...]:
+    """The abilities, as far as a network needs parts of the kernel that only a trial shows."""
+    from ringfence.levels.base import Ability
+
+    if not any(one.rule == "network=nat" and one.available for one in abilities):
+        return abilities
+    try:
+        _try(name, run, network="nat")
+    except CannotEnforce as error:
+        lost = ("network=nat", "allow", "publish", "bandwidth")
+        for unmet in error.unmet:
+            if unmet.rule == "network":
+                gone = {rule: Ability(rule=rule, reason=unmet.reason, help=unmet.help) for rule in lost}
+                return tuple(gone.get(one.rule, one) for one in abilities)
+    return abilities
+
+
+def _try(name: str, run: Callable[..., Result], **options: Any) -> tuple[bool, str]:
     """Whether a command that exits with 0 does so at this level, and how that went."""
     from ringfence.wire.launcher import probe_path
 
     with open(probe_path(), "rb") as file:
         probe = File(file.read(), 0o755)
-    result = run(["./probe", "exit", "0"], isolation=name, files={"probe": probe}, limits=_TRIAL_LIMITS)
+    result = run(["./probe", "exit", "0"], isolation=name, files={"probe": probe}, limits=_TRIAL_LIMITS, **options)
     if not result.ok:
         return False, f"a command that exits with 0 was run, but {result.describe()}"
     took = f", started in {output.duration(result.usage.startup_ns)}" if result.usage.startup_ns else ""

@@ -59,8 +59,8 @@ def _nested(kind: int, *parts: bytes) -> bytes:
     return attribute(kind | _NESTED, b"".join(parts))
 
 
-def _message(kind: int, flags: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, 0, 0) + body
+def _message(kind: int, flags: int, body: bytes, sequence: int = 0) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, sequence, 0) + body
 
 
 # ---- rtnetlink ----
@@ -85,11 +85,13 @@ def route_type(sock: socket.socket, packed: bytes) -> int | None:
     """The kind of the route to an address (RTN_* of rtnetlink(7)) in the socket's namespace; None without one."""
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
     body = struct.pack("=BBBBBBBBI", family, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0) + attribute(1, packed)
-    sock.send(_message(_GETROUTE, 0, body))
-    for kind, data in _messages(sock.recv(_RECEIVE_BYTES)):
-        if kind == _NEWROUTE:
-            return data[7]
-    return None
+    # By its number an answer that came too late for its question isn't taken for one to another address.
+    sequence = int.from_bytes(os.urandom(4))
+    sock.send(_message(_GETROUTE, 0, body, sequence))
+    while True:
+        answer = sock.recv(_RECEIVE_BYTES)
+        if _HEADER.unpack_from(answer)[3] == sequence:
+            return next((data[7] for kind, data in _messages(answer) if kind == _NEWROUTE), None)
 
 
 def list_addresses(sock: socket.socket) -> list[bytes]:

@@ -279,6 +279,8 @@ class Gateway:
         if code:
             self._give_up(key, code)
             return
+        if not _is_connected(outside):
+            return  # an event of a socket that had this descriptor before
         pending.ready = True
         pending.deadline = time.monotonic() + _ACCEPT_S
         self._loop.want(outside, 0)
@@ -344,9 +346,12 @@ class Gateway:
 
     def _joined(self, inside: socket.socket) -> None:
         """A published port's connection has arrived, or nobody listens there."""
+        code = inside.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not code and not _is_connected(inside):
+            return
         outside, _ = self._joining.pop(inside)
         self._loop.forget(inside)
-        if inside.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if code:
             inside.close()
             abort(outside)
         else:
@@ -371,8 +376,9 @@ class Gateway:
                 self._datagram((_packed(peer[0]), peer[1], *destination), data)
 
     def _datagram(self, key: _Key, data: bytes) -> None:
-        if key[2] in _OWN and key[3] == _DNS and not self._policy.unlimited:
-            self._resolver.ask(data, lambda answer: self._to_inside(key, answer))
+        if key[2] in _OWN and key[3] == _DNS:
+            ask = self._resolver.pass_on if self._policy.unlimited else self._resolver.ask
+            ask(data, lambda answer: self._to_inside(key, answer))
             return
         flow = self._datagrams.get(key)
         if flow is None:
@@ -446,6 +452,14 @@ class Gateway:
         if self._datagrams.pop(flow.key, None) is not None:
             self._loop.forget(flow.outside)
             flow.outside.close()
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
 
 
 def _packed(shown: str) -> bytes:

@@ -1,5 +1,5 @@
-"""The names that a sandbox with an allow-list may resolve. Asks the host's own servers, and only for names on the list;
-what it tells the workload it makes anew, of addresses only, and exactly those are open from then on.
+"""The names that a sandbox may resolve. Asks the host's own servers, with an allow-list only for names on it; what it
+tells the workload then it makes anew, of addresses only, and exactly those are open from then on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ __all__ = ["Resolver", "servers"]
 _PORT = 53
 _MOST_SERVERS = 3  # MAXNS of resolv.conf(5)
 _MOST_FILE_BYTES = 1 << 20
+_FILE_AGE_S = 1.0
+_MOST_QUERY_BYTES = 4096
 _MOST_WAITING = 64
 _TRIES = 4
 _TRY_S = 1.5
@@ -48,12 +50,22 @@ def servers(path: str = "/etc/resolv.conf") -> list[str]:
     return found[:_MOST_SERVERS] or ["127.0.0.1"]
 
 
+_read: dict[str, tuple[float, list[str]]] = {}
+
+
 def _lines(path: str) -> list[str]:
+    """Of a file of the host's, as it was within the last second: a workload may ask very often."""
+    now = time.monotonic()
+    known = _read.get(path)
+    if known is not None and now < known[0] + _FILE_AGE_S:
+        return known[1]
     try:
         with open(path, "rb") as file:
-            return file.read(_MOST_FILE_BYTES).decode("utf-8", "replace").splitlines()
+            lines = file.read(_MOST_FILE_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:
-        return []
+        lines = []
+    _read[path] = (now, lines)
+    return lines
 
 
 def _hosts(name: str, path: str = "/etc/hosts") -> list[bytes]:
@@ -72,8 +84,10 @@ def _hosts(name: str, path: str = "/etc/hosts") -> list[bytes]:
 class _Waiting:
     """A question to the host's servers, and who waits for its answer."""
 
-    def __init__(self, name: str, kind: int) -> None:
+    def __init__(self, name: str, kind: int, query: bytes = b"", reply: Reply | None = None) -> None:
         self.name, self.kind = name, kind
+        # A query that is passed on as it is, and who gets the answer as it is.
+        self.query, self.reply = query, reply
         self.id = 0
         self.tries = 0
         self.deadline = 0.0
@@ -87,7 +101,18 @@ class Resolver:
     def __init__(self, policy: Policy, watch: Watch, forget: Forget) -> None:
         self._policy = policy
         self._watch, self._forget = watch, forget
-        self._waiting: dict[tuple[str, int], _Waiting] = {}
+        self._waiting: dict[object, _Waiting] = {}
+
+    def pass_on(self, query: bytes, reply: Reply) -> None:
+        """For a sandbox without an allow-list: any query, to a server that answers, and its answer."""
+        if not 2 < len(query) <= _MOST_QUERY_BYTES:
+            return
+        if len(self._waiting) >= _MOST_WAITING:
+            # The oldest gives way: it is the least likely to get an answer yet.
+            self._drop(self._waiting.pop(next(iter(self._waiting))))
+        waiting = _Waiting("", 0, query, reply)
+        self._waiting[waiting] = waiting
+        self._try(waiting)
 
     def ask(self, data: bytes, reply: Reply) -> None:
         """A query as the workload sent it. `reply` gets the answer, now or later; what is no query gets none."""
@@ -151,7 +176,7 @@ class Resolver:
                 one.connect(
                     socket.getaddrinfo(server, _PORT, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0][4]
                 )
-                one.send(dns.build_query(waiting.id, waiting.name, waiting.kind))
+                one.send(waiting.query or dns.build_query(waiting.id, waiting.name, waiting.kind))
             except OSError:
                 self._drop(waiting)
                 continue
@@ -169,6 +194,12 @@ class Resolver:
         except OSError:  # nobody listens there
             self._try(waiting)
             return
+        if waiting.reply is not None:
+            if data[:2] == waiting.query[:2]:
+                self._drop(waiting)
+                del self._waiting[waiting]
+                waiting.reply(data)
+            return
         answer = dns.parse_response(data, waiting.id, waiting.name, waiting.kind)
         if answer is None:
             return  # not an answer to this question: wait on
@@ -179,7 +210,7 @@ class Resolver:
 
     def _finish(self, waiting: _Waiting, answer: dns.Answer) -> None:
         self._drop(waiting)
-        self._waiting.pop((waiting.name, waiting.kind), None)
+        self._waiting.pop((waiting.name, waiting.kind) if waiting.reply is None else waiting, None)
         for query, reply in waiting.clients:
             self._tell(query, reply, answer.code, answer.addresses, answer.ttl_s)
 
