@@ -83,6 +83,33 @@ def test_what_is_the_sandboxs_own_cannot_be_replaced(target: str) -> None:
     assert [one.rule for one in caught.value.unmet] == ["devices"]
 
 
+def test_a_device_of_a_process(node: str) -> None:
+    """Landlock opens it, as far as its mode lets the workload's uid."""
+    with pytest.raises(rf.CannotEnforce) as caught:
+        run_probe("process", "exit", "0", devices=[node])
+    assert "mode 0660" in caught.value.unmet[0].reason
+    os.chmod(node, 0o666)
+    script = TRY.format(node)
+    bare = rf.run(["sh", "-c", script], isolation="process", files=PROBE_FILE)
+    assert bare.stdout.decode().splitlines() == ["EACCES open"] * 4
+    for access, wanted in OPENED.items():
+        device = rf.Device(node, access=access)
+        result = rf.run(["sh", "-c", script], isolation="process", devices=[device], files=PROBE_FILE)
+        assert result.stdout.decode().splitlines() == wanted * 2
+        assert applied(result)[f"device {node}"].effective == access
+    for options in (
+        {"devices": [rf.Device(node, "/dev/elsewhere")]},
+        {"devices": [rf.Device(node, access="w")], "readable": ["/"]},
+    ):
+        with pytest.raises(rf.CannotEnforce):
+            run_probe("process", "exit", "0", **options)
+
+
+def test_a_device_of_a_process_that_its_owner_may_use(node: str) -> None:
+    result = run_probe("process", "try-open-write", node, devices=[node], user=0)
+    assert result.stdout == b"ok\n"
+
+
 def test_a_guest_has_none_of_the_hosts_devices() -> None:
     with pytest.raises(rf.CannotEnforce) as caught:
         run_probe("vm", "exit", "0", devices=["/dev/zero"])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import ringfence as rf
+from support import leaks
 from support.sandboxes import (
     EXITED_0,
     PROBE,
@@ -20,6 +21,7 @@ from support.sandboxes import (
     need_cgroup,
     need_root,
     output,
+    python,
     run_probe,
 )
 
@@ -313,3 +315,29 @@ def test_a_sandbox_that_stays_has_one_layer_for_all_its_commands() -> None:
             sandbox.write_file("more", bytes(MIB))
         assert ended(sandbox.run(["rm", "/usr/big"])) == EXITED_0
         sandbox.write_file("more", bytes(MIB))
+
+
+KILLED = """
+import sys, ringfence as rf
+limits = rf.Limits(disk=sys.argv[1] or None)
+script = "mkdir -p /etc/x/y && echo a > /etc/x/y/z && chmod 0 /etc/x/y && echo made > /work/f && sleep 60"
+print("starting", flush=True)
+rf.run(["sh", "-c", script], overlay=True, user=0, limits=limits)
+"""
+
+
+@pytest.mark.parametrize("disk", ["", "16M"])
+def test_nothing_is_left_of_a_layer_whose_caller_is_killed(disk: str) -> None:
+    need_root()
+    with python(KILLED, disk) as caller:
+        assert caller.stdout is not None
+        assert caller.stdout.readline() == b"starting\n"
+        # Until it has a folder for its layer, where that is on disk, and for its files; and then some more.
+        assert leaks.settled(lambda: ({"w"} if disk else {"w", "o"}) - kinds_of_folders(caller.pid), 10) == set()
+        time.sleep(1)
+        caller.kill()
+    assert leaks.settled(lambda: leaks.run_folders_of(caller.pid), leaks.GRACE_S) == set()
+
+
+def kinds_of_folders(pid: int) -> set[str]:
+    return {one.name[0] for folder in leaks.run_folders_of(pid) for one in Path(folder).iterdir()}

@@ -326,7 +326,7 @@ class ContainerSandbox(LocalSandbox):
         if spec.devices:
             from ringfence.levels import devices
 
-            shown += devices.container_steps(self)
+            shown += devices.container_steps(self, directories_above)
         if spec.overlay and self.layer is not None:
             self.layer.made_by_us(shown)
         steps += shown

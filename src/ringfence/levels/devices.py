@@ -18,6 +18,8 @@ from ringfence.wire.messages import INSIDE, NOEXEC, NOSUID, RDONLY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from ringfence.levels.container import ContainerSandbox
     from ringfence.spec import Device, Spec
     from ringfence.wire.messages import MountStep
@@ -73,31 +75,43 @@ def container_unmet(spec: Spec, *, privileged: bool) -> list[Unmet]:
     return found
 
 
-def process_unmet(spec: Spec, uid: int | None, gid: int | None) -> list[Unmet]:
-    """The same of a process. uid, gid: who it will be, or None where that is nobody whom a node could name."""
+def process_unmet(spec: Spec, *, privileged: bool) -> list[Unmet]:
+    """The same of a process, which opens the host's own node: its mode is one half of it, Landlock the other."""
     found = []
+    uid, gid = spec.user if isinstance(spec.user, tuple) else (-1, -1)  # a uid that owns nothing
     for device in spec.devices:
         name = os.fsdecode(device.source)
         about = os.stat(device.source)
-        allowed = _mode_allows(about, -1 if uid is None else uid, -1 if gid is None else gid)
+        allowed = _mode_allows(about, uid, gid) if privileged else _callers_rights(device.source)
+        help = "use isolation='container'"
         if device.source != device.target:
             reason = f"a process sees the host's paths: {name} can't appear elsewhere"
-            found.append(Unmet("devices", shown(device), reason, "leave the target out, or use isolation='container'"))
-        elif device.access == "w":
-            reason = f"what may be read of {name} can't be taken away from a process"
-            found.append(Unmet("devices", shown(device), reason, "ask for 'rw', or use isolation='container'"))
         elif _BITS[device.access] & ~allowed:
             reason = f"the workload's uid may not do that with {name} (mode {stat.S_IMODE(about.st_mode):04o})"
-            found.append(
-                Unmet("devices", shown(device), reason, "name its owner by user=, or use isolation='container'")
-            )
+            help = "name its owner by user=, or use isolation='container'"
+        elif _opened_besides(spec, device) & ~_BITS[device.access]:
+            reason = f"another rule opens {name} for more than {device.access!r}"
+            help = "leave /dev out of readable, writable and mounts"
+        else:
+            continue
+        found.append(Unmet("devices", shown(device), reason, help))
     return found
 
 
-def container_steps(sandbox: ContainerSandbox) -> list[MountStep]:
-    """The steps that put the spec's devices into /dev."""
-    from ringfence.levels.container import directories_above
+def _opened_besides(spec: Spec, device: Device) -> int:
+    """What the spec's paths allow for a device by themselves."""
+    real = os.path.realpath(device.source)
 
+    def covered(paths: Iterable[bytes]) -> bool:
+        return any(real == path or real.startswith(path.rstrip(b"/") + b"/") for path in map(os.path.realpath, paths))
+
+    read = _READ if covered(spec.readable or ()) else 0
+    writable = [*spec.writable, *(mount.source for mount in spec.mounts if mount.writable)]
+    return _READ | _WRITE if covered(writable) else read
+
+
+def container_steps(sandbox: ContainerSandbox, above: Callable[[bytes], list[MountStep]]) -> list[MountStep]:
+    """The steps that put the spec's devices into /dev. above: makes the directories on the way to a target."""
     devices = sandbox.spec.devices
     steps: list[MountStep] = []
     flags = RDONLY | NOSUID | NOEXEC
@@ -105,7 +119,7 @@ def container_steps(sandbox: ContainerSandbox) -> list[MountStep]:
         steps.append(messages.directory(_FOLDER, 0o755))
         steps.append(messages.bind(_FOLDER, sandbox.keep_fd(_nodes(devices, sandbox.outside_gid())), flags))
     for number, device in enumerate(devices):
-        steps += [*directories_above(device.target), messages.file(device.target, mode=0)]
+        steps += [*above(device.target), messages.file(device.target, mode=0)]
         if sandbox.privileged:
             steps.append(messages.bind(device.target, _FOLDER + b"/%d" % number, flags | INSIDE))
         else:

@@ -68,6 +68,10 @@ class ProcessLevel(Level):
         unmet = limit_unmet(spec, host) + reach.unmet(spec, host)
         if "seccomp" in spec.asked:
             unmet += filter.unmet(spec, host)
+        if spec.devices:
+            from ringfence.levels import devices
+
+            unmet += devices.process_unmet(spec, privileged=host.privileged)
         for mount in spec.mounts:
             asked = (mount.source, mount.target, mount.writable)
             if mount.source != mount.target:
@@ -203,6 +207,15 @@ class ProcessSandbox(LocalSandbox):
                 mechanism=self.landlock or "this kernel has no Landlock",
             )
         )
+        for device in self.spec.devices:
+            found.append(
+                Applied(
+                    rule=f"device {os.fsdecode(device.target)}",
+                    requested=device.access,
+                    effective=device.access if started.landlock else None,
+                    mechanism=f"{self.landlock}, and its mode",
+                )
+            )
         for mount in self.spec.mounts:
             shown = "writable" if mount.writable else "read-only"
             found.append(

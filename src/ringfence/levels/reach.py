@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["abilities", "applied", "elsewhere", "is_narrowed", "ruleset", "unmet"]
 
 _CONTAINER = "use isolation='container'"
-_RULES = frozenset(("readable", "writable", "allow", "publish", "mounts"))
+_RULES = frozenset(("readable", "writable", "allow", "publish", "mounts", "devices"))
 # What each kind of access needs of a file's mode, and of a directory's.
 _READ = (stat.S_IROTH, stat.S_IROTH | stat.S_IXOTH)
 _WRITE = (stat.S_IWOTH, stat.S_IWOTH | stat.S_IXOTH)
@@ -36,7 +36,7 @@ def abilities(host: Host) -> dict[str, Ability]:
     """Of the process level."""
     found = {}
     none = "this kernel has no Landlock"
-    for rule in ("readable", "writable", "mounts"):
+    for rule in ("readable", "writable", "mounts", "devices"):
         found[rule] = (
             Ability(rule=rule, mechanism=f"Landlock ABI {host.landlock_abi}")
             if host.landlock_abi
@@ -272,6 +272,9 @@ def ruleset(spec: Spec, host: Host, workdir: int) -> Ruleset:
                     made.allow_port(one.port, landlock.CONNECT_TCP)
             for port, _ in spec.network.publish:
                 made.allow_port(port, landlock.BIND_TCP)
+            for device in spec.devices:
+                opened.append(_open("devices", device.source))
+                made.allow(opened[-1], landlock.device_access(device.access))
         except BaseException:
             made.close()
             raise

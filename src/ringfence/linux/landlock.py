@@ -34,6 +34,7 @@ __all__ = [
     "abi",
     "available",
     "describe",
+    "device_access",
     "gaps",
     "host_read_only",
     "of_paths",
@@ -204,6 +205,12 @@ class Ruleset:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def device_access(access: str) -> int:
+    """The rights on a device node of "r", "w" or "rw": its controls go with either."""
+    read = READ_FILE if "r" in access else 0
+    return read | (WRITE_FILE | TRUNCATE if "w" in access else 0) | IOCTL_DEV
 
 
 def host_read_only(
