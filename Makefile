@@ -98,6 +98,7 @@ test-tools: system
 	need clang clang --version
 	need iproute2 ip -V
 	need uidmap test -x /usr/bin/newuidmap
+	need systemd test -x /lib/systemd/systemd # not run here: in a guest, for a user's scopes
 	install
 	missing=()
 	need "libclang-rt-$$(clang -dumpversion | cut -d. -f1)-dev" bash -c 'cd "$$(mktemp -d)" && echo "int LLVMFuzzerTestOneInput(void) { return 0; }" > t.c && clang -fsanitize=fuzzer,address,undefined t.c'

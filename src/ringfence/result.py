@@ -117,7 +117,8 @@ class Usage(Value):
     controller (an I/O limit was asked for), else of every process that was waited for, as wait4 tells.
     pids_peak: the most processes and threads at once, where the cgroup has the pids controller.
     throttled_ns: the time, summed over CPUs, that it could have run and was held back by limits.cpus.
-    oom_kills: processes that the kernel killed at the memory limit.
+    oom_kills: kills at the memory limit, as the kernel counts them: where it kills all of a sandbox, as with cgroup v2,
+    the first one counts twice.
     memory_pressure_ns, cpu_pressure_ns, io_pressure_ns: the time in which at least one of its tasks waited for memory,
     for a CPU, for a device ("some" of the kernel's PSI; cgroup v2 only).
     startup_ns: from the call to the workload's start. teardown_ns: from its end to the sandbox being gone.

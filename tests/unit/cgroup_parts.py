@@ -16,7 +16,7 @@ import pytest
 
 from ringfence.errors import KernelError
 from ringfence.linux import cgroups
-from ringfence.linux.cgroups import base, files, v2, values
+from ringfence.linux.cgroups import base, files, home, v2, values
 
 # A child joins by the descriptors of argv[1], then does what argv[2] says.
 MEMBER = r"""
@@ -113,7 +113,7 @@ def unified() -> Iterator[base.Manager]:
     if not found.unified or files.may_make_directories(found.unified):
         pytest.skip("this machine has no writable cgroup v2 hierarchy")
     before = open_fds()
-    manager = v2.V2Manager(found, v2.Home(path=found.unified))
+    manager = v2.V2Manager(found, home.Home(path=found.unified))
     made = directories_of(manager)
     yield manager
     manager.close()

@@ -19,7 +19,7 @@ from cgroup_parts import FakeKernel, directories_of, member, run_member, v2_layo
 
 from ringfence.errors import KernelError
 from ringfence.linux import cgroups
-from ringfence.linux.cgroups import Limits, base, files, v1, v2, values
+from ringfence.linux.cgroups import Limits, base, files, home, v1, v2, values
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
@@ -256,16 +256,16 @@ class TestVersion2ForReal:
     def test_moving_to_a_leaf_and_back(self, unified: base.Manager) -> None:
         script = r"""
 import os, subprocess, sys
-from ringfence.linux.cgroups import files, v2, values
+from ringfence.linux.cgroups import files, home, v2, values
 os.write(int(sys.argv[1]), b"0")
 own = os.fsencode(sys.argv[2])
 child = subprocess.Popen(["/bin/sleep", "60"])
 def where(pid):
     return [line for line in open(f"/proc/{pid}/cgroup") if line.startswith("0::")][0].strip()
-home = v2.find_home(own)
-print(home.move, home.path == own, home.reason)
+place = home.find_home(own)
+print(place.move, place.path == own, place.reason)
 before = where("self"), where(child.pid)
-manager = v2.V2Manager(values.Layout(kind="v2", controllers=(), unified=own), home)
+manager = v2.V2Manager(values.Layout(kind="v2", controllers=(), unified=own), place)
 fd = files.open_directory(own)
 manager._move_to_leaf(fd)
 print(where("self") == before[0] + "/ringfence-self", where(child.pid) == before[1] + "/ringfence-self")
@@ -297,7 +297,8 @@ child.wait()
             own = directories_of(unified)[0] / cgroup.name
             # Its parent is the base, which hands out no controllers.
             script = (
-                "import sys; from ringfence.linux.cgroups import v2\nprint(v2.find_home(sys.argv[1].encode()).reason)"
+                "import sys\nfrom ringfence.linux.cgroups.home import find_home\n"
+                "print(find_home(sys.argv[1].encode()).reason)"
             )
             fds = cgroup.join_fds()
             found = subprocess.run(
@@ -413,13 +414,15 @@ class TestVersion2Files:
     ) -> None:
         fake.populate(tmp_path / "a", "memory", pids="1\n")
         fake.populate(tmp_path / "b", "memory", kind="threaded")
-        assert v2.find_home(os.fsencode(tmp_path / "a")).reason == ("this process's own cgroup holds 1 other processes")
-        assert v2.find_home(os.fsencode(tmp_path / "b")).reason == ("this process's own cgroup is of type threaded")
+        assert home.find_home(os.fsencode(tmp_path / "a")).reason == (
+            "this process's own cgroup holds 1 other processes"
+        )
+        assert home.find_home(os.fsencode(tmp_path / "b")).reason == ("this process's own cgroup is of type threaded")
         monkeypatch.setattr(os, "access", lambda *_args, **_more: False)
-        found = v2_layout(tmp_path, "/a")
-        assert not any(one.usable for one in found.controllers)
-        assert found.controller("memory").reason == (f"{tmp_path}/a isn't writable for this user (not delegated)")
-        manager = cgroups.open_manager(found)
+        layout = v2_layout(tmp_path, "/a")
+        assert not any(one.usable for one in layout.controllers)
+        assert layout.controller("memory").reason == (f"{tmp_path}/a isn't writable for this user (not delegated)")
+        manager = cgroups.open_manager(layout)
         assert manager.bases() == ()
         with pytest.raises(KernelError, match="not delegated"):
             manager.create()

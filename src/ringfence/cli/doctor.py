@@ -214,7 +214,9 @@ def _facts(machine: Host) -> list[Fact]:
 
 
 def _cgroups(machine: Host) -> list[Fact]:
-    facts = [Fact("cgroups", machine.cgroups.kind != "none", f"layout {machine.cgroups.kind}")]
+    layout = machine.cgroups
+    where = f", ringfence's are {layout.home}" if layout.home else ", none can be made"
+    facts = [Fact("cgroups", bool(layout.home), f"layout {layout.kind}{where}")]
     for one in machine.cgroups.controllers:
         where = os.fsdecode(one.path) or f"version {one.version}"
         facts.append(

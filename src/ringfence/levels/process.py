@@ -165,7 +165,8 @@ class ProcessSandbox(LocalSandbox):
         """Without an id of its own a sandbox is killed process by process, which only ends where their number does."""
         if self._cgroup_limits.pids is not None:
             return
-        if self._host.cgroups.controller("pids").usable:
+        # systemd isn't asked for a cgroup for this alone.
+        if self._host.cgroups.controller("pids").usable and not self._host.cgroups.by_systemd:
             self._cgroup_limits = self._cgroup_limits.replace(pids=_MOST_PROCESSES)
             return
         # The kernel counts all threads of the user, wherever they run. It doesn't count root's.

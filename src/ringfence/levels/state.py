@@ -139,10 +139,11 @@ class State:
 
     # ---- cgroups ----
 
-    def cgroup(self, limits: Limits, *, live: bool = False) -> Cgroup | None:
+    def cgroup(self, limits: Limits, *, live: bool = False, must: bool = True) -> Cgroup | None:
         """A sandbox's cgroup; None where nothing is limited and nothing can be measured here.
 
-        live: for a sandbox whose limits may be changed, or that may be frozen.
+        live: for a sandbox whose limits may be changed, or that may be frozen. must: False where it would only measure:
+        systemd isn't asked for that alone.
         """
         with self.lock:
             free = self._cgroups.get(limits)
@@ -155,8 +156,10 @@ class State:
                 kept.remove()
         with self.lock:
             if self._manager is None:
-                self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup)
+                self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup, self.launcher.pid)
             if not any(one.usable for one in self._manager.layout.controllers):
+                return None
+            if self._manager.asks and not must:
                 return None
             return self._manager.create(limits, live=live)
 

@@ -39,12 +39,15 @@ def manager() -> Manager:
     return _known_manager
 
 
-def open_manager(found: Layout, claim: Callable[..., None] | None = None) -> Manager:
-    """A manager for a layout. Where no controller is usable it can still say why, by `usable`."""
+def open_manager(found: Layout, claim: Callable[..., None] | None = None, helper: int | None = None) -> Manager:
+    """A manager for a layout. Where no controller is usable it can still say why, by `usable`.
+
+    helper: the process that starts the sandboxes, for a scope of systemd's.
+    """
     if found.kind == "v2":
         from ringfence.linux.cgroups.v2 import V2Manager
 
-        return V2Manager(found, claim=claim)
+        return V2Manager(found, claim=claim, helper=helper)
     from ringfence.linux.cgroups.v1 import V1Manager
 
     return V1Manager(found, claim)

@@ -108,6 +108,11 @@ class Manager(abc.ABC):
         self._count += 1
         return f"s{self._count}"
 
+    @property
+    def asks(self) -> bool:
+        """Whether somebody else, systemd, would have to be asked for the first cgroup."""
+        return False
+
     def __enter__(self) -> Self:
         return self
 
@@ -328,11 +333,13 @@ def layout() -> Layout:
 
 def read_layout(mountinfo: str, own: str) -> Layout:
     """The layout from the texts of /proc/self/mountinfo (proc_pid_mountinfo(5)) and /proc/self/cgroup."""
-    from ringfence.linux.cgroups import v1, v2
+    from ringfence.linux.cgroups import home as homes
+    from ringfence.linux.cgroups import v1
 
     paths = _own_paths(own)
     first: dict[str, bytes] = {}
     unified = b""
+    mount: bytes | None = None
     foreign: set[str] = set()
     for root, mountpoint, kind, options in _mounts(mountinfo):
         names = [""] if kind == "cgroup2" else [name for name in CONTROLLERS if _V1_NAMES.get(name, name) in options]
@@ -344,16 +351,17 @@ def read_layout(mountinfo: str, own: str) -> Layout:
                 first[name] = mountpoint + inside
             elif not name and not unified:
                 unified = mountpoint + inside
+                mount = mountpoint if root == b"/" else None
     # A v1 mount of what nobody needs (a freezer for an old tool) doesn't make a host a hybrid one.
     one = bool((first.keys() | foreign) & _CORE)
     kind = "hybrid" if one and unified else "v1" if one else "v2" if unified else "none"
-    home = v2.find_home(unified) if unified and kind == "v2" else None
+    home = homes.find_home(unified, mount) if unified and kind == "v2" else None
     controllers = []
     for name in CONTROLLERS:
         if name in first and kind != "v2":
             controllers.append(v1.judge(name, first[name]))
         elif home is not None:
-            controllers.append(v2.judge(name, unified, home))
+            controllers.append(homes.judge(name, unified, home))
         else:
             reason = f"no {name} controller is mounted here"
             if name in foreign:
@@ -361,7 +369,14 @@ def read_layout(mountinfo: str, own: str) -> Layout:
             elif unified:
                 reason = f"the {name} controller isn't in version 1, as the others are (a mixed layout)"
             controllers.append(Controller(name=name, version=0, path=b"", usable=False, reason=reason))
-    return Layout(kind=kind, controllers=tuple(controllers), unified=unified)
+    shown = home.describe() if home is not None else _v1_home(controllers)
+    asks = home is not None and home.manager is not None
+    return Layout(kind=kind, controllers=tuple(controllers), unified=unified, mount=mount, home=shown, by_systemd=asks)
+
+
+def _v1_home(controllers: Iterable[Controller]) -> str:
+    paths = dict.fromkeys(os.fsdecode(one.path) for one in controllers if one.usable)
+    return f"below {', '.join(paths)}" if paths else ""
 
 
 def _own_paths(own: str) -> dict[str, bytes]:

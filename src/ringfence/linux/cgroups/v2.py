@@ -1,12 +1,6 @@
 """Cgroups of version 2: one hierarchy for all controllers.
 
-Its rule that shapes this module: a cgroup that hands controllers to its children can hold no processes itself
-(but for the root of the hierarchy). This process sits in a cgroup, so a base with controllers can only be
-made - below its own cgroup, where that is the root, or once everything in it, being only this process and its
-  descendants, has moved to a leaf of its own, `ringfence-self`;
-- else beside its own cgroup, where the parent is delegated to this user and hands out controllers already.
-Neither is done to a cgroup that holds other processes or isn't writable for this user: there is a reason
-instead.
+Where they can be made is told by `home`.
 """
 
 from __future__ import annotations
@@ -15,89 +9,25 @@ import errno
 import os
 import time
 
-from ringfence._value import Value
 from ringfence.errors import KernelError
 from ringfence.linux.cgroups import base, files
 from ringfence.linux.cgroups.base import Cgroup, Manager
-from ringfence.linux.cgroups.values import NO_LIMITS, Base, Controller, IoLimits, Layout, Limits, Usage
+from ringfence.linux.cgroups.home import WANTED, Home, find_home, is_ours, words
+from ringfence.linux.cgroups.values import NO_LIMITS, Base, IoLimits, Layout, Limits, Usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Home", "V2Cgroup", "V2Manager", "find_home", "judge"]
+    from ringfence.linux.cgroups.systemd import Systemd
 
-# Handed out to every sandbox; the others only once one asks for them, as each makes a cgroup dearer.
-_WANTED = ("memory", "pids", "cpu")
+__all__ = ["V2Cgroup", "V2Manager"]
+
+# Only once a sandbox asks for them, as each makes a cgroup dearer.
 _ON_DEMAND = ("cpuset", "io")
-# In every cgroup of version 2, without a controller.
-_CORE = ("cpuacct", "freezer")
 _IO_KEYS = {"io_read": "rbps", "io_write": "wbps", "io_read_ops": "riops", "io_write_ops": "wiops"}
 _SELF = "ringfence-self"
 _MOVE_ROUNDS = 10
-_HELP = "run it under: systemd-run --user --scope -p Delegate=yes"
-
-
-class Home(Value):
-    """Where the base can be made: path, and with which controllers. move: whether this process moves first.
-
-    reason: why nowhere, or "".
-    """
-
-    __slots__ = ("controllers", "move", "path", "reason")
-    path: bytes
-    controllers: frozenset[str]
-    move: bool
-    reason: str
-
-    def __init__(
-        self,
-        *,
-        path: bytes = b"",
-        controllers: Iterable[str] = (),
-        move: bool = False,
-        reason: str = "",
-    ) -> None:
-        self._set(path=path, controllers=frozenset(controllers), move=move, reason=reason)
-
-
-def find_home(own: bytes) -> Home:
-    """Where a base can be made for a process whose own cgroup is at `own`. Changes nothing."""
-    fd = files.open_directory(own)
-    try:
-        reason = _not_writable(own)
-        offered = _words(fd, "cgroup.controllers")
-        # Only the root has no cgroup.type.
-        kind = files.read(fd, "cgroup.type")
-        others = 0 if kind is None else len([pid for pid in files.read_pids(fd) if not _is_ours(pid)])
-    finally:
-        os.close(fd)
-    if not reason and kind is None:
-        return Home(path=own, controllers=offered)
-    if not reason and kind is not None and kind.strip() != "domain":
-        reason = f"this process's own cgroup is of type {kind.strip()}"
-    if not reason and others:
-        reason = f"this process's own cgroup holds {others} other processes"
-    if not reason:
-        return Home(path=own, controllers=offered, move=True)
-    parent = os.path.dirname(own)
-    if os.path.exists(parent + b"/cgroup.subtree_control") and not _not_writable(parent):
-        parent_fd = files.open_directory(parent)
-        try:
-            handed_out = _words(parent_fd, "cgroup.subtree_control")
-        finally:
-            os.close(parent_fd)
-        if handed_out & set(_WANTED):
-            return Home(path=parent, controllers=handed_out)
-    return Home(reason=reason)
-
-
-def judge(name: str, own: bytes, home: Home) -> Controller:
-    """Whether ringfence can make cgroups with that controller."""
-    reason = home.reason
-    if not reason and name not in _CORE and name not in home.controllers:
-        reason = f"the {name} controller isn't delegated to {os.fsdecode(home.path)}"
-    return Controller(name=name, version=2, path=own, usable=not reason, reason=reason, help=_HELP if reason else "")
 
 
 class V2Manager(Manager):
@@ -105,11 +35,21 @@ class V2Manager(Manager):
 
     version = 2
 
-    def __init__(self, found: Layout, home: Home | None = None, claim: Callable[..., None] | None = None) -> None:
+    def __init__(
+        self,
+        found: Layout,
+        home: Home | None = None,
+        claim: Callable[..., None] | None = None,
+        helper: int | None = None,
+    ) -> None:
+        """helper: the process that starts the sandboxes, which goes into a scope of systemd's; None is this one, which
+        then isn't moved anywhere: there is no cgroup where only systemd could give one.
+        """
         super().__init__(found, claim)
-        self._home = home if home is not None else find_home(found.unified)
+        self._home = home if home is not None else find_home(found.unified, found.mount)
         self._base: Base | None = None
         self._moved = False
+        self._helper = helper
 
     def bases(self) -> tuple[Base, ...]:
         return () if self._home.reason else (self._made_base(),)
@@ -121,7 +61,9 @@ class V2Manager(Manager):
         if self._base is None:
             if self._home.reason:
                 raise KernelError("mkdir", ("cgroup",), errno.EACCES, self._home.reason)
-            wanted = [name for name in _WANTED if name in self._home.controllers]
+            if self._home.manager is not None:
+                self._home = self._ask(self._home.manager)
+            wanted = [name for name in WANTED if name in self._home.controllers]
             parent_fd = files.open_directory(self._home.path)
             name = b""
             made = -1
@@ -143,10 +85,30 @@ class V2Manager(Manager):
             self._base = Base(fd=made, name=name, parent_fd=parent_fd)
         return self._base
 
+    def _ask(self, manager: Systemd) -> Home:
+        """A scope of systemd's with our helper in it. Raises KernelError."""
+        if self._helper is None:
+            raise KernelError("mkdir", ("cgroup",), errno.EACCES, "only systemd could give a cgroup, for a helper")
+        from ringfence.linux.cgroups import systemd
+
+        path = systemd.start_scope(manager, self._helper)
+        fd = files.open_directory(path)
+        try:
+            return Home(path=path, controllers=words(fd, "cgroup.controllers"), move=True)
+        finally:
+            os.close(fd)
+
+    @property
+    def asks(self) -> bool:
+        return self._base is None and self._home.manager is not None
+
     def create(self, limits: Limits = NO_LIMITS, *, measure: bool = True, live: bool = False) -> V2Cgroup:
         wanted = limits.controllers()
+        if self._home.manager is not None:
+            self._made_base()  # what the scope really has is known only then
         for name in wanted - self._home.controllers:
-            raise KernelError("mkdir", (name,), errno.ENOTSUP, self.usable(name).reason)
+            reason = self.usable(name).reason or f"the {name} controller isn't in {os.fsdecode(self._home.path)}"
+            raise KernelError("mkdir", (name,), errno.ENOTSUP, reason)
         parent = self._made_base()
         extra = [name for name in _ON_DEMAND if name in (self._home.controllers if live else wanted)]
         if extra:
@@ -188,7 +150,7 @@ class V2Manager(Manager):
         if not self._moved:
             return
         self._moved = False
-        for name in _words(own_fd, "cgroup.subtree_control"):
+        for name in words(own_fd, "cgroup.subtree_control"):
             files.set_and_read(own_fd, "cgroup.subtree_control", f"-{name}")
         leaf_fd = files.open_directory(_SELF, own_fd)
         try:
@@ -407,7 +369,7 @@ class V2Cgroup(Cgroup):
 
 def _hand_out(fd: int, controllers: Iterable[str]) -> None:
     """Let a cgroup's children have those controllers. Raises KernelError; EBUSY with processes in it."""
-    missing = [name for name in controllers if name not in _words(fd, "cgroup.subtree_control")]
+    missing = [name for name in controllers if name not in words(fd, "cgroup.subtree_control")]
     if missing:
         files.set_and_read(fd, "cgroup.subtree_control", " ".join(f"+{name}" for name in missing))
 
@@ -415,7 +377,7 @@ def _hand_out(fd: int, controllers: Iterable[str]) -> None:
 def _move(from_fd: int, to_fd: int) -> None:
     """Move this process and its descendants from one cgroup to another, until none is left there."""
     for _ in range(_MOVE_ROUNDS):
-        pids = [pid for pid in files.read_pids(from_fd) if _is_ours(pid)]
+        pids = [pid for pid in files.read_pids(from_fd) if is_ours(pid)]
         if not pids:
             return
         fd = files.open_to_write("cgroup.procs", to_fd)
@@ -429,34 +391,6 @@ def _move(from_fd: int, to_fd: int) -> None:
                     raise KernelError("write", ("cgroup.procs", pid), error.errno or 0) from error
         finally:
             os.close(fd)
-
-
-def _is_ours(pid: int) -> bool:
-    """Whether it is this process or a descendant of it."""
-    own = os.getpid()
-    while pid > 1:
-        if pid == own:
-            return True
-        try:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                # The command's name, in parentheses, can have spaces and parentheses itself.
-                pid = int(file.read().rpartition(b")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            return True  # gone, so it is in nobody's way
-    return pid == own
-
-
-def _not_writable(path: bytes) -> str:
-    """Why a base can't be made in that cgroup: all three have to be delegated, says cgroup-v2.rst."""
-    reason = files.may_make_directories(path)
-    for name in (b"cgroup.procs", b"cgroup.subtree_control"):
-        if not reason and not os.access(path + b"/" + name, os.W_OK, effective_ids=True):
-            reason = f"{os.fsdecode(path + b'/' + name)} isn't writable for this user (not delegated)"
-    return reason
-
-
-def _words(fd: int, name: str) -> set[str]:
-    return set((files.read(fd, name) or "").split())
 
 
 def _ns(microseconds: bytes | None) -> int | None:

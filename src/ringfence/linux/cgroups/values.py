@@ -156,16 +156,32 @@ class Controller(Value):
 
 
 class Layout(Value):
-    """How cgroups are mounted here: kind is "v1", "v2", "hybrid" (both) or "none"; controllers, one each."""
+    """How cgroups are mounted here: kind is "v1", "v2", "hybrid" (both) or "none"; controllers, one each.
 
-    __slots__ = ("controllers", "kind", "unified")
+    unified: the directory of this process's own cgroup of version 2, or b"". mount: where the root of that hierarchy is
+    mounted, or None. home: in words, where ringfence makes its cgroups, and by whose leave; "" where it makes none.
+    by_systemd: whether they are in a scope that systemd is asked for when a limit is first needed.
+    """
+
+    __slots__ = ("by_systemd", "controllers", "home", "kind", "mount", "unified")
     kind: str
     controllers: tuple[Controller, ...]
     unified: bytes
+    mount: bytes | None
+    home: str
+    by_systemd: bool
 
-    def __init__(self, *, kind: str, controllers: tuple[Controller, ...], unified: bytes = b"") -> None:
-        """unified: the directory of this process's own cgroup of version 2, or b""."""
-        self._set(kind=kind, controllers=controllers, unified=unified)
+    def __init__(
+        self,
+        *,
+        kind: str,
+        controllers: tuple[Controller, ...],
+        unified: bytes = b"",
+        mount: bytes | None = None,
+        home: str = "",
+        by_systemd: bool = False,
+    ) -> None:
+        self._set(kind=kind, controllers=controllers, unified=unified, mount=mount, home=home, by_systemd=by_systemd)
 
     def controller(self, name: str) -> Controller:
         """Raises KeyError where the name is none of CONTROLLERS."""
