@@ -27,7 +27,8 @@ __all__ = ["OPTIONS", "main"]
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _READ_BYTES = 1 << 20
 # What the numbers of `Applied` are in, where that isn't plain from the rule.
-_UNITS = {"memory": "bytes", "output": "bytes", "disk": "bytes", "wall_time": "ns", "cpu_time": "ns"}
+_UNITS = dict.fromkeys(("memory", "swap", "output", "disk", "io_read", "io_write"), "bytes")
+_UNITS |= {"wall_time": "ns", "cpu_time": "ns"}
 
 
 def _variable(word: str) -> tuple[bytes, bytes]:

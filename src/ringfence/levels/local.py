@@ -167,8 +167,8 @@ class LocalSandbox(Sandbox):
             channel.close()
 
     def make_cgroup(self) -> None:
-        must = self._stays or self._cgroup_limits is not NO_LIMITS or "cpu_time" in self.spec.asked
-        self.cgroup = self.state.cgroup(self._cgroup_limits, live=self._stays, must=must)
+        timed = "cpu_time" in self.spec.asked
+        self.cgroup = self.state.cgroup(self._cgroup_limits, live=self._stays, timed=timed)
 
     def keep_fd(self, fd: int) -> int:
         """A descriptor that the sandbox closes at its end."""

@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 
+from ringfence.errors import KernelError
 from ringfence.levels.ready import Ready
 from ringfence.levels.workdir import WorkDirectory
 from ringfence.linux import cgroups, ids, mounts
@@ -139,11 +140,11 @@ class State:
 
     # ---- cgroups ----
 
-    def cgroup(self, limits: Limits, *, live: bool = False, must: bool = True) -> Cgroup | None:
+    def cgroup(self, limits: Limits, *, live: bool = False, timed: bool = False) -> Cgroup | None:
         """A sandbox's cgroup; None where nothing is limited and nothing can be measured here.
 
-        live: for a sandbox whose limits may be changed, or that may be frozen. must: False where it would only measure:
-        systemd isn't asked for that alone.
+        live: for a sandbox whose limits may be changed, or that may be frozen. timed: whether its CPU time is limited.
+        systemd isn't asked for a place where all that would be done there is to measure.
         """
         with self.lock:
             free = self._cgroups.get(limits)
@@ -159,9 +160,17 @@ class State:
                 self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup, self.launcher.pid)
             if not any(one.usable for one in self._manager.layout.controllers):
                 return None
-            if self._manager.asks and not must:
+            needed = timed or limits is not cgroups.NO_LIMITS
+            asks = self._manager.asks
+            if asks and not needed and not live:
                 return None
-            return self._manager.create(limits, live=live)
+            try:
+                return self._manager.create(limits, live=live)
+            except KernelError:
+                # A sandbox that stays may want to be paused later. That it can't be is told then.
+                if needed or not asks:
+                    raise
+                return None
 
     def _claim_cgroup(self, parent_fd: int, name: bytes, leaf: bool = False) -> None:
         self._own(OWN_LEAF if leaf else OWN_CGROUP, parent_fd, name)

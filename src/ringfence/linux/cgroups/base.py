@@ -375,8 +375,7 @@ def read_layout(mountinfo: str, own: str) -> Layout:
 
 
 def _v1_home(controllers: Iterable[Controller]) -> str:
-    paths = dict.fromkeys(os.fsdecode(one.path) for one in controllers if one.usable)
-    return f"below {', '.join(paths)}" if paths else ""
+    return "below this process's own, in each hierarchy" if any(one.usable for one in controllers) else ""
 
 
 def _own_paths(own: str) -> dict[str, bytes]:
