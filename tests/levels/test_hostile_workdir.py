@@ -431,4 +431,7 @@ def test_a_run_collects_from_a_folder_that_changes(tmp_path: Path, outside: Path
     finally:
         stop.set()
         thread.join()
+        # What came too late, into a work directory that already waits for the next sandbox, is this test's own.
+        for left in folders.glob(f"ringfence-{os.getpid()}-*/w*/moved"):
+            left.unlink()
     assert as_it_was(outside)
