@@ -135,7 +135,7 @@ class _Ran:
         self.outcome = sandbox.run(command)
         self.files = sandbox.collect(spec.collect, _COLLECT_BYTES) if spec.collect else None
         self.measured = sandbox.usage(self.outcome)
-        self.applied = sandbox.applied(self.outcome)
+        self.applied = sandbox.tell(self.outcome)
         self.changes = sandbox.changes()
         self.disk_full = sandbox.disk_full()
 

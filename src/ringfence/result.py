@@ -10,7 +10,7 @@ from ringfence.errors import WorkloadFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, Self
 
 __all__ = ["Applied", "Change", "Denial", "Result", "TerminationReason", "Usage"]
@@ -214,14 +214,14 @@ class Result(Value):
     truncated: True where more was printed than was kept.
     files: what `collect` matched, by path relative to the work directory (undecodable bytes in a name are
     kept by surrogateescape, as in os.fsdecode).
-    usage: what it cost. applied: rule by rule, what is in force.
+    usage: what it cost. applied: rule by rule, what is in force (put into words when it is first asked for).
     denials: system calls that the filter denied; None where nobody looked (see `Seccomp.mode`).
     changes: what it did to its writable layer, sorted by path; None where it had none (see `overlay`).
     """
 
     __slots__ = (
+        "_applied",
         "accelerator",
-        "applied",
         "changes",
         "denials",
         "exit_code",
@@ -245,7 +245,7 @@ class Result(Value):
     truncated: bool
     files: dict[str, bytes]
     usage: Usage
-    applied: tuple[Applied, ...]
+    _applied: tuple[Applied, ...] | Callable[[], Sequence[Applied]]
     denials: tuple[Denial, ...] | None
     changes: tuple[Change, ...] | None
 
@@ -261,7 +261,7 @@ class Result(Value):
         truncated: bool = False,
         files: Mapping[str, bytes] | None = None,
         usage: Usage | None = None,
-        applied: Sequence[Applied] = (),
+        applied: Sequence[Applied] | Callable[[], Sequence[Applied]] = (),
         accelerator: str | None = None,
         denials: Sequence[Denial] | None = None,
         changes: Sequence[Change] | None = None,
@@ -277,10 +277,23 @@ class Result(Value):
             truncated=truncated,
             files=dict(files) if files else {},
             usage=usage if usage is not None else Usage(),
-            applied=tuple(applied),
+            applied=applied,
             denials=None if denials is None else tuple(denials),
             changes=None if changes is None else tuple(changes),
         )
+
+    @property
+    def applied(self) -> tuple[Applied, ...]:
+        found = self._applied
+        if not isinstance(found, tuple):
+            found = tuple(found())
+            self._set(_applied=found)
+        return found
+
+    @applied.setter
+    def applied(self, value: Sequence[Applied] | Callable[[], Sequence[Applied]]) -> None:
+        # Only for `_set`: everybody else is stopped by __setattr__.
+        self._set(_applied=value if callable(value) else tuple(value))
 
     @property
     def ok(self) -> bool:
@@ -341,6 +354,9 @@ class Result(Value):
             "denials": None if self.denials is None else [one.to_json() for one in self.denials],
             "changes": None if self.changes is None else [one.to_json() for one in self.changes],
         }
+
+
+Result._fields = tuple("applied" if name == "_applied" else name for name in Result._fields)
 
 
 def _signal_name(number: int | None) -> str:

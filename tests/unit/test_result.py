@@ -131,3 +131,23 @@ def test_results_are_frozen_and_pickle() -> None:
     assert result.replace(stdout=b"y").stdout == b"y"
     with pytest.raises(AttributeError, match="frozen"):
         result.exit_code = 1
+
+
+def test_rules_may_be_put_into_words_when_they_are_asked_for() -> None:
+    asked = []
+
+    def tell() -> list[Applied]:
+        asked.append(1)
+        return [Applied(rule="memory", requested=1, effective=1, mechanism="m")]
+
+    result = Result(isolation="process", termination_reason="exited", exit_code=0, applied=tell)
+    assert not asked
+    assert result.applied[0].rule == "memory"
+    assert result.applied is result.applied
+    assert asked == [1]
+    same = Result(isolation="process", termination_reason="exited", exit_code=0, applied=tell())
+    assert result == same
+    assert pickle.loads(pickle.dumps(result)) == result.replace() == same
+    assert "applied=(Applied(rule='memory'" in repr(result)
+    with pytest.raises(AttributeError):
+        result.applied = ()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "main"]
 
-_GROUPS = ("start", "caller", "import", "vm")
+_GROUPS = ("start", "pool", "caller", "import", "vm")
 _MET, _MISSED = 0, 1
 
 
@@ -40,7 +40,7 @@ OPTIONS = Options(
         Option(
             "rounds", "how often each is started (200; a vm at most 3 times)", short="n", metavar="N", convert=_rounds
         ),
-        Option("groups", "what to measure, by commas (start,caller,import,vm)", metavar="NAMES", convert=_groups),
+        Option("groups", "what to measure, by commas (start,pool,caller,import,vm)", metavar="NAMES", convert=_groups),
         Option("ablation", "instead, measure what each part of a boundary costs, by leaving it out"),
         Option(
             "profile", "instead, show where the time of one run goes", choices=("process", "container"), metavar="LEVEL"
@@ -48,7 +48,8 @@ OPTIONS = Options(
         Option("json", "print every sample and the machine's facts as JSON"),
     ],
     """\
-start: one start by each tool. caller: with 0, 1 and 8 GiB in the caller, and with 1000 more mounts, which are made in
+start: one start by each tool. pool: a container of a pool. caller: with 0, 1 and 8 GiB in the caller, and with 1000
+more mounts, which are made in
 a mount namespace of their own. import: the library's import. vm: a start in a virtual machine.
 
 --profile needs root and tracefs: it reads the kernel's own trace of the median of so many runs.

@@ -23,6 +23,7 @@ from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.peers import bubblewrap, oci_runtime
 from ringfence.comparison.statistics import ratio, summarize
 from ringfence.levels.host import host
+from ringfence.pool import Pool
 from ringfence.spec import Limits
 from ringfence.wire.launcher import probe_path
 
@@ -71,6 +72,7 @@ TARGETS = (
     Target("rf.run container, true", "bwrap, true", 0.4, ceiling=0.7),
     Target("rf.run container, true", "crun, true", 0.2, ceiling=0.4),
     Target("rf.run container, true", "runc, true", 0.08, ceiling=0.2),
+    Target("pooled container, true", "subprocess.run, true, beside a pool", 3),
     Target("container, caller with 8 GiB", "container, caller with 0 GiB", 1.2),
     Target("container, 1000 more mounts", "container, 0 more mounts", 1.2),
     Target("import ringfence", "", 40e6),
@@ -220,6 +222,17 @@ def _start_latency(bench: Bench) -> None:
     bench.add_starter("crun, true", "crun", 0)
 
 
+def _pool(bench: Bench) -> None:
+    """A container of a pool. By itself: a pool makes its sandboxes beside whatever else is measured."""
+    missing = level("container").unavailable(host())
+    if missing is not None:
+        bench.skipped["pooled container, true"] = missing[0]
+        return
+    pool = bench.stack.enter_context(Pool(2, isolation="container", limits=_LIMITS))
+    bench.add("subprocess.run, true, beside a pool", functools.partial(_subprocess, _TRUE))
+    bench.add("pooled container, true", lambda: pool.run(_TRUE, check=True))
+
+
 def _caller(bench: Bench) -> None:
     """Whether a start depends on how much memory the caller has, or on how much the host has mounted."""
     for gib in (0, 1, 8):
@@ -251,6 +264,7 @@ def _vm(bench: Bench) -> None:
 
 GROUPS: dict[str, Callable[[Bench], None]] = {
     "start": _start_latency,
+    "pool": _pool,
     "caller": _caller,
     "import": _imports,
     "vm": _vm,

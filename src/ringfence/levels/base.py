@@ -14,7 +14,7 @@ from ringfence.errors import CannotEnforce, Unmet
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -188,6 +188,10 @@ class Sandbox(abc.ABC):
     def changes(self) -> tuple[Change, ...] | None:
         """What the command did to its writable layer; None where it has none. After `run`."""
         return None
+
+    def tell(self, outcome: Outcome) -> Sequence[Applied] | Callable[[], Sequence[Applied]]:
+        """`applied`, or what gives it once it is asked for, also after `close`."""
+        return self.applied(outcome)
 
     @abc.abstractmethod
     def applied(self, outcome: Outcome) -> list[Applied]:
