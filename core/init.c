@@ -440,6 +440,8 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     s->planned = true;
     /* Nobody waits for this sandbox yet, so there is time to make its command's process too. */
     if (s->launch.later && !p->seccomp_flags) rf_prefork_make(&s->prefork, p, s->in, &s->exec);
+    /* What is to come will start on whichever CPU is free then, not on the one that was. */
+    if (s->launch.later && p->cpus) sched_setaffinity(0, sizeof *p->cpus, p->cpus);
     return 0;
 }
 

@@ -47,6 +47,7 @@ static _Noreturn void wait_for_command(const struct rf_plan *p, int socket, uint
     int fds[RF_FDS_MAX];
     unsigned nfds;
     s.failed = rf_restrict_ahead(p, &s.readback, &s.error) < 0;
+    if (p->cpus) sched_setaffinity(0, sizeof *p->cpus, p->cpus);
     /* All but the socket: init's channel above all, at whose end Python must see that init is gone. */
     if (!s.failed && ((socket > 0 && syscall(SYS_close_range, 0, (unsigned)socket - 1, 0) < 0) || syscall(SYS_close_range, (unsigned)socket + 1, ~0U, 0) < 0))
         s.failed = true, rf_fail(&s.error, "descriptors", "close_range", "");
@@ -114,6 +115,11 @@ int rf_prefork_exec(struct rf_prefork *st, const uint8_t *payload, size_t n, con
         rf_prefork_drop(st);
         return 0;
     }
+    /* A hand-over to an idle CPU costs more than what is left to do there (launcher.c): to ours, as far as it goes. */
+    int cpu = sched_getcpu();
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    if (cpu >= 0) CPU_SET((size_t)cpu, &one), sched_setaffinity(st->pid, sizeof one, &one);
     *rb = s.readback;
     rb->clock_ns = rf_monotonic_ns();
     if (hand_over(st->socket, payload, n, fds, nfds) < 0) {
