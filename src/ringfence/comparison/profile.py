@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
+    from ringfence.result import Result
+
 __all__ = ["Profile", "Step", "measure", "parse"]
 
 _TRACING = "/sys/kernel/tracing"
@@ -79,21 +81,31 @@ class Traced(Value):
 
 
 class Profile(Value):
-    """machine: where and when. untraced_us, traced_us: medians of a run's time. shares: how much of the time Python ran
-    alone, something of the sandbox ran alone, both did, or none (a CPU woke up, or others had it), medians.
-    run: the median one.
+    """machine: where and when. untraced_us, traced_us: medians of a run's time.
+
+    phases_us: of the untraced runs, medians: "start" until init hands the command over, "command" until Python has the
+    report of its end, "end" until all is gone; the rest is what the spec and the result take.
+    shares: how much of the time Python ran alone, something of the sandbox ran alone, both did, or none (a CPU woke up,
+    or others had it), medians. run: the median one.
     """
 
-    __slots__ = ("isolation", "machine", "run", "shares", "traced_us", "untraced_us")
+    __slots__ = ("isolation", "machine", "phases_us", "run", "shares", "traced_us", "untraced_us")
     isolation: str
     machine: dict[str, Any]
     untraced_us: float
     traced_us: float
+    phases_us: dict[str, float]
     shares: dict[str, float]
     run: Traced
 
     def __init__(
-        self, *, isolation: str, machine: dict[str, Any], untraced_us: float, traced: Sequence[Traced]
+        self,
+        *,
+        isolation: str,
+        machine: dict[str, Any],
+        untraced_us: float,
+        phases_us: dict[str, float],
+        traced: Sequence[Traced],
     ) -> None:
         in_order = sorted(traced, key=lambda one: one.total_us)
         names = ("Python", "sandbox", "both", "none")
@@ -101,6 +113,7 @@ class Profile(Value):
             isolation=isolation,
             machine=machine,
             untraced_us=untraced_us,
+            phases_us=phases_us,
             traced_us=statistics.median(one.total_us for one in traced),
             shares={name: statistics.median(one.running_us[name] / one.total_us for one in traced) for name in names},
             run=in_order[len(in_order) // 2],
@@ -122,6 +135,7 @@ class Profile(Value):
             "machine": self.machine,
             "untraced_us": self.untraced_us,
             "traced_us": self.traced_us,
+            "phases_us": self.phases_us,
             "shares": self.shares,
             "total_us": self.run.total_us,
             "steps": [one.to_json() for one in self.run.steps],
@@ -150,17 +164,19 @@ def measure(isolation: str, rounds: int = 100) -> Profile:
 def _measure(isolation: str, argv: Sequence[str], rounds: int) -> Profile:
     machine = machine_facts()
 
-    def once() -> None:
-        run(argv, isolation=isolation, limits=_LIMITS, check=True)
+    def once() -> Result:
+        return run(argv, isolation=isolation, limits=_LIMITS, check=True)
 
     for _ in range(3):
         once()
     untraced = []
+    usages = []
     for _ in range(rounds):
         time.sleep(_PAUSE_S)
         began = time.perf_counter_ns()
-        once()
+        usage = once().usage
         untraced.append(time.perf_counter_ns() - began)
+        usages.append((usage.startup_ns or 0, usage.wall_ns or 0, usage.teardown_ns or 0))
     with _instance() as folder:
         _write(f"{folder}/buffer_size_kb", str(_BUFFER_KB))
         _write(f"{folder}/trace_clock", "mono")
@@ -188,7 +204,14 @@ def _measure(isolation: str, argv: Sequence[str], rounds: int) -> Profile:
     traced = [one for one in found if one is not None]
     if not traced:
         raise Unavailable("profile", "the kernel traced nothing", "look at /sys/kernel/tracing")
-    return Profile(isolation=isolation, machine=machine, untraced_us=statistics.median(untraced) / 1000, traced=traced)
+    parts = [statistics.median(one) / 1000 for one in zip(*usages, strict=True)]
+    return Profile(
+        isolation=isolation,
+        machine=machine,
+        untraced_us=statistics.median(untraced) / 1000,
+        phases_us=dict(zip(("start", "command", "end"), parts, strict=True)),
+        traced=traced,
+    )
 
 
 @contextlib.contextmanager

@@ -228,6 +228,8 @@ def print_profile(measured: Profile, to: Console) -> None:
     for start, what in measured.bins():
         table.add_row(str(start), *(what.get(name, "") for name in names))
     to.print(table)
+    phases = ", ".join(f"{name} {us:.0f}" for name, us in measured.phases_us.items())
+    to.print(f"us, untraced: {phases}: until init hands the command over, until its end is known, until all is gone")
     shares = ", ".join(f"{name} {share:.0%}" for name, share in measured.shares.items())
     to.print(f"who ran: {shares} (Python alone, the sandbox's processes alone, both at once, none of ours)")
     to.print(f"median of a run: {measured.untraced_us:.0f} us; while it is traced {measured.traced_us:.0f}")
