@@ -60,7 +60,7 @@ class ProcessLevel(Level):
             else Ability(rule="network=none", mechanism="seccomp: no socket(2)")
         )
         found["network=nat"] = Ability(
-            rule="network=nat", reason="a process has no network stack of its own", help=container
+            rule="network=nat", reason="a process has no network stack of its own", help="use isolation='container'"
         )
         return found
 
