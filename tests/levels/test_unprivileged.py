@@ -264,6 +264,21 @@ print(json.dumps([show(r), os.listdir(state().run_fd)]))
     assert found[1] == []
 
 
+def test_a_sandbox_that_stays_gives_back_at_its_close(ranged: Caller) -> None:
+    found = ranged.run(
+        GIVES_AWAY
+        + """
+from ringfence.levels.state import state
+with rf.Sandbox(isolation="container", capabilities=keeps) as box:
+    first = box.run(["sh", "-c", script], collect=["**"])
+    again = box.run(["sh", "-c", "stat -c %u a && cat a/b/f"])
+print(json.dumps([show(first)["files"], again.stdout.decode(), os.listdir(state().run_fd)]))
+"""
+    )
+    # Between its commands everything is as the workload left it.
+    assert found == [{}, "1234\nsecret\n", []]
+
+
 @pytest.mark.parametrize("who", ["caller", "init"])
 def test_what_was_given_away_is_gone_after_a_sigkill(ranged: Caller, who: str) -> None:
     code = (
