@@ -1,5 +1,5 @@
 # make demo    compare a data job and a hostile job as process, container and virtual machine
-# make test    every check and every test
+# make test    every check and every test; make test-long those that take long besides
 # Both set up all that they need first. See `make help`.
 
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 .NOTPARALLEL:
 , := ,
-.PHONY: help setup system venv test-tools core demo test lint fuzz pytest clean
+.PHONY: help setup system venv test-tools core demo test test-long lint fuzz pytest clean
 
 # The system's own Python where there is one: a sandbox with image="host" shows it too.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
@@ -53,6 +53,7 @@ help:
 	@echo 'make setup   get compiler, Python environment, QEMU and the guest kernel; quick when all is there'
 	@echo 'make demo    setup, then compare a data job and a hostile job at every level'
 	@echo 'make test    setup, then lint, fuzz and the whole test suite'
+	@echo 'make test-long  setup, then what takes longer: 1,000 random kills, 10,000 starts in a row'
 	@echo 'make lint    ruff, mypy --strict, import-linter, C warnings of gcc and clang'
 	@echo 'make fuzz    each parser of the C core under ASan and UBSan (FUZZ_SECONDS=5 each)'
 	@echo 'make clean   remove what was built, and the Python environment'
@@ -114,6 +115,11 @@ demo: setup
 
 test: setup test-tools
 	@$(MAKE) lint fuzz pytest
+
+# Some ten minutes on two idle CPUs.
+test-long: setup test-tools
+	$(call say,tests that take long)
+	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS) tests
 
 pytest:
 	$(call say,tests)

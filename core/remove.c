@@ -4,8 +4,10 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -84,9 +86,38 @@ static void write_file(int dir, const char *file, const char *text) {
     close(fd);
 }
 
+#define AT_ONCE 64
+
+static unsigned read_processes(int dir, int *pids) {
+    char text[AT_ONCE * 12], *save = NULL;
+    unsigned n = 0;
+    if (read_file(dir, "cgroup.procs", text, sizeof text) <= 0) return 0;
+    for (char *word = strtok_r(text, "\n", &save); word && n < AT_ONCE; word = strtok_r(NULL, "\n", &save)) pids[n++] = atoi(word);
+    return n;
+}
+
+/* Whoever is still in a cgroup of ours when everything was ended was left behind by an init and a launcher that were both
+ * killed. A number read from a cgroup can be another process's by the time that it is opened: it is killed only if it is
+ * in the cgroup after that. */
+static void kill_members(int parent, const char *name) {
+    int before[AT_ONCE], after[AT_ONCE], held[AT_ONCE];
+    int dir = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (dir < 0) return;
+    unsigned n = read_processes(dir, before);
+    for (unsigned i = 0; i < n; i++) held[i] = before[i] > 0 ? (int)syscall(SYS_pidfd_open, before[i], 0) : -1;
+    unsigned m = read_processes(dir, after);
+    for (unsigned i = 0; i < n; i++) {
+        for (unsigned j = 0; j < m && held[i] >= 0; j++)
+            if (after[j] == before[i]) syscall(SYS_pidfd_send_signal, held[i], SIGKILL, NULL, 0);
+        if (held[i] >= 0) close(held[i]);
+    }
+    close(dir);
+}
+
 /* A cgroup holds its last process for a moment after that process was reaped. */
 static void remove_cgroup_dir(int parent, const char *name) {
     for (int i = 0; i < 500 && unlinkat(parent, name, AT_REMOVEDIR) < 0 && errno == EBUSY; i++) {
+        kill_members(parent, name);
         struct timespec pause = {.tv_nsec = 2000000};
         nanosleep(&pause, NULL);
     }
@@ -143,5 +174,5 @@ void rf_remove_leaf(int parent, const char *name) {
     for (int round = 0; round < 100 && read_file(leaf, "cgroup.procs", text, sizeof text) > 0; round++)
         for (char *pid = strtok_r(text, "\n", &save); pid; pid = strtok_r(NULL, "\n", &save)) write_file(parent, "cgroup.procs", pid);
     close(leaf);
-    remove_cgroup_dir(parent, name);
+    for (int i = 0; i < 500 && unlinkat(parent, name, AT_REMOVEDIR) < 0 && errno == EBUSY; i++) nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
 }

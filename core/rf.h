@@ -389,7 +389,7 @@ int rf_file_read(struct rf_channel *ch, const char *workdir, const struct rf_fra
 /* ---- remove.c: each as far as it can, for a launcher that nobody listens to any more ------------------------- */
 
 void rf_remove_tree(int parent, const char *name);
-/* A cgroup with its children, once their last processes are gone. */
+/* A cgroup with its children. Who is still in one of them is killed. */
 void rf_remove_cgroup(int parent, const char *name);
 /* Lets go on what was frozen in the children of a cgroup, which version 1 doesn't let die before. */
 void rf_thaw_cgroups(int parent, const char *name);

@@ -36,12 +36,15 @@ struct start {
     unsigned nfds;
     struct rf_readback *readback;
     struct rf_error *error;
-    bool failed;
+    bool restricted, failed;
 };
 
 static int start_command(void *arg) {
     struct start *s = arg;
-    if (rf_restrict(s->plan, s->exec, s->fds, s->nfds, s->readback, s->error) == 0) rf_exec_path(s->exec, s->error);
+    if (rf_restrict(s->plan, s->exec, s->fds, s->nfds, s->readback, s->error) == 0) {
+        s->restricted = true;
+        rf_exec_path(s->exec, s->error);
+    }
     s->failed = true;
     _exit(127);
 }
@@ -58,11 +61,12 @@ static int run_child(int (*fn)(void *), void *arg, pid_t *pid, struct rf_error *
 
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e) {
-    struct start s = {p, x, fds, nfds, rb, e, false};
+    struct start s = {p, x, fds, nfds, rb, e, false, false};
     if (run_child(start_command, &s, pid, e) < 0) return -1;
-    if (!s.failed) return 0;
+    if (!s.failed && s.restricted) return 0;
     waitpid(*pid, NULL, 0);
-    return -1;
+    /* Somebody killed it on its way: it has neither failed nor told what is in force. */
+    return s.failed ? -1 : rf_fail_errno(e, ECANCELED, "start", "clone", "killed before it was executed");
 }
 
 /* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. No new process

@@ -10,6 +10,7 @@ import functools
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -116,13 +117,16 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Targets]:
     secret.chmod(0o600)
     # It ignores SIGTERM: the control sends it one, too.
     victim = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; sleep 1000 & wait"], env={"SECRET": "1"})
+    below = Path(f"/proc/{victim.pid}/task/{victim.pid}/children")
+    while not below.read_text():
+        time.sleep(0.01)
     with socket.socket() as server, socket.socket(socket.AF_UNIX) as local:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
         local.bind(f"\0{ABSTRACT}")
         local.listen(64)
         yield Targets(victim.pid, server.getsockname()[1], str(secret))
-    children = Path(f"/proc/{victim.pid}/task/{victim.pid}/children").read_text().split()
+    children = below.read_text().split()
     victim.kill()
     victim.wait()
     for child in children:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import leaks
-from support.sandboxes import LEVELS, LOCAL_LEVELS, python
+from support.sandboxes import IN_A_GUEST, LEVELS, LOCAL_LEVELS, python
 
 # A daemon that left its session and its parent, deaf to SIGTERM, holding stdout; files in the work directory.
 CALLER = """
@@ -131,15 +131,15 @@ from ringfence.wire.launcher import launcher
 from support import leaks
 from support.sandboxes import run_probe, ended
 def kill():
-    time.sleep(0.5)
-    below = leaks.descendants(os.getpid())
+    while len(below := leaks.descendants(os.getpid())) < 4:  # launcher, init, workload, its daemon
+        time.sleep(0.1)
     print([one.pid for one in below], flush=True)
     os.kill(launcher().pid, signal.SIGKILL)
 threading.Thread(target=kill).start()
 try:
     how = str(run_probe(sys.argv[1], "orphan", "60").termination_reason)
-except rf.RingfenceError as error:
-    how = type(error).__name__
+except rf.ProtocolError:
+    how = "ProtocolError"
 print(how, flush=True)
 try:
     after = ended(run_probe(sys.argv[1], "exit", "3"))
@@ -156,7 +156,7 @@ def test_sigkill_of_the_launcher(isolation: str) -> None:
     caller = python(LAUNCHER_KILLED, isolation)
     printed, _ = caller.communicate(timeout=60)
     assert caller.returncode == 0
-    assert time.monotonic() - begin < 20, "the run waited for the workload's own end"
+    assert time.monotonic() - begin < (50 if IN_A_GUEST else 20), "the run waited for the workload's own end"
     below, how, after = printed.decode().splitlines()
     assert how in ("killed", "ProtocolError")
     assert after == "('exited', 3, None)"
@@ -221,3 +221,70 @@ def test_sigkill_while_a_filter_waits_for_an_answer(isolation: str) -> None:
     while left := what_is_left(caller.pid, before, set()):
         assert time.monotonic() < deadline, left
         time.sleep(0.02)
+
+
+LAUNCHERS_KILLED = """
+import os, signal, sys, time
+import ringfence as rf
+from ringfence.wire.launcher import launcher
+def run():
+    for isolation in ("process", "container"):
+        rf.run(["true"], isolation=isolation, limits=rf.Limits(memory="64M"), check=True)
+run()
+fds = []
+for number in range(int(sys.argv[1])):
+    os.kill(launcher().pid, signal.SIGKILL)
+    try:
+        run()
+    except rf.ProtocolError:  # told once
+        run()
+    fds.append(len(os.listdir("/proc/self/fd")))
+zombies = [pid for pid in os.listdir("/proc") if pid.isdigit() and f"({pid}) " and
+           (lambda text: f" Z {os.getpid()} " in text)(open(f"/proc/{pid}/stat").read())]
+print(fds[len(fds) // 2], fds[-1], len(zombies), flush=True)
+if sys.argv[2] == "killed":
+    os.kill(launcher().pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "exit":
+    os.kill(launcher().pid, signal.SIGKILL)
+"""
+
+
+def test_launchers_may_die_any_number_of_times() -> None:
+    """Each new one takes over what the old one had to remove; nothing adds up."""
+    caller = python(LAUNCHERS_KILLED, "20", "no more")
+    printed, _ = caller.communicate(timeout=60)
+    assert caller.returncode == 0
+    halfway, last, zombies = map(int, printed.split())
+    assert zombies == 0
+    assert last <= halfway + 4  # one may just be waiting for its turn
+    assert not leaks.run_folders_of(caller.pid) | leaks.cgroups_of(caller.pid)
+
+
+def test_a_caller_whose_launcher_was_killed_leaves_nothing_at_its_exit() -> None:
+    caller = python(LAUNCHERS_KILLED, "1", "exit")
+    caller.communicate(timeout=60)
+    assert caller.returncode == 0
+    assert not leaks.run_folders_of(caller.pid) | leaks.cgroups_of(caller.pid)
+
+
+def test_what_a_caller_and_its_launcher_left_is_removed_by_the_next_one() -> None:
+    """Nobody can remove it when both are killed at once. The next Python process that uses ringfence does."""
+    caller = python(LAUNCHERS_KILLED, "1", "killed")
+    caller.communicate(timeout=60)
+    assert caller.returncode == -signal.SIGKILL
+    assert leaks.run_folders_of(caller.pid)
+    living = python(
+        "import sys, ringfence as rf; rf.run(['true'], isolation='process'); print(1, flush=True); input()",
+        stdin=subprocess.PIPE,
+    )
+    assert living.stdout is not None
+    assert living.stdout.readline() == b"1\n"
+    folders = leaks.run_folders_of(living.pid)
+    assert folders
+    after = python("import ringfence as rf; rf.run(['true'], isolation='process')")
+    after.communicate(timeout=60)
+    assert after.returncode == 0
+    assert not leaks.run_folders_of(caller.pid) | leaks.cgroups_of(caller.pid)
+    assert leaks.run_folders_of(living.pid) == folders  # what isn't left over stays
+    living.communicate(b"\n", timeout=60)

@@ -120,7 +120,9 @@ def _below(base: Path, pid: int) -> set[str]:
 
 
 def cgroup_folders() -> list[Path]:
-    """The folder of this process's own cgroup in each hierarchy that is mounted."""
+    """The folder of this process's own cgroup in each hierarchy that is mounted; of version 2 the one above as well,
+    where ringfence makes its own if this one holds other processes.
+    """
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
@@ -135,6 +137,8 @@ def cgroup_folders() -> list[Path]:
         for names, path in own.items():
             if (kind == "cgroup2" and not names) or (names and set(names.split(",")) <= set(mounted)):
                 found.append(Path(before.split(" ")[4] + path))
+                if kind == "cgroup2" and path != "/":
+                    found.append(found[-1].parent)
     return found
 
 
@@ -164,8 +168,8 @@ def socket_inodes(pid: int) -> set[int]:
             target = os.readlink(f"/proc/{pid}/fd/{name}")
             if target.startswith("socket:["):
                 found.add(int(target[8:-1]))
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it ended while we looked
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        pass  # it ended while we looked, or it is none that an unprivileged user may look into
     return found
 
 

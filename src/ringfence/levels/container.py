@@ -142,6 +142,7 @@ class ContainerSandbox(LocalSandbox):
     vmm_started: messages.Started | None = None
     _local_dns = False
     _folder: WorkDirectory | None = None
+    pid_namespace = True
 
     def __init__(
         self,

@@ -16,11 +16,13 @@ from ringfence.levels.drive import Pipes, drive
 from ringfence.levels.limits import cgroup_applied, cgroup_limits, change_limits, freeze
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
+from ringfence.levels.state import state as this_state
 from ringfence.levels.usage import Measured, of_cgroup
-from ringfence.linux import landlock, seccomp
+from ringfence.linux import ids, landlock, seccomp
 from ringfence.result import Applied, Change, Usage
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
+from ringfence.wire.launcher import LauncherGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +85,10 @@ def open_local(level: type[_Local], spec: Spec, host: Host, state: State, *, sta
         if isinstance(waiting, level):
             waiting.adopt(spec)
             return waiting
-    made = level(spec, host, state)
+    try:
+        made = level(spec, host, state)
+    except LauncherGone:  # the one that we had turns out to be dead: by another one
+        made = level(spec, host, this_state())
     made.kind = kind
     return made
 
@@ -95,6 +100,9 @@ class LocalSandbox(Sandbox):
     than one command, so its limits may change, and it may be frozen.
     """
 
+    # Whether the kernel itself ends everything with init.
+    pid_namespace = False
+
     def __init__(self, spec: Spec, host: Host, state: State, *, later: bool = False, stays: bool = False) -> None:
         self.spec = spec
         self.later = later
@@ -103,6 +111,7 @@ class LocalSandbox(Sandbox):
         self._in_force: tuple[InForce, ...] = ()
         self._unsent: tuple[bytes, messages.Plan, Sequence[int]] | None = None
         self.state = state
+        self._launcher = state.launcher
         self._host = host
         self.berth: Berth | None = None
         self.cgroup: Cgroup | None = None
@@ -112,6 +121,8 @@ class LocalSandbox(Sandbox):
         self._next_id = 1
         self._before: cgroups.Usage | None = None
         self.layer: Layer | None = None
+        # Whether init told that nobody is left. One that was killed didn't.
+        self._nobody_left = False
         self._owned_fds: list[int] = []
         self.filter: Filter | None = None  # of a spec that asks for one
         self._listener: Listener | None = None
@@ -215,7 +226,10 @@ class LocalSandbox(Sandbox):
         if self.later and self._unsent is None:
             self._unsent = (request, plan, joins)
             return
-        self.channel = self.state.launcher.launch(request, joins)
+        if self.state.launcher is not self._launcher:
+            # What the plan refers to was made in another one's mount namespace.
+            raise LauncherGone("the launcher was replaced while the sandbox was made")
+        self.channel = self._launcher.launch(request, joins)
         self.channel.send(plan.encode(), plan.fds)
 
     def send_off(self) -> None:
@@ -292,6 +306,7 @@ class LocalSandbox(Sandbox):
             raise ProtocolError("the sandbox ended before the command was started")
         if self._listener is not None:
             outcome.denials = self._listener.take()
+        self._nobody_left = command.once and outcome.exited is not None
         outcome.settle()
         return outcome
 
@@ -510,11 +525,29 @@ class LocalSandbox(Sandbox):
                 self._in_force = cgroup.in_force
             berth, self.berth = self.berth, None
             # What something may still run in is left to the launcher, which removes it in the end.
-            if ended:
+            if ended and (self._nobody_left or self._end_rest(cgroup, berth)):
                 if cgroup is not None:
                     self.state.leave_cgroup(cgroup)
                 if berth is not None:
                     self.state.leave(berth)
+
+    def _end_rest(self, cgroup: Cgroup | None, berth: Berth | None) -> bool:
+        """Before the next sandbox gets its ids and its work directory: what an init that was killed left behind at the
+        process level dies by the launcher, but that takes a moment, and the launcher may have been killed as well.
+        Whether nobody is left.
+        """
+        if cgroup is not None:
+            if cgroup.processes():
+                cgroup.kill()
+            return True
+        if self.pid_namespace or berth is None or berth.slot is None:
+            return True
+        deadline = time.monotonic() + _END_LIMIT_MS / 1000
+        while left := ids.anybody_has(ids.process_uid(berth.slot)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.002)
+        return not left
 
     def _await_pidfd(self, channel: Channel) -> None:
         """Init hands over its pidfd with its first report; one that ends before, ends the channel instead."""

@@ -5,20 +5,22 @@ Each is handed to the launcher as it is made, so that it is gone when this proce
 
 from __future__ import annotations
 
+import atexit
 import os
 import stat
 import threading
 
-from ringfence.errors import KernelError
+from ringfence.errors import KernelError, RingfenceError
+from ringfence.levels import leftovers
 from ringfence.levels.ready import Ready
 from ringfence.levels.workdir import WorkDirectory
 from ringfence.linux import cgroups, ids, mounts
 from ringfence.wire import messages
-from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_LEAF, OWN_TREE, Launcher, launcher
+from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_LEAF, OWN_TREE, Launcher, end_launcher, launcher
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ringfence.linux.cgroups import Cgroup, Limits, Manager
 
@@ -45,7 +47,7 @@ class Berth:
 
 
 class State:
-    """Bound to one launcher: a new launcher (after a fork, or should one have died) gets a new State."""
+    """One for each process; a forked child makes its own. Should the launcher die, it goes on with another one."""
 
     def __init__(self, helper: Launcher) -> None:
         self.launcher = helper
@@ -58,16 +60,26 @@ class State:
         self._berths: dict[str, list[Berth]] = {}
         self._cgroups: dict[Limits, list[Cgroup]] = {}
         parent = work_folder(passable=helper.own_mounts)
-        name = b"ringfence-%d-%s" % (self.pid, os.urandom(4).hex().encode())
-        parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # One name for the run folder and the cgroups: what bears it is dead once the folder's lock is free.
+        self._name = b"ringfence-%d-%s" % (self.pid, os.urandom(8).hex().encode())
+        self._parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         # What the launcher was told to remove: (kind, directory that it is in, name).
         self._owned: list[tuple[int, int, bytes]] = []
         # The launcher first: a folder that it doesn't know of would outlive a SIGKILL.
-        self._own(OWN_TREE, parent_fd, name)
-        # Others may pass through, to a work directory that lets them in, but not look around.
-        os.mkdir(name, 0o711, dir_fd=parent_fd)
-        self.run_fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=parent_fd)
-        self.run_path = os.path.join(os.path.realpath(parent), name)
+        try:
+            self._own(OWN_TREE, self._parent_fd, self._name)
+            # Others may pass through, to a work directory that lets them in, but not look around.
+            os.mkdir(self._name, 0o711, dir_fd=self._parent_fd)
+        except BaseException:
+            os.close(self._parent_fd)
+            raise
+        self.run_fd = os.open(self._name, leftovers.FOLDER, dir_fd=self._parent_fd)
+        leftovers.hold(self.run_fd)
+        self.run_path = os.path.join(os.path.realpath(parent), self._name)
+        self._equip(helper)
+
+    def _equip(self, helper: Launcher) -> None:
+        """What a launcher needs of us as root: the locks of our ids, and the run folder in its mount namespace."""
         if helper.own_mounts:
             helper.own(OWN_HELD, ids.slots().fileno(), b"ids")
             tree = mounts.clone_tree(self.run_path)
@@ -81,11 +93,35 @@ class State:
         self.launcher.own(kind, parent_fd, name)
         self._owned.append((kind, parent_fd, name))
 
-    def inherit(self, old: State) -> None:
-        """Another launcher died before its time: what it should have removed is ours to have removed."""
-        old.ready.forget()
-        for kind, parent_fd, name in old._owned:
-            self._own(kind, parent_fd, name)
+    def take(self, helper: Launcher) -> None:
+        """The launcher died before its time: another one takes over what that one had to remove."""
+        self.ready.clear()
+        # The folder last: should this one be killed as well meanwhile, it is by the folder that the rest is found.
+        for kind, parent_fd, name in sorted(self._owned, key=lambda one: one[0] == OWN_TREE):
+            helper.own(kind, parent_fd, name)
+        self._equip(helper)
+        with self.lock:
+            if self._manager is not None and self._manager.asks:
+                # systemd's scope was the launcher's, and ended with it.
+                self._manager, self._cgroups = None, {}
+        self.launcher = helper
+
+    def adopt_leftovers(self) -> None:
+        """Has the launcher remove, with what is ours, what others left who died together with their launchers."""
+        for name in leftovers.find(self._parent_fd):
+            # The folder last: until then it is what tells of the others.
+            for parent_fd in self._cgroup_folders():
+                self.launcher.own(OWN_CGROUP, parent_fd, name)
+                os.close(parent_fd)
+            self.launcher.own(OWN_TREE, self._parent_fd, name)
+
+    def _cgroup_folders(self) -> Iterator[int]:
+        """Where a process like this one makes its cgroups, each opened for the caller to close."""
+        for kind, parent_fd, _ in self._owned:
+            if kind == OWN_CGROUP:
+                yield os.dup(parent_fd)
+        for path in {one.path for one in cgroups.layout().controllers if one.usable and one.version == 1}:
+            yield os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     # ---- berths ----
 
@@ -158,6 +194,7 @@ class State:
         with self.lock:
             if self._manager is None:
                 self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup, self.launcher.pid)
+                self._manager.base_name = self._name
             if not any(one.usable for one in self._manager.layout.controllers):
                 return None
             needed = timed or limits is not cgroups.NO_LIMITS
@@ -222,6 +259,8 @@ def work_folder(*, passable: bool) -> bytes:
 
 _state: State | None = None
 _lock = threading.Lock()
+# A launcher that dies at the very end has another one do its work, but not for ever.
+_MOST_LAUNCHERS = 5
 
 
 def state() -> State:
@@ -231,12 +270,25 @@ def state() -> State:
     found = _state
     if found is None or found.launcher is not helper:
         with _lock:
-            if _state is None or _state.launcher is not helper:
-                old, _state = _state, State(helper)
-                if old is not None:
-                    _state.inherit(old)
+            if _state is None:
+                _state = State(helper)
+                atexit.register(_at_exit)
+            elif _state.launcher is not helper:
+                _state.take(helper)
             found = _state
     return found
+
+
+def _at_exit() -> None:
+    """The launcher ends, and removes everything; should it have died before, another one does."""
+    for _ in range(_MOST_LAUNCHERS):
+        try:
+            found = state()
+            found.adopt_leftovers()
+        except (RingfenceError, OSError):
+            continue  # this launcher is dead too
+        if end_launcher():
+            return
 
 
 def _after_fork_in_child() -> None:
@@ -245,6 +297,7 @@ def _after_fork_in_child() -> None:
     if _state is not None:
         _state.ready.forget()
     _state = None
+    atexit.unregister(_at_exit)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

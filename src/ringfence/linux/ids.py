@@ -19,7 +19,17 @@ from ringfence._value import Value
 from ringfence.errors import KernelError
 from ringfence.linux import subids
 
-__all__ = ["CONTAINER_IDS", "Range", "Slots", "container_base", "process_uid", "range_", "slots", "why_not"]
+__all__ = [
+    "CONTAINER_IDS",
+    "Range",
+    "Slots",
+    "anybody_has",
+    "container_base",
+    "process_uid",
+    "range_",
+    "slots",
+    "why_not",
+]
 
 CONTAINER_IDS = 65536
 # Up to 0x7FFE0000, where the ids of foreign images begin.
@@ -123,6 +133,21 @@ def process_uid(slot: int) -> int:
 def container_base(slot: int) -> int:
     """The host's id of a container's id 0; CONTAINER_IDS follow."""
     return range_().first + slot * CONTAINER_IDS
+
+
+def anybody_has(uid: int) -> bool:
+    """Whether a process with that real uid is there. It looks at all processes."""
+    # Not by the owner of /proc/PID, which is root where the process isn't dumpable.
+    wanted = b"\nUid:\t%d\t" % uid
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                with open(f"/proc/{name}/status", "rb") as file:
+                    if wanted in file.read(4096):
+                        return True
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+    return False
 
 
 class Slots:

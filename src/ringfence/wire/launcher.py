@@ -29,7 +29,9 @@ __all__ = [
     "OWN_LEAF",
     "OWN_TREE",
     "Launcher",
+    "LauncherGone",
     "core_path",
+    "end_launcher",
     "launcher",
     "probe_path",
     "sealed_core",
@@ -38,6 +40,8 @@ __all__ = [
 OWN_TREE, OWN_CGROUP, OWN_HELD, OWN_LEAF = 1, 2, 3, 4
 # How long this process waits at its own end for the launcher to have cleaned up.
 _GOODBYE_MS = 5000
+# From the end of its socket to its own.
+_DYING_MS = 1000
 
 
 def core_path() -> str:
@@ -102,6 +106,10 @@ def _binary(name: str) -> str:
     if not os.access(path, os.X_OK):
         raise Unavailable("every", f"{path} is missing", "install ringfence by 'pip install .', which builds it")
     return path
+
+
+class LauncherGone(ProtocolError):
+    """It was killed before the request reached it. The next one starts another launcher."""
 
 
 class Launcher:
@@ -178,24 +186,40 @@ class Launcher:
             raise ProtocolError("the launcher did not hand over a user namespace")
         return fds[0]
 
-    def close(self) -> None:
-        """Ends the launcher, with every sandbox that it still has, and waits until it has cleaned up."""
+    def close(self) -> bool:
+        """Ends the launcher, with every sandbox that it still has, and waits until it has cleaned up.
+
+        False where it was killed before, and so has left what it owned.
+        """
+        self._socket.close()
+        return self._reap(_GOODBYE_MS)
+
+    def _reap(self, wait_ms: int) -> bool:
+        """Waits for its end, once. Whether it ended by itself, as far as can be told."""
         import select
 
-        self._socket.close()
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        if poll.poll(_GOODBYE_MS):
-            try:
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-            except ChildProcessError:
-                pass  # the application ignores SIGCHLD, or reaps everybody's children
-        os.close(self._pidfd)
+        with self.lock:
+            pidfd, self._pidfd = self._pidfd, -1
+        if pidfd < 0:
+            return False
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(wait_ms):
+                return True
+            ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            return ended is None or (ended.si_code, ended.si_status) == (os.CLD_EXITED, 0)
+        except ChildProcessError:
+            return True  # the application ignores SIGCHLD, or reaps everybody's children
+        finally:
+            os.close(pidfd)
 
     def forget(self) -> None:
         """In a forked child: lets go of the parent's launcher, which must not wait for us to end."""
         self._socket.close()
-        os.close(self._pidfd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def _send(self, request: bytes, fds: Sequence[int]) -> None:
         if len(request) > frames.PACKET_MAX:
@@ -211,6 +235,8 @@ class Launcher:
         with _lock:
             if _launcher is self:
                 _launcher = None
+        # Its socket is closed with the last thread that may be about to use it.
+        self._reap(_DYING_MS)
         try:
             words = self._socket.recv(frames.PACKET_MAX, socket.MSG_DONTWAIT)
             if words:
@@ -218,7 +244,7 @@ class Launcher:
                 return messages.parse_error(words[frames.HEADER_BYTES : frames.HEADER_BYTES + length])
         except (OSError, ProtocolError):
             pass  # it left none; what follows says all that is known
-        return ProtocolError("the launcher ended unexpectedly")
+        return LauncherGone("the launcher ended unexpectedly")
 
     def _ask(self, request: bytes, fds: Sequence[int]) -> list[int]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -265,11 +291,15 @@ def launcher() -> Launcher:
     return found
 
 
-def _at_exit() -> None:
+def end_launcher() -> bool:
+    """Ends this process's launcher, which removes all that it owns first. False where it had been killed before."""
     global _launcher
-    if _launcher is not None:
-        _launcher.close()
-        _launcher = None
+    found, _launcher = _launcher, None
+    return found is None or found.close()
+
+
+def _at_exit() -> None:
+    end_launcher()
 
 
 def _after_fork_in_child() -> None:

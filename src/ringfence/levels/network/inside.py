@@ -57,13 +57,16 @@ class Supply:
         return self._ours.fileno()
 
     def request(self, domain: int, kind: int, protocol: int = 0) -> None:
-        self._ours.send(struct.pack("=III", domain, kind, protocol))
+        try:
+            self._ours.send(struct.pack("=III", domain, kind, protocol))
+        except (BrokenPipeError, ConnectionResetError):
+            raise ProtocolError("init ended before it was asked for a socket") from None
 
     def take(self) -> socket.socket:
         """The socket of the oldest request. Raises KernelError with init's error."""
         try:
             data, control, _, _ = self._ours.recvmsg(4, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-        except TimeoutError:
+        except (TimeoutError, ConnectionResetError):
             raise ProtocolError("init hands over no socket") from None
         found = array.array("i")
         for _, _, body in control:

@@ -57,6 +57,8 @@ class Manager(abc.ABC):
     """Makes the cgroups of this process's sandboxes. One for each process; `close` removes what it made."""
 
     version: int
+    # What the base is called in each hierarchy; b"": a name of its own.
+    base_name = b""
 
     def __init__(self, found: Layout, claim: Claim | None = None) -> None:
         """claim: called with (parent directory, name) before each base is made, and with True after these before
@@ -98,7 +100,7 @@ class Manager(abc.ABC):
 
     def _new_base(self, parent_fd: int) -> bytes:
         """Makes a base, claimed before; its name."""
-        name = f"ringfence-{self.pid}-{os.urandom(4).hex()}".encode()
+        name = self.base_name or f"ringfence-{self.pid}-{os.urandom(4).hex()}".encode()
         if self._claim is not None:
             self._claim(parent_fd, name)
         files.make_directory(name, parent_fd)
