@@ -584,6 +584,17 @@ def open_fds(launcher: Launcher) -> int:
     return len(os.listdir(f"/proc/{launcher.pid}/fd"))
 
 
+def settled_fds(launcher: Launcher) -> int:
+    """Once the launcher sleeps: it closes its copies of the last request after its answer."""
+    while True:
+        found = open_fds(launcher)
+        time.sleep(0.05)
+        with open(f"/proc/{launcher.pid}/stat") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+        if state == "S" and open_fds(launcher) == found:
+            return found
+
+
 # Packets that have no answer: their answer socket is closed. (An empty one is the end of the socket.)
 GARBAGE = [
     b"x",
@@ -599,7 +610,7 @@ GARBAGE = [
 @pytest.mark.parametrize("nfds", [0, 1, 3])
 def test_the_launcher_survives_garbage_and_serves(launcher: Launcher, packet: bytes, nfds: int) -> None:
     ours, theirs = socket.socketpair()
-    before = open_fds(launcher)
+    before = settled_fds(launcher)
     send_packet(launcher._socket, packet, [theirs.fileno()] * nfds)
     theirs.close()
     ours.settimeout(LIMIT_SECONDS)
