@@ -343,7 +343,7 @@ static int start_command(struct init *s, const struct rf_frame *f, struct rf_err
     c->reason = REASON_NONE;
     c->id = f->id;
     int pipes[3] = {-1, -1, -1};
-    struct rf_readback rb;
+    struct rf_readback rb = {0};
     int r = streams ? make_pipes(c, pipes, e) : 0;
     getrusage(RUSAGE_CHILDREN, &c->before);
     bool notify = s->plan.seccomp_flags & RF_S_NOTIFY;

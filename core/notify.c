@@ -24,14 +24,17 @@ struct watched {
     struct rf_readback *readback;
     struct rf_error *error;
     char *stack_end;
-    bool failed;
+    bool failed, restricted;
     int channel; /* where the listener is sent: Python's, or in a guest one of init's own */
     pid_t pid, alive; /* the command's; `alive` is 0 once it has executed or ended, by the kernel */
 };
 
 static int command(void *arg) {
     struct watched *w = arg;
-    if (rf_restrict(w->plan, w->exec, w->fds, w->nfds, w->readback, w->error) == 0) rf_exec_path(w->exec, w->error);
+    if (rf_restrict(w->plan, w->exec, w->fds, w->nfds, w->readback, w->error) == 0) {
+        w->restricted = true;
+        rf_exec_path(w->exec, w->error);
+    }
     w->failed = true;
     _exit(127);
 }
@@ -77,16 +80,14 @@ static int spawn_watched(struct watched *w, char *stack_end) {
     pid_t child = clone(middle, stack_end, CLONE_VM | CLONE_VFORK | SIGCHLD, w);
     if (child < 0) return rf_fail(w->error, "start", "clone", "");
     waitpid(child, NULL, 0);
-    if (w->pid < 0) return -1;
-    if (!w->failed) return 0;
-    waitpid(w->pid, NULL, 0);
-    return -1;
+    return w->pid < 0 ? -1 : rf_spawned(w->pid, w->failed, w->restricted, w->error);
 }
 
 int rf_spawn_watched(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid,
                      struct rf_readback *rb, struct rf_error *e) {
     _Alignas(16) char stacks[2][96 << 10];
-    struct watched w = {p, x, fds, nfds, rb, e, stacks[1] + sizeof stacks[1], false, p->channel_fd, -1, 0};
+    struct watched w = {.plan = p, .exec = x, .fds = fds, .nfds = nfds, .readback = rb, .error = e,
+                        .stack_end = stacks[1] + sizeof stacks[1], .channel = p->channel_fd, .pid = -1};
     rb->listener = -1;
     int own[2] = {-1, -1}, former = p->listen ? p->listen->fd : -1;
     if (p->listen && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, own) < 0) return rf_fail(e, "start", "socketpair", "");

@@ -310,6 +310,8 @@ int rf_nest(const struct rf_plan *p, const struct rf_launch *l, struct rf_error 
 /* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e);
+/* Whether a command of which clone has returned is one: 0, or -1 with it reaped. restricted: it has read itself back. */
+int rf_spawned(pid_t pid, bool failed, bool restricted, struct rf_error *e);
 /* notify.c: the same for a command whose filter has a listener. It was sent, in LISTENER, before this returns. */
 int rf_spawn_watched(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid,
                      struct rf_readback *rb, struct rf_error *e);

@@ -36,7 +36,7 @@ struct start {
     unsigned nfds;
     struct rf_readback *readback;
     struct rf_error *error;
-    bool restricted, failed;
+    bool failed, restricted;
 };
 
 static int start_command(void *arg) {
@@ -59,14 +59,20 @@ static int run_child(int (*fn)(void *), void *arg, pid_t *pid, struct rf_error *
     return 0;
 }
 
+/* What another process of the sandbox's user kills before its last restriction has read nothing back, and was never the
+ * command. */
+int rf_spawned(pid_t pid, bool failed, bool restricted, struct rf_error *e) {
+    if (!failed && restricted) return 0;
+    if (!failed) rf_fail_errno(e, ECANCELED, "start", "clone", "killed before it was restricted");
+    waitpid(pid, NULL, 0);
+    return -1;
+}
+
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e) {
-    struct start s = {p, x, fds, nfds, rb, e, false, false};
+    struct start s = {.plan = p, .exec = x, .fds = fds, .nfds = nfds, .readback = rb, .error = e};
     if (run_child(start_command, &s, pid, e) < 0) return -1;
-    if (!s.failed && s.restricted) return 0;
-    waitpid(*pid, NULL, 0);
-    /* Somebody killed it on its way: it has neither failed nor told what is in force. */
-    return s.failed ? -1 : rf_fail_errno(e, ECANCELED, "start", "clone", "killed before it was executed");
+    return rf_spawned(*pid, s.failed, s.restricted, e);
 }
 
 /* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. No new process

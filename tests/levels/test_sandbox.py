@@ -241,3 +241,34 @@ import ringfence as rf
 pool = rf.Pool(3, isolation="container")
 print(pool.run(["true"]).exit_code)
 """
+
+
+KILLER = """
+import os
+if os.fork() == 0:
+    os.setsid()
+    while True:
+        try:
+            os.kill(-1, 9)
+        except OSError:
+            pass
+"""
+
+
+def test_what_is_killed_before_it_was_restricted_never_counts_as_started() -> None:
+    """A leftover of the same user kills whatever starts, at any moment of its start. What it leaves has read back all."""
+    killed = 0
+    with rf.Sandbox(isolation="container", files={"killer.py": KILLER}) as sandbox:
+        sandbox.run(["python3", "killer.py"])
+        for _ in range(60):
+            try:
+                done = sandbox.run(["true"], wall_time="20s")
+            except rf.StartError as error:
+                assert (error.errno_name, error.whole) == ("ECANCELED", False)
+                killed += 1
+                continue
+            killed += done.signal == 9
+            found = {one.rule: one.effective for one in done.applied}
+            assert (found["capabilities"], found["no_new_privs"], found["seccomp"]) == ("none", True, "filter")
+            assert found["user"] == "1000:1000"
+    assert killed, "the control: nothing was killed"
