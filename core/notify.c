@@ -26,7 +26,7 @@ struct watched {
     char *stack_end;
     bool failed, restricted;
     int channel; /* where the listener is sent: Python's, or in a guest one of init's own */
-    pid_t pid, alive; /* the command's; `alive` is 0 once it has executed or ended, by the kernel */
+    pid_t pid, alive; /* the command's, both written by the kernel; `alive` is 0 once it has executed or ended */
 };
 
 static int command(void *arg) {
@@ -62,15 +62,16 @@ static int middle(void *arg) {
     /* Above all that the command puts in its place. */
     int channel = fcntl(w->channel, F_DUPFD_CLOEXEC, 2 * RF_FDS_MAX);
     w->alive = 1;
-    pid_t pid = -1;
+    int made = -1;
     if (channel >= 0 && prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0)
-        /* Init's child, not ours: the workload must not find a child that it doesn't know. */
-        pid = clone(command, w->stack_end, CLONE_VM | CLONE_FILES | CLONE_PARENT | CLONE_CHILD_CLEARTID | SIGCHLD, w, NULL, NULL, &w->alive);
-    if (pid < 0) {
+        /* Init's child, not ours: the workload must not find a child that it doesn't know. The kernel writes its pid before
+         * it runs, so that init knows of it whatever becomes of us. */
+        made = clone(command, w->stack_end, CLONE_VM | CLONE_FILES | CLONE_PARENT | CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD, w,
+                     &w->pid, NULL, &w->alive);
+    if (made < 0) {
         rf_fail(w->error, "start", "clone", "CLONE_FILES");
         _exit(127);
     }
-    w->pid = pid;
     pass_listener(w, channel);
     _exit(0);
 }
@@ -79,8 +80,16 @@ static int spawn_watched(struct watched *w, char *stack_end) {
     /* We go on once the middle one has ended, which it does only when the command is out of our memory. */
     pid_t child = clone(middle, stack_end, CLONE_VM | CLONE_VFORK | SIGCHLD, w);
     if (child < 0) return rf_fail(w->error, "start", "clone", "");
-    waitpid(child, NULL, 0);
-    return w->pid < 0 ? -1 : rf_spawned(w->pid, w->failed, w->restricted, w->error);
+    int status = 0;
+    while (waitpid(child, &status, 0) < 0 && errno == EINTR) continue;
+    if (status == 0) return rf_spawned(w->pid, w->failed, w->restricted, w->error);
+    /* The middle one was killed, by another process of its user: the command may still run in our memory, on our stack. */
+    if (WIFSIGNALED(status)) rf_fail_errno(w->error, ECANCELED, "start", "clone", "killed before it was started");
+    if (w->pid > 0) {
+        kill(w->pid, SIGKILL);
+        waitpid(w->pid, NULL, 0);
+    }
+    return -1;
 }
 
 int rf_spawn_watched(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid,

@@ -214,3 +214,42 @@ def test_the_probe_of_the_image_still_runs(place: Path) -> None:
     """The control: without the second mount the same runs all end well."""
     result = rf.run(["ls", "/w"], mounts=[rf.Mount(place / "writable", "/w", writable=True)])
     assert ended(result)[:2] == ("exited", 0)
+
+
+MOUNTED_IN_THE_IMAGE = """
+import json, sys, ringfence as rf
+script = "cat /opt/there/open; cat /opt/there/secret; cat /opt/there/sub/beneath; ls /opt/there/sub"
+found = []
+for overlay in (False, True):
+    done = rf.run(["sh", "-c", script], user=0, overlay=overlay, text=True)
+    found.append([done.stdout, done.stderr])
+print(json.dumps(found))
+"""
+
+
+def test_what_is_mounted_in_the_hosts_userland_keeps_its_owner_and_hides_what_is_beneath(tmp_path: Path) -> None:
+    """Also under an overlay, whose lower layers show root's files as root's."""
+    need_root()
+    set_up = (
+        "mount -t tmpfs t /opt && mkdir /opt/there && mount -t tmpfs t /opt/there && echo open > /opt/there/open &&"
+        " echo secret > /opt/there/secret && chmod 600 /opt/there/secret && mkdir /opt/there/sub &&"
+        " echo beneath > /opt/there/sub/beneath && mount -t tmpfs t /opt/there/sub &&"
+        " echo above > /opt/there/sub/above &&"
+        ' cat /opt/there/secret && exec "$1" -c "$2"'
+    )
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", set_up, "sh"]
+    env = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    done = subprocess.run(
+        [*command, sys.executable, MOUNTED_IN_THE_IMAGE],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    control, _, printed = done.stdout.partition("\n")
+    assert control == "secret"
+    for stdout, stderr in json.loads(printed):
+        assert stdout.split() == ["open", "above"]
+        assert "secret: Permission denied" in stderr and "beneath: No such file or directory" in stderr

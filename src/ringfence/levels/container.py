@@ -411,6 +411,14 @@ class ContainerSandbox(LocalSandbox):
             raise SpecError(f"overlay: the file system of {os.fsdecode(path)} can't map ids")
         return fd
 
+    def as_it_is(self, path: bytes) -> bytes | int:
+        """A file system with all that is mounted below it, where ids on disk are nobody's inside: what only its owner
+        may read stays so, to root inside too.
+        """
+        if not self._host.privileged:
+            return path
+        return self.keep_fd(mounts.clone_tree(path, follow=False))
+
     def close(self) -> None:
         super().close()
         folder, self._folder = self._folder, None

@@ -53,7 +53,7 @@ def root_steps(sandbox: ContainerSandbox) -> list[MountStep]:
     steps += [layers.overlay(b"/", None), *(step for step in devices if step.kind == BIND), *below]
     shown = [b"/" + entry.name for entry in entries if entry.kind == "directory"]
     for point in mounts_below(folder + one for one in shown):
-        source = sandbox.lower(point)
+        source = sandbox.as_it_is(point)
         steps.append(messages.bind(point[len(folder) :], source, RDONLY | NOSUID | NODEV | RECURSIVE))
     if host:
         steps += [messages.mask(path) for path in tree.host_secrets()]
