@@ -5,10 +5,12 @@
 #include "rf.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
 #include <stdio.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -139,14 +141,28 @@ static int clone_inside(int root, const struct rf_mount *m, struct rf_error *e) 
 }
 
 /* Puts a detached mount, which is given up, in its place. */
+/* A symlink of an image may lead a mount anywhere in the tree, but not over proc: what is read back would be the mount's own
+ * files then, and the masks would be below it. Nor over a device node. */
+static int check_target(int target, const char *path, struct rf_error *e) {
+    struct statfs fs;
+    struct stat st;
+    if (fstatfs(target, &fs) < 0 || fstat(target, &st) < 0) return fail(e, "fstatfs", path);
+    if (fs.f_type == PROC_SUPER_MAGIC) return rf_fail_errno(e, EPERM, "mounts", "a target in proc", path);
+    return S_ISDIR(st.st_mode) || S_ISREG(st.st_mode) ? 0 : rf_fail_errno(e, EPERM, "mounts", "neither a folder nor a file", path);
+}
+
 static int bind(int root, const struct rf_mount *m, int mount, struct rf_error *e) {
     int target = rf_open_in(root, m->target, O_PATH);
-    int r = 0;
-    if (target < 0) r = fail(e, "openat2", m->target);
-    else if (rf_mount_private(mount, m->flags & RF_M_RECURSIVE) < 0) r = fail(e, "mount_setattr private", m->target); /* one from Python */
+    int r = target < 0 ? fail(e, "openat2", m->target) : check_target(target, m->target, e);
+    if (r < 0) {
+        if (target >= 0) close(target);
+        close(mount);
+        return r;
+    }
+    if (rf_mount_private(mount, m->flags & RF_M_RECURSIVE) < 0) r = fail(e, "mount_setattr private", m->target); /* one from Python */
     else if (rf_mount_set(mount, m->flags) < 0) r = fail(e, "mount_setattr", m->target);
     else if (rf_mount_attach(mount, target) < 0) r = fail(e, "move_mount", m->target);
-    if (target >= 0) close(target);
+    close(target);
     close(mount);
     return r;
 }
@@ -154,7 +170,7 @@ static int bind(int root, const struct rf_mount *m, int mount, struct rf_error *
 static int mount_fs(int root, const struct rf_mount *m, struct rf_error *e) {
     int target = rf_open_in(root, m->target, O_PATH | O_DIRECTORY);
     if (target < 0) return fail(e, "openat2", m->target);
-    int r = -1, mount = rf_mount_new(m->fstype, m->source, m->data, m->flags, e);
+    int r = -1, mount = check_target(target, m->target, e) < 0 ? -1 : rf_mount_new(m->fstype, m->source, m->data, m->flags, e);
     if (mount >= 0) {
         r = rf_mount_attach(mount, target) < 0 ? fail(e, "move_mount", m->target) : 0;
         close(mount);

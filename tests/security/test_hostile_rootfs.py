@@ -148,3 +148,20 @@ def test_an_entry_that_is_swapped_for_a_link_under_way(swapped: Path, outside: P
         seen[b""] += 1
     assert seen[b""] > 0
     assert os.listdir(outside / "at") == []
+
+
+@pytest.mark.parametrize("what", ["folder", "tmpfs"])
+def test_a_mount_is_not_led_over_proc(rootfs: Path, tmp_path: Path, what: str) -> None:
+    """By it the caller's folder would be what init reads back of the command, and no mask of /proc would be left."""
+    (rootfs / "data").symlink_to("proc")
+    (rootfs / "other").symlink_to("tmp")
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def mount(target: str) -> rf.Mount | rf.Tmpfs:
+        return rf.Mount(source, target) if what == "folder" else rf.Tmpfs(target)
+
+    assert rf.run(["probe", "exit", "0"], image=rootfs, mounts=[mount("/other")]).exit_code == 0
+    with pytest.raises(rf.StartError) as caught:
+        rf.run(["probe", "exit", "0"], image=rootfs, mounts=[mount("/data")])
+    assert (caught.value.errno_name, caught.value.step) == ("EPERM", "mounts")
