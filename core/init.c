@@ -42,7 +42,7 @@ struct init {
     int signals, go;
     struct rf_launch launch;
     int cgroup_dir; /* the guest's cgroup of the commands, or -1 */
-    bool planned, leaving, announced;
+    bool planned, leaving, announced, unreaped; /* unreaped: there may be more zombies */
     struct rf_channel channel;
     struct rf_plan plan;
     struct rf_exec exec;
@@ -75,9 +75,14 @@ static void note_exit(struct init *s, pid_t pid, int status) {
     }
 }
 
+/* So many at a time: a workload that leaves zombies as fast as they are reaped must not keep us from the clock and the
+ * channel. */
+#define REAPED_AT_ONCE 64
+
 static void reap_ready(struct init *s) {
-    int status;
-    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) note_exit(s, pid, status);
+    int status, left = REAPED_AT_ONCE;
+    for (pid_t pid; left > 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0; left--) note_exit(s, pid, status);
+    s->unreaped = left == 0;
 }
 
 static void kill_everything(struct init *s) {
@@ -98,11 +103,12 @@ static void kill_everything(struct init *s) {
  * as its own parent dies, so "no child" means nobody. */
 static void end_everything(struct init *s) {
     for (;;) {
-        int status;
-        pid_t pid;
-        while ((pid = waitpid(-1, &status, WNOHANG)) > 0) note_exit(s, pid, status);
+        int status, left = REAPED_AT_ONCE;
+        pid_t pid = 0;
+        while (left > 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0) note_exit(s, pid, status), left--;
         if (pid < 0 && errno == ECHILD) return;
         kill_everything(s);
+        if (left == 0) continue;
         struct timespec pause = {.tv_nsec = 100000}; /* they die on another processor; look again in 0.1 ms */
         nanosleep(&pause, NULL);
     }
@@ -385,6 +391,12 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     bool network = p->loopback || p->sockets_fd >= 0;
     if ((p->hostname && !(own & CLONE_NEWUTS)) || (network && !(own & CLONE_NEWNET)) || ((p->flags & RF_P_ENTER) && !(own & CLONE_NEWNS)))
         return rf_fail_errno(e, EPROTO, "protocol", "plan", "it would change a namespace of the host's");
+    if (!guest && (!(p->flags & RF_P_NO_NEW_PRIVS) || ((own & CLONE_NEWNS) && !(p->flags & RF_P_ENTER))))
+        return rf_fail_errno(e, EPROTO, "protocol", "plan", "a command without its restrictions");
+    /* Else it would be root's, or one that killing by the uid doesn't reach. */
+    const struct rf_launch *l = &s->launch;
+    if (l->has_kill_uid && (!p->has_ids || p->uid != l->kill_uid - (l->uid_map ? l->slot_base : 0)))
+        return rf_fail_errno(e, EPROTO, "protocol", "plan", "another uid than the sandbox's own");
     if (p->capabilities && !guest && !(own & CLONE_NEWUSER)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "capabilities on the host");
     bool answers = p->seccomp_flags & (RF_S_NOTIFY | RF_S_AUDIT);
     if (guest ? answers != (p->answers.len > 0) : p->answers.len > 0 || (p->seccomp_flags & RF_S_AUDIT)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "answers for a listener");
@@ -410,6 +422,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     if (check_plan(s, e) < 0) return -1;
     if (s->where != RF_IN_GUEST) s->plan.cpus = &s->launch.cpus;
     s->plan.channel_fd = s->channel.fd;
+    s->plan.init_pid = getpid();
     if (s->plan.answers.len) {
         s->plan.listen = &s->listen;
         s->listen.answers = s->plan.answers;
@@ -578,6 +591,7 @@ static int wait_and_serve(struct init *s) {
         if (c->in >= 0 && c->in_used > 0) of[n] = c, wait[n++] = (struct pollfd){.fd = c->in, .events = POLLOUT};
     }
     int timeout = watch_cpu(s);
+    if (s->unreaped) timeout = 0;
     if (poll(wait, n, timeout) < 0 && errno != EINTR) return -1;
     if (wait[3].revents) rf_listen_serve(&s->listen);
     for (nfds_t i = 4; i < n; i++) {
@@ -591,8 +605,8 @@ static int wait_and_serve(struct init *s) {
         while (read(s->signals, &info, sizeof info) == (ssize_t)sizeof info)
             /* In a namespace of our own the kernel ends us by SIGKILL: a SIGTERM is the workload's. */
             if (info.ssi_signo == SIGTERM && s->where == RF_IN_PROCESS) return -1;
-        reap_ready(s);
     }
+    if (wait[1].revents || s->unreaped) reap_ready(s);
     if (wait[2].revents && rf_sockets_serve(s->plan.sockets_fd) == 0) close_fd(&s->plan.sockets_fd);
     if (wait[0].revents && !read_channel(s)) return -1;
     finish_commands(s);

@@ -21,6 +21,8 @@
 #define SANDBOXES_MAX 8192
 #define OWNED_MAX 64
 #define LATER_MAX 8
+/* So many at a time: what a sandbox leaves must not keep us from the others. */
+#define REAPED_AT_ONCE 64
 
 struct sandbox { pid_t pid; bool has_uid; uint32_t uid, killer; };
 struct later { int control; uint32_t id; size_t length; uint8_t payload[512]; };
@@ -30,7 +32,7 @@ struct owned { enum owned_kind kind; int parent; char name[256]; };
 struct launcher {
     int socket, signals, proc, host_mounts, host_root, host_network;
     int next_network; /* a network namespace in which nothing has run yet, or -1 */
-    bool own_mounts, wants_network;
+    bool own_mounts, wants_network, unreaped; /* unreaped: there may be more zombies */
     struct rf_ids ids; /* what sandboxes are run as */
     struct rf_maps maps;
     struct sandbox live[SANDBOXES_MAX];
@@ -287,9 +289,9 @@ static int own(struct launcher *s, struct rf_frame *f, struct rf_error *e) {
 /* ---- ends ---- */
 
 static void reap(struct launcher *s) {
-    int status;
+    int status, left = REAPED_AT_ONCE;
     bool orphans = false;
-    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
+    for (pid_t pid; left > 0 && (pid = waitpid(-1, &status, WNOHANG)) > 0; left--) {
         for (unsigned i = 0; i < s->nlive; i++) {
             if (s->live[i].pid != pid) continue;
             struct rf_error ignored;
@@ -301,6 +303,7 @@ static void reap(struct launcher *s) {
             break;
         }
     }
+    s->unreaped = left == 0;
     if (!orphans) return;
     /* We are the next subreaper, so what such an init left behind are our children now. The other sandboxes' are not. */
     static_assert(offsetof(struct sandbox, pid) == 0, "an array of sandboxes is read as one of pids");
@@ -348,6 +351,11 @@ static void serve(struct launcher *s, struct rf_frame *f) {
     case RF_TEMPLATE: r = template(s, f, &e); break;
     case RF_USERNS: r = user_namespace(s, f, &result, &e); break;
     case RF_OWN: r = own(s, f, &e); break;
+    case RF_SETTLE:
+        do reap(s);
+        while (s->unreaped);
+        r = 0;
+        break;
     default: r = rf_fail_errno(&e, EPROTO, "protocol", "request", "of no known type");
     }
     if (r < 0) rf_send_error(f->fds[0], 0, &e);
@@ -434,9 +442,11 @@ int rf_launcher_main(int socket_fd, const struct rf_ids *ids) {
         struct pollfd wait[2] = {{.fd = s->socket, .events = POLLIN}, {.fd = s->signals, .events = POLLIN}};
         /* The next sandbox and its network namespace are made once this launch is out of the way, and not beside it. */
         const struct timespec pause = {.tv_nsec = 3000000};
-        int ready = ppoll(wait, 2, s->wants_network || s->nlater ? &pause : NULL, NULL);
+        const struct timespec none = {0};
+        int ready = ppoll(wait, 2, s->unreaped ? &none : s->wants_network || s->nlater ? &pause : NULL, NULL);
         if (ready < 0 && errno != EINTR) break;
-        if (ready == 0 && s->nlater) launch_later(s);
+        if (s->unreaped) reap(s);
+        else if (ready == 0 && s->nlater) launch_later(s);
         else if (ready == 0) prepare_network(s);
         if (wait[1].revents) {
             struct signalfd_siginfo info[8];

@@ -46,6 +46,9 @@ static _Noreturn void wait_for_command(const struct rf_plan *p, int socket, uint
     struct said s = {0};
     int fds[RF_FDS_MAX];
     unsigned nfds;
+    /* Above all that the command puts in its place. */
+    socket = fcntl(socket, F_DUPFD_CLOEXEC, 2 * RF_FDS_MAX);
+    if (socket < 0) _exit(127);
     s.failed = rf_restrict_ahead(p, &s.readback, &s.error) < 0;
     if (p->cpus) sched_setaffinity(0, sizeof *p->cpus, p->cpus);
     /* All but the socket: init's channel above all, at whose end Python must see that init is gone. */

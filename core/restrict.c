@@ -202,6 +202,12 @@ uint32_t rf_seccomp_mode(pid_t pid) {
     return status_field(status, "\nSeccomp:", 10, &v) ? (uint32_t)v : 0;
 }
 
+/* A command doesn't outlive its init, nor what init has not yet made of it. */
+static int die_with_init(const struct rf_plan *p, struct rf_error *e) {
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) return fail(e, "signals", "prctl", "PR_SET_PDEATHSIG");
+    return getppid() == p->init_pid ? 0 : rf_fail_errno(e, ECANCELED, "signals", "getppid", "init is gone");
+}
+
 /* What comes after the descriptors and before the working directory. */
 static int restrict_ids(const struct rf_plan *p, struct rf_error *e) {
     umask(022);
@@ -213,8 +219,7 @@ static int restrict_ids(const struct rf_plan *p, struct rf_error *e) {
 }
 
 static int restrict_calls(const struct rf_plan *p, int landlock_fd, struct rf_readback *rb, struct rf_error *e) {
-    /* After the last change of ids, which clears it: the command doesn't outlive its init. */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0) return fail(e, "signals", "prctl", "PR_SET_PDEATHSIG");
+    if (die_with_init(p, e) < 0) return -1; /* again: the change of ids has cleared it */
     if ((p->flags & RF_P_NO_NEW_PRIVS) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
         return fail(e, "no_new_privs", "prctl", "PR_SET_NO_NEW_PRIVS");
     if (unblock_signals(e) < 0) return -1;
@@ -235,6 +240,7 @@ static int leave_cpu(const struct rf_plan *p, struct rf_error *e) {
 
 int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, struct rf_readback *rb,
                 struct rf_error *e) {
+    if (die_with_init(p, e) < 0) return -1;
     if (join_cgroups(p, e) < 0) return -1;
     if (setsid() < 0) return fail(e, "session", "setsid", "");
     int landlock_fd = p->landlock_fd;
@@ -248,6 +254,7 @@ int rf_restrict(const struct rf_plan *p, const struct rf_exec *x, const int *fds
 }
 
 int rf_restrict_ahead(const struct rf_plan *p, struct rf_readback *rb, struct rf_error *e) {
+    if (die_with_init(p, e) < 0) return -1;
     if (join_cgroups(p, e) < 0) return -1;
     if (setsid() < 0) return fail(e, "session", "setsid", "");
     if (seal_fds(0, e) < 0) return -1;

@@ -45,7 +45,7 @@ int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *cal
 #define RF_CHUNK (64u << 10)
 
 enum rf_type {
-    RF_LAUNCH = 1, RF_TEMPLATE = 2, RF_OWN = 3, RF_USERNS = 4,
+    RF_LAUNCH = 1, RF_TEMPLATE = 2, RF_OWN = 3, RF_USERNS = 4, RF_SETTLE = 6,
     RF_PLAN = 16, RF_EXEC = 17, RF_STDIN = 18, RF_SIGNAL = 19, RF_KILL = 20, RF_PUT = 21, RF_DATA = 22, RF_LIST = 23,
     RF_READ = 24, RF_SHUTDOWN = 25, RF_CHANGES = 30,
     RF_LAUNCHED = 32, RF_READY = 33, RF_STARTED = 34, RF_ERROR = 35, RF_STDOUT = 36, RF_STDERR = 37, RF_EXITED = 38,
@@ -147,6 +147,7 @@ struct rf_plan {
     bool loopback, has_ids, give_back;
     uint32_t uid, gid, flags, seccomp_flags;
     int channel_fd; /* where a listener is sent */
+    pid_t init_pid; /* whose child the command must be */
     uint64_t capabilities, cpu_limit_ns, realtime_ns;
     struct sock_fprog filter, answers; /* answers: a guest's filter before a listener was put into it */
     struct rf_listen *listen;          /* a guest's, or NULL */

@@ -114,8 +114,7 @@ static int make_entry(int root, const struct rf_mount *m, struct rf_error *e) {
     if (parent < 0) return fail(e, "openat2", m->target);
     int r = 0;
     if (m->kind == RF_DIR) {
-        r = mkdirat(parent, name, m->mode);
-        if (r == 0) r = fchmodat(parent, name, m->mode, 0); /* the umask is not ours to trust */
+        r = mkdirat(parent, name, m->mode); /* whole, as the umask is 0; fchmodat would follow who swaps it for a link */
     } else if (m->kind == RF_SYMLINK) {
         r = symlinkat(m->source, parent, name);
     } else {

@@ -151,11 +151,25 @@ static void mark_descendants(struct process *p, unsigned n, const struct spared 
     }
 }
 
+/* By a pidfd, and only where it still is whom the list says: its number may have become another process's, of anybody's,
+ * since the list was made. */
+static bool signal_one(const struct process *p, unsigned n, const struct process *one, int number) {
+    int fd = (int)syscall(SYS_pidfd_open, one->pid, 0);
+    if (fd < 0) return false;
+    char name[21];
+    const struct process key = {.pid = parent_of(rf_decimal(name, (uint64_t)one->pid))};
+    const struct process *parent = bsearch(&key, p, n, sizeof *p, by_pid);
+    bool ours = key.pid == getpid() || (parent && parent->ours);
+    bool sent = ours && syscall(SYS_pidfd_send_signal, fd, number, NULL, 0) == 0;
+    close(fd);
+    return sent;
+}
+
 static unsigned signal_descendants(struct process *p, int number, const struct spared *s) {
     unsigned n = list_processes(p), found = 0;
     mark_descendants(p, n, s);
     for (unsigned i = 0; i < n; i++)
-        if (p[i].ours && kill(p[i].pid, number) == 0) found++;
+        if (p[i].ours && signal_one(p, n, &p[i], number)) found++;
     return found;
 }
 

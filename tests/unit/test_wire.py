@@ -480,11 +480,16 @@ def test_init_refuses_a_malformed_plan_and_starts_nothing(launcher: Launcher, na
         assert (error.step, error.call, error.detail) == ("protocol", "request", "before the plan")
 
 
+_NEWNS = 0x00020000
+
+
 def own_network() -> bytes:
     """LAUNCH of an init whose network namespace belongs to its user namespace."""
     uid, gid = (1996488704, 1996488704) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
     maps = b"0 %d 1\n" % uid, b"0 %d 1\n" % gid
-    return messages.launch(clone_flags=NAMESPACES, uid_map=maps[0], gid_map=maps[1], own_network=True)
+    # Without mounts of its own, which would need a tree to enter.
+    flags = NAMESPACES & ~_NEWNS
+    return messages.launch(clone_flags=flags, uid_map=maps[0], gid_map=maps[1], own_network=True)
 
 
 def supplied(launcher: Launcher, request: bytes) -> tuple[socket.socket, Talk]:
@@ -685,3 +690,25 @@ def test_the_launcher_owns_no_name_that_leads_elsewhere(launcher: Launcher, name
     finally:
         os.close(parent)
     assert raised.value.errno == errno.EPROTO
+
+
+def test_init_takes_no_plan_that_leaves_out_a_restriction(launcher: Launcher) -> None:
+    """No new privileges, a tree where the mounts are its own, and the uid that it is to be killed by."""
+    bad = messages.Plan()
+    bad.flags(no_new_privs=False)
+    mounts = messages.launch(clone_flags=_NEWNS)
+    ours = messages.launch(clone_flags=0, host_mounts=True)
+    for request, plan in ((ours, bad.encode()), (mounts, good_plan())):
+        if os.geteuid() != 0 and request is mounts:
+            continue  # it takes root to have mounts and no user namespace
+        with Talk(launcher.launch(request)) as init:
+            init.channel.send(plan)
+            error = init.refusal()
+            assert (error.step, error.call, error.errno) == ("protocol", "plan", errno.EPROTO)
+
+
+def test_settle_answers_once_what_was_killed_is_gone(launcher: Launcher) -> None:
+    with plain_init(launcher) as init:
+        init.channel.send(good_plan())
+        assert init.serves()
+    launcher.settle()

@@ -536,6 +536,8 @@ class LocalSandbox(Sandbox):
         process level dies by the launcher, but that takes a moment, and the launcher may have been killed as well.
         Whether nobody is left.
         """
+        # Were it to kill by the uid only later, it would be the next sandbox that it kills.
+        self._settle()
         if cgroup is not None:
             if cgroup.processes():
                 cgroup.kill()
@@ -548,6 +550,12 @@ class LocalSandbox(Sandbox):
                 break
             time.sleep(0.002)
         return not left
+
+    def _settle(self) -> None:
+        try:
+            self.state.launcher.settle()
+        except RingfenceError:
+            return  # it is gone itself: each init was told so, and has ended what it had
 
     def _await_pidfd(self, channel: Channel) -> None:
         """Init hands over its pidfd with its first report; one that ends before, ends the channel instead."""

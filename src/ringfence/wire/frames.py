@@ -56,6 +56,7 @@ class Type:
     TEMPLATE = 2
     OWN = 3
     USERNS = 4
+    SETTLE = 6
     PLAN = 16
     EXEC = 17
     STDIN = 18

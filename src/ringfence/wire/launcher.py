@@ -186,6 +186,12 @@ class Launcher:
             raise ProtocolError("the launcher did not hand over a user namespace")
         return fds[0]
 
+    def settle(self) -> None:
+        """Returns once the launcher has seen to every sandbox whose init has ended by now: where one was killed, what
+        it left is killed too.
+        """
+        self._ask(messages.settle(), [])
+
     def close(self) -> bool:
         """Ends the launcher, with every sandbox that it still has, and waits until it has cleaned up.
 

@@ -249,6 +249,11 @@ def user_namespace(uid_map: bytes, gid_map: bytes) -> bytes:
     return frames.encode(Type.USERNS, frames.string(2, uid_map) + frames.string(3, gid_map), nfds=1)
 
 
+def settle() -> bytes:
+    """SETTLE; its one descriptor is the answer socket."""
+    return frames.encode(Type.SETTLE, nfds=1)
+
+
 def execute(
     argv: Sequence[bytes],
     env: Iterable[tuple[bytes, bytes]],

@@ -179,6 +179,7 @@ class VmSandbox(Sandbox):
         self._filter: filter.Filter | None = None
         self._denied: tuple[int, list[tuple[int, int, int | None, int, tuple[int, ...]]]] = (0, [])
         self._next_id = 1
+        self._untaken = 0  # files that were put in, and whose DONE hasn't come yet
         self._collect_until = 0
         # What init reported of the last command, and of the one before this one.
         self._last: messages.Exited | None = None
@@ -255,6 +256,7 @@ class VmSandbox(Sandbox):
         for one in files:
             for request in messages.put(one.path, one.mode, one.data, id=self._id()):
                 self._vmm.channel.send(request)
+            self._untaken += 1
 
     def _id(self) -> int:
         self._next_id += 1
@@ -267,7 +269,9 @@ class VmSandbox(Sandbox):
             self._denied = messages.parse_denials(frame.payload)
         elif self._layer.take(frame):
             return
-        elif frame.type not in (Type.DONE, Type.CREDIT):  # the end of a file put in; credit for a stdin that is through
+        elif frame.type == Type.DONE:
+            self._untaken -= 1
+        elif frame.type != Type.CREDIT:  # for a stdin that is through
             raise ProtocolError(f"the guest sent a frame of type {frame.type}")
 
     def _died(self, when: str) -> Exception:
@@ -413,11 +417,9 @@ class VmSandbox(Sandbox):
     def put(self, files: tuple[FileIn, ...]) -> None:
         self._boot()
         self._send_files(files)
-        left = len(files)
         deadline = time.monotonic_ns() + _COLLECT_LIMIT_NS
-        while left > 0:
+        while self._untaken > 0:
             for frame in self._frames(deadline - time.monotonic_ns(), "the guest did not take the files"):
-                left -= frame.type == Type.DONE
                 self._take(frame)
 
     def read(self, path: bytes, limit_bytes: int) -> bytes | None:
@@ -511,6 +513,9 @@ class VmSandbox(Sandbox):
             for frame in self._frames(
                 self._collect_until - time.monotonic_ns(), "the guest did not hand over its files"
             ):
+                if frame.type == Type.DONE and self._untaken > 0:
+                    self._untaken -= 1  # the end of a file that was put in before
+                    continue
                 if frame.type == Type.DONE:
                     return
                 if frame.type != kind:
