@@ -435,12 +435,20 @@ class ContainerSandbox(LocalSandbox):
         return self.device(path)
 
     def _detached(
-        self, path: bytes, owner: tuple[int, int] | None = None, *, must: bool = False, follow: bool = True
+        self,
+        path: bytes,
+        owner: tuple[int, int] | None = None,
+        *,
+        must: bool = False,
+        follow: bool = True,
+        held: int | None = None,
     ) -> int:
         """A detached mount of a host path. owner: (uid, gid) on disk that the workload is to be; else ids on disk are
         the same ids inside. Where the file system can't map ids they are nobody's, which does for what all may read.
+        held: a descriptor of what the path was found to be.
         """
-        fd = self.keep_fd(mounts.clone_tree(path, follow=follow))
+        tree = mounts.clone_tree(path, follow=follow) if held is None else mounts.clone_tree(b"", at=held)
+        fd = self.keep_fd(tree)
         if not mounts.set_idmap(fd, self._user_namespace(owner)):
             if must:
                 raise SpecError(
@@ -462,14 +470,26 @@ class ContainerSandbox(LocalSandbox):
             self._namespaces[owner] = self.keep_fd(self.state.launcher.user_namespace(*maps))
         return self._namespaces[owner]
 
-    def host_mount(self, source: bytes, target: bytes, flags: int, *, must: bool = False) -> list[MountStep]:
-        """The steps that show a host path at `target`: what its owner owns outside, the workload owns inside."""
-        about = os.stat(source)
+    def host_mount(
+        self, source: bytes, target: bytes, flags: int, *, must: bool = False, secret: bool = True
+    ) -> list[MountStep]:
+        """The steps that show a host path at `target`: what its owner owns outside, the workload owns inside.
+
+        secret: whether it may be one. Raises SpecError.
+        """
+        # Opened once: whoever may write to a folder on the way could swap it between a look and another.
+        held = os.open(source, os.O_PATH | os.O_CLOEXEC)
+        try:
+            about = os.fstat(held)
+            if not secret and (reason := _why_secret(held)):
+                raise SpecError(f"mounts: {os.fsdecode(source)} has become what would show a secret: {reason}")
+            what: bytes | int = source
+            if self._host.privileged:
+                what = self._detached(source, (about.st_uid, about.st_gid), must=must, held=held)
+        finally:
+            os.close(held)
         steps = directories_above(target)
         steps.append(messages.directory(target) if stat.S_ISDIR(about.st_mode) else messages.file(target))
-        what: bytes | int = source
-        if self._host.privileged:
-            what = self._detached(source, (about.st_uid, about.st_gid), must=must)
         return [*steps, messages.bind(target, what, flags | RECURSIVE)]
 
     def _mounts(self) -> list[MountStep]:
@@ -482,7 +502,7 @@ class ContainerSandbox(LocalSandbox):
                 steps.append(layers.tmpfs(one.target, one.size_bytes, one.mode, self.user))
             else:
                 flags = NOSUID | NODEV | (0 if one.writable else RDONLY)
-                steps += self.host_mount(one.source, one.target, flags, must=one.writable)
+                steps += self.host_mount(one.source, one.target, flags, must=one.writable, secret=one.secret)
         return steps
 
     # ---- telling ----
@@ -512,7 +532,9 @@ class ContainerSandbox(LocalSandbox):
         if self.network is not None:
             found += self.network.applied(spec.asked)
         mode = self._network_kind
-        own_net = started.namespaces.get("net") != namespaces.own_namespaces().get("net")
+        # What wasn't told is never a restriction.
+        host_net = namespaces.own_namespaces().get("net")
+        own_net = started.namespaces.get("net", host_net) != host_net
         if self.network is None:
             found.append(
                 Applied(
@@ -556,6 +578,12 @@ class ContainerSandbox(LocalSandbox):
                 )
             )
         return found
+
+
+def _why_secret(held: int) -> str:
+    from ringfence.images.secrets import why_secret
+
+    return why_secret(os.fsencode(os.readlink(f"/proc/self/fd/{held}")))
 
 
 @functools.cache

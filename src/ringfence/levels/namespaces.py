@@ -274,7 +274,8 @@ def applied(spec: Spec, shared: Shared, outcome: Outcome, *, host_network: bool)
     assert started is not None
     ours = own_namespaces()
     found = []
-    for name, inode in started.namespaces.items():
+    for name in ours:
+        inode = started.namespaces.get(name)
         kind = shared.kinds.get(name, "own")
         if isinstance(kind, Joined):
             wanted: str | None = kind.label
@@ -285,7 +286,9 @@ def applied(spec: Spec, shared: Shared, outcome: Outcome, *, host_network: bool)
         else:
             wanted = "own"
             holds, how = inode != ours.get(name), "its own, by /proc/self/ns"
-        if not holds:
+        if inode is None:
+            holds, how = False, "it was not told"  # which is never a restriction
+        elif not holds:
             how = "the host's" if inode == ours.get(name) else "another one"
         found.append(
             Applied(rule=f"namespace {name}", requested=wanted, effective=inode if holds else None, mechanism=how)

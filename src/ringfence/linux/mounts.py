@@ -31,17 +31,18 @@ _MOUNT_ATTR_NOSUID = 2
 _known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
 
 
-def clone_tree(path: bytes, *, recursive: bool = True, follow: bool = True) -> int:
+def clone_tree(path: bytes, *, recursive: bool = True, follow: bool = True, at: int = _AT_FDCWD) -> int:
     """A detached, private copy of the mount at `path`, with those below it; a descriptor that the caller closes.
 
-    follow: whether a symlink in the last place is followed.
+    follow: whether a symlink in the last place is followed. at: a descriptor (O_PATH will do) of what is meant, with an
+    empty path.
 
     Needs CAP_SYS_ADMIN and Linux 5.12. Raises KernelError.
     """
     open_tree, mount_setattr = _calls()
     below = _AT_RECURSIVE if recursive else 0
-    end = 0 if follow else _AT_SYMLINK_NOFOLLOW
-    fd = open_tree(_AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC | below | end)
+    end = (0 if follow else _AT_SYMLINK_NOFOLLOW) | (0 if path else _AT_EMPTY_PATH)
+    fd = open_tree(at, path, _OPEN_TREE_CLONE | os.O_CLOEXEC | below | end)
     try:
         # A copy of a shared mount, as every mount is under systemd, is its peer: what is mounted below the copy would
         # appear on the host too.
