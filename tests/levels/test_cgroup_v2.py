@@ -105,7 +105,9 @@ def test_limits_on_pure_cgroup_v2() -> None:
     assert outcome.exited.exit_code == 0, outcome.stderr.decode()
     found = json.loads(outcome.stdout)
     assert found["kind"] == "v2"
-    assert all(usable for usable, _ in found["usable"].values()), found["usable"]
+    # Those that the guest's init hands on; test_cgroup_v2_resources.py has them all.
+    missing = {name: why for name, (usable, why) in found["usable"].items() if not usable}
+    assert missing.keys() <= {"cpuset", "io"}, missing
     for isolation in ("process", "container"):
         _check(found[isolation])
     assert found["left"] == []
