@@ -68,15 +68,15 @@ class Target(Value):
 
 
 TARGETS = (
-    Target("rf.run process, probe", "subprocess.run, probe", 2, ceiling=3.5),
-    Target("rf.run container, true", "bwrap, true", 0.4, ceiling=0.7),
-    Target("rf.run container, true", "crun, true", 0.2, ceiling=0.4),
-    Target("rf.run container, true", "runc, true", 0.08, ceiling=0.2),
+    Target("rf.run process, probe", "subprocess.run, probe", 2, ceiling=2.6),
+    Target("rf.run container, true", "bwrap, true", 0.4, ceiling=0.5),
+    Target("rf.run container, true", "crun, true", 0.2),
+    Target("rf.run container, true", "runc, true", 0.08, ceiling=0.12),
     Target("pooled container, true", "subprocess.run, true, beside a pool", 3),
     Target("container, caller with 8 GiB", "container, caller with 0 GiB", 1.2),
     Target("container, 1000 more mounts", "container, 0 more mounts", 1.2),
     Target("import ringfence", "", 40e6),
-    Target("ringfence run -i container, true", "runc, true", 1, ceiling=2.2),
+    Target("ringfence run -i container, true", "runc, true", 1, ceiling=1.9),
 )
 
 
