@@ -227,6 +227,11 @@ class Launcher:
             os.close(self._pidfd)
             self._pidfd = -1
 
+    def __del__(self) -> None:
+        # Of a launcher that was killed: see `_gone`.
+        if hasattr(self, "_socket"):
+            self._socket.close()
+
     def _send(self, request: bytes, fds: Sequence[int]) -> None:
         if len(request) > frames.PACKET_MAX:
             raise ValueError(f"a request of {len(request)} bytes is more than the launcher takes")
