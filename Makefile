@@ -121,9 +121,14 @@ test-long: setup test-tools
 	$(call say,tests that take long)
 	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS) tests
 
+# Much here is a race on purpose, or measures time on a machine that others use too: what fails is tried once more, by
+# itself. Both are told.
 pytest:
 	$(call say,tests)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests || { \
+	    status=$$?; [ $$status = 1 ] || exit $$status; \
+	    printf '\033[1m== once more, what failed\033[0m\n'; \
+	    $(BIN)/python -m pytest $(PYTEST_ARGS) --last-failed --last-failed-no-failures none tests; }
 
 lint:
 	$(call say,ruff)

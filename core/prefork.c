@@ -130,6 +130,10 @@ int rf_prefork_exec(struct rf_prefork *st, const uint8_t *payload, size_t n, con
         return 0;
     }
     int heard = hear(st->socket, &s); /* nothing, at the end of the socket: exec has closed it */
+    if (heard < 0 && errno == ECONNRESET) {
+        rf_prefork_drop(st); /* killed, and what we sent unread: it has executed nothing */
+        return 0;
+    }
     *pid = st->pid;
     rf_prefork_gone(st);
     if (heard == 0) return 1;

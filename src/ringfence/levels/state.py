@@ -90,8 +90,14 @@ class State:
                 os.close(tree)
 
     def _own(self, kind: int, parent_fd: int, name: bytes) -> None:
-        self.launcher.own(kind, parent_fd, name)
-        self._owned.append((kind, parent_fd, name))
+        # The list first: should the launcher die in between, it is by the list that the next one hears of it.
+        one = (kind, parent_fd, name)
+        self._owned.append(one)
+        try:
+            self.launcher.own(*one)
+        except BaseException:
+            self._owned.remove(one)
+            raise
 
     def take(self, helper: Launcher) -> None:
         """The launcher died before its time: another one takes over what that one had to remove."""
