@@ -110,7 +110,7 @@ def _threads_of(uid: int) -> int:
         if name.isdecimal():
             try:
                 about = os.stat(f"/proc/{name}/task")
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended
             count += about.st_nlink - 2 if about.st_uid == uid else 0
     return count
