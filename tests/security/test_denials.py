@@ -118,7 +118,8 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Targets]:
     # It ignores SIGTERM: the control sends it one, too.
     victim = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; sleep 1000 & wait"], env={"SECRET": "1"})
     below = Path(f"/proc/{victim.pid}/task/{victim.pid}/children")
-    while not below.read_text():
+    # Until its child has executed: a process that changes its name looks like a new one.
+    while not (child := below.read_text().strip()) or Path(f"/proc/{child}/comm").read_text() != "sleep\n":
         time.sleep(0.01)
     with socket.socket() as server, socket.socket(socket.AF_UNIX) as local:
         server.bind(("127.0.0.1", 0))
