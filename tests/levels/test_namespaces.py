@@ -270,7 +270,7 @@ def _processes_in(pid: int) -> list[str]:
         try:
             if name.isdigit() and inode("pid", name) == wanted:
                 found.append(name)
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # it ended, or is not ours to look at
             continue
     return sorted(found)
 
