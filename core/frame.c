@@ -81,8 +81,17 @@ void rf_put_string(struct rf_writer *w, uint16_t tag, const char *s) { rf_put(w,
 
 /* ---- the channel ---- */
 
-/* Keeps the descriptors of one message; closes what doesn't fit. -1 where some were lost. */
-static int keep_fds(struct rf_channel *ch, struct msghdr *msg) {
+void rf_fds_attach(struct msghdr *msg, void *control, const int *fds, unsigned n) {
+    msg->msg_control = control;
+    msg->msg_controllen = CMSG_SPACE(n * sizeof(int));
+    struct cmsghdr *c = CMSG_FIRSTHDR(msg);
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(n * sizeof(int));
+    memcpy(CMSG_DATA(c), fds, n * sizeof(int));
+}
+
+int rf_fds_take(struct msghdr *msg, int *fds, unsigned *nfds) {
     int lost = (msg->msg_flags & MSG_CTRUNC) ? -1 : 0;
     for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
         if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
@@ -90,8 +99,8 @@ static int keep_fds(struct rf_channel *ch, struct msghdr *msg) {
         for (size_t i = 0; i < n; i++) {
             int fd;
             memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof fd);
-            if (ch->nfds < RF_FDS_MAX) {
-                ch->fds[ch->nfds++] = fd;
+            if (*nfds < RF_FDS_MAX) {
+                fds[(*nfds)++] = fd;
             } else {
                 close(fd);
                 lost = -1;
@@ -108,14 +117,11 @@ int rf_channel_fill(struct rf_channel *ch, struct rf_error *e) {
     if (ch->port) {
         n = read(ch->fd, ch->in + ch->filled, room);
     } else {
-        union {
-            char bytes[CMSG_SPACE(RF_FDS_MAX * sizeof(int))];
-            struct cmsghdr align;
-        } control;
+        RF_CONTROL(RF_FDS_MAX) control;
         struct iovec iov = {.iov_base = ch->in + ch->filled, .iov_len = room};
         struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
         n = recvmsg(ch->fd, &msg, MSG_CMSG_CLOEXEC);
-        if (n >= 0 && keep_fds(ch, &msg) < 0) return rf_fail_errno(e, EPROTO, "protocol", "descriptors", "too many in flight");
+        if (n >= 0 && rf_fds_take(&msg, ch->fds, &ch->nfds) < 0) return rf_fail_errno(e, EPROTO, "protocol", "descriptors", "too many in flight");
     }
     if (n < 0) return rf_fail(e, "channel", "read", "");
     if (n == 0) return 0;
@@ -152,22 +158,10 @@ int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, s
         if (rf_write_all(fd, &h, sizeof h) < 0) return -1;
         return n ? rf_write_all(fd, payload, n) : 0;
     }
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    memset(&control, 0, sizeof control);
+    RF_CONTROL(1) control = {.bytes = {0}};
     struct iovec iov[2] = {{.iov_base = &h, .iov_len = sizeof h}, {.iov_base = (void *)(uintptr_t)payload, .iov_len = n}};
     struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n ? 2 : 1};
-    if (passed >= 0) {
-        msg.msg_control = control.bytes;
-        msg.msg_controllen = sizeof control.bytes;
-        struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-        c->cmsg_level = SOL_SOCKET;
-        c->cmsg_type = SCM_RIGHTS;
-        c->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(c), &passed, sizeof passed);
-    }
+    if (passed >= 0) rf_fds_attach(&msg, &control, &passed, 1);
     size_t left = sizeof h + n;
     while (left > 0) {
         ssize_t w = sendmsg(fd, &msg, MSG_NOSIGNAL);

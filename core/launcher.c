@@ -365,24 +365,17 @@ static void serve(struct launcher *s, struct rf_frame *f) {
 
 /* One packet. 0 at the end of the socket. */
 static int receive(struct launcher *s) {
-    union {
-        char bytes[CMSG_SPACE(RF_FDS_MAX * sizeof(int))];
-        struct cmsghdr align;
-    } control;
+    RF_CONTROL(RF_FDS_MAX) control;
     struct iovec iov = {.iov_base = s->packet, .iov_len = sizeof s->packet};
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
     ssize_t n = recvmsg(s->socket, &msg, MSG_CMSG_CLOEXEC);
     if (n < 0) return errno == EINTR || errno == EAGAIN ? 1 : 0;
     int fds[RF_FDS_MAX];
     unsigned nfds = 0;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
-        size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        for (size_t i = 0; i < count && nfds < RF_FDS_MAX; i++) memcpy(&fds[nfds++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
-    }
+    bool lost = rf_fds_take(&msg, fds, &nfds) < 0;
     struct rf_header h;
     struct rf_error e;
-    if (n >= (ssize_t)sizeof h && !(msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && nfds > 0) {
+    if (n >= (ssize_t)sizeof h && !lost && !(msg.msg_flags & MSG_TRUNC) && nfds > 0) {
         memcpy(&h, s->packet, sizeof h);
         if (rf_header_check(&h, RF_PACKET_MAX, &e) == 0 && h.length == (size_t)n - sizeof h && h.nfds == nfds) {
             struct rf_frame f = {.type = h.type, .id = h.id, .payload = s->packet + sizeof h, .length = h.length, .fds = fds, .nfds = nfds};

@@ -91,17 +91,15 @@ int rf_listen_report(struct rf_listen *l, struct rf_channel *ch, uint32_t id) {
 }
 
 int rf_listen_take(struct rf_listen *l, int socket, struct rf_error *e) {
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control;
+    RF_CONTROL(1) control;
     struct rf_header h;
     struct iovec iov = {.iov_base = &h, .iov_len = sizeof h};
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
     if (recvmsg(socket, &msg, MSG_CMSG_CLOEXEC | MSG_DONTWAIT) <= 0) return rf_fail(e, "seccomp", "recvmsg", "listener");
-    struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-    if (!c || c->cmsg_type != SCM_RIGHTS) return rf_fail_errno(e, EPROTO, "seccomp", "recvmsg", "no listener");
+    int fds[RF_FDS_MAX];
+    unsigned nfds = 0;
+    if (rf_fds_take(&msg, fds, &nfds) < 0 || nfds != 1) return rf_fail_errno(e, EPROTO, "seccomp", "recvmsg", "no listener");
     if (l->fd >= 0) close(l->fd);
-    memcpy(&l->fd, CMSG_DATA(c), sizeof l->fd);
+    l->fd = fds[0];
     return 0;
 }

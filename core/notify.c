@@ -17,26 +17,15 @@
 #include <unistd.h>
 
 struct watched {
-    const struct rf_plan *plan;
-    const struct rf_exec *exec;
-    const int *fds;
-    unsigned nfds;
-    struct rf_readback *readback;
-    struct rf_error *error;
+    struct rf_start start;
     char *stack_end;
-    bool failed, restricted;
     int channel; /* where the listener is sent: Python's, or in a guest one of init's own */
     pid_t pid, alive; /* the command's, both written by the kernel; `alive` is 0 once it has executed or ended */
 };
 
 static int command(void *arg) {
     struct watched *w = arg;
-    if (rf_restrict(w->plan, w->exec, w->fds, w->nfds, w->readback, w->error) == 0) {
-        w->restricted = true;
-        rf_exec_path(w->exec, w->error);
-    }
-    w->failed = true;
-    _exit(127);
+    rf_start_command(&w->start);
 }
 
 /* Sends the listener as soon as there is one: the very execve may wait for its answer. Nothing wakes us but the clock, as
@@ -44,14 +33,14 @@ static int command(void *arg) {
 static void pass_listener(struct watched *w, int channel) {
     for (bool sent = false, gone = false; !gone;) {
         gone = __atomic_load_n(&w->alive, __ATOMIC_ACQUIRE) == 0;
-        int listener = __atomic_load_n(&w->readback->listener, __ATOMIC_ACQUIRE);
+        int listener = __atomic_load_n(&w->start.readback->listener, __ATOMIC_ACQUIRE);
         if (listener >= 0 && !sent) {
             /* With nobody to answer, what would ask gets ENOSYS once nobody holds the listener. */
-            if (rf_send(channel, false, RF_LISTENER, w->exec->id, NULL, 0, listener) < 0) close(listener);
+            if (rf_send(channel, false, RF_LISTENER, w->start.exec->id, NULL, 0, listener) < 0) close(listener);
             sent = true;
-            if (w->plan->listen) w->plan->listen->fd = listener; /* in our table; init takes its own once it goes on */
+            if (w->start.plan->listen) w->start.plan->listen->fd = listener; /* in our table; init takes its own once it goes on */
         }
-        if (sent && w->plan->listen) rf_listen_serve(w->plan->listen);
+        if (sent && w->start.plan->listen) rf_listen_serve(w->start.plan->listen);
         const struct timespec pause = {.tv_nsec = 50000};
         if (!gone) nanosleep(&pause, NULL);
     }
@@ -69,7 +58,7 @@ static int middle(void *arg) {
         made = clone(command, w->stack_end, CLONE_VM | CLONE_FILES | CLONE_PARENT | CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD, w,
                      &w->pid, NULL, &w->alive);
     if (made < 0) {
-        rf_fail(w->error, "start", "clone", "CLONE_FILES");
+        rf_fail(w->start.error, "start", "clone", "CLONE_FILES");
         _exit(127);
     }
     pass_listener(w, channel);
@@ -79,12 +68,12 @@ static int middle(void *arg) {
 static int spawn_watched(struct watched *w, char *stack_end) {
     /* We go on once the middle one has ended, which it does only when the command is out of our memory. */
     pid_t child = clone(middle, stack_end, CLONE_VM | CLONE_VFORK | SIGCHLD, w);
-    if (child < 0) return rf_fail(w->error, "start", "clone", "");
+    if (child < 0) return rf_fail(w->start.error, "start", "clone", "");
     int status = 0;
     while (waitpid(child, &status, 0) < 0 && errno == EINTR) continue;
-    if (status == 0) return rf_spawned(w->pid, w->failed, w->restricted, w->error);
+    if (status == 0) return rf_started(w->pid, &w->start);
     /* The middle one was killed, by another process of its user: the command may still run in our memory, on our stack. */
-    if (WIFSIGNALED(status)) rf_fail_errno(w->error, ECANCELED, "start", "clone", "killed before it was started");
+    if (WIFSIGNALED(status)) rf_fail_errno(w->start.error, ECANCELED, "start", "clone", "killed before it was started");
     if (w->pid > 0) {
         kill(w->pid, SIGKILL);
         waitpid(w->pid, NULL, 0);
@@ -95,7 +84,7 @@ static int spawn_watched(struct watched *w, char *stack_end) {
 int rf_spawn_watched(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid,
                      struct rf_readback *rb, struct rf_error *e) {
     _Alignas(16) char stacks[2][96 << 10];
-    struct watched w = {.plan = p, .exec = x, .fds = fds, .nfds = nfds, .readback = rb, .error = e,
+    struct watched w = {.start = {.plan = p, .exec = x, .fds = fds, .nfds = nfds, .readback = rb, .error = e},
                         .stack_end = stacks[1] + sizeof stacks[1], .channel = p->channel_fd, .pid = -1};
     rb->listener = -1;
     int own[2] = {-1, -1}, former = p->listen ? p->listen->fd : -1;

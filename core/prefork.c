@@ -23,22 +23,14 @@ static void tell(int socket, const struct said *s) {
 
 /* One message with its descriptors; how many bytes, or -1. */
 static ssize_t listen_to(int socket, uint8_t *buf, size_t capacity, int *fds, unsigned *nfds) {
-    union {
-        char bytes[CMSG_SPACE(RF_FDS_MAX * sizeof(int))];
-        struct cmsghdr align;
-    } control;
+    RF_CONTROL(RF_FDS_MAX) control;
     struct iovec iov = {.iov_base = buf, .iov_len = capacity};
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
     ssize_t n;
     do n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC);
     while (n < 0 && errno == EINTR);
     *nfds = 0;
-    if (n <= 0 || (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC))) return -1;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
-        size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-        for (size_t i = 0; i < count && *nfds < RF_FDS_MAX; i++) memcpy(&fds[(*nfds)++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
-    }
+    if (n <= 0 || rf_fds_take(&msg, fds, nfds) < 0 || (msg.msg_flags & MSG_TRUNC)) return -1;
     return n;
 }
 
@@ -94,18 +86,10 @@ static int hear(int socket, struct said *s) {
 }
 
 static int hand_over(int socket, const uint8_t *payload, size_t n, const int *fds, unsigned nfds) {
-    union {
-        char bytes[CMSG_SPACE(RF_FDS_MAX * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    memset(&control, 0, sizeof control);
+    RF_CONTROL(RF_FDS_MAX) control = {.bytes = {0}};
     struct iovec iov = {.iov_base = (void *)(uintptr_t)payload, .iov_len = n};
-    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = CMSG_SPACE(nfds * sizeof(int))};
-    struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-    c->cmsg_level = SOL_SOCKET;
-    c->cmsg_type = SCM_RIGHTS;
-    c->cmsg_len = CMSG_LEN(nfds * sizeof(int));
-    memcpy(CMSG_DATA(c), fds, nfds * sizeof(int));
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    rf_fds_attach(&msg, &control, fds, nfds);
     return sendmsg(socket, &msg, MSG_NOSIGNAL) < 0 ? -1 : 0;
 }
 

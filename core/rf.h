@@ -93,6 +93,15 @@ void rf_put_u32(struct rf_writer *w, uint16_t tag, uint32_t v);
 void rf_put_u64(struct rf_writer *w, uint16_t tag, uint64_t v);
 void rf_put_string(struct rf_writer *w, uint16_t tag, const char *s);
 
+/* Room for the descriptors of a message, aligned as the kernel wants it. */
+#define RF_CONTROL(n) union { char bytes[CMSG_SPACE((n) * sizeof(int))]; struct cmsghdr align; }
+struct msghdr;
+/* Has a message carry descriptors. `control`: zeroed room for `n` of them. */
+void rf_fds_attach(struct msghdr *msg, void *control, const int *fds, unsigned n);
+/* Adds those that came with a message to `fds` (RF_FDS_MAX of them, `nfds` in use); closes what doesn't fit. -1 where some
+ * were lost. */
+int rf_fds_take(struct msghdr *msg, int *fds, unsigned *nfds);
+
 /* A stream of frames, over a socket with descriptors or over a virtio port without. */
 struct rf_channel {
     int fd;
@@ -311,8 +320,20 @@ int rf_nest(const struct rf_plan *p, const struct rf_launch *l, struct rf_error 
 /* Starts the command of `x` under `p`. 0 with *pid, or -1 with the error of whatever step failed in the child. */
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e);
-/* Whether a command of which clone has returned is one: 0, or -1 with it reaped. restricted: it has read itself back. */
-int rf_spawned(pid_t pid, bool failed, bool restricted, struct rf_error *e);
+/* A command between clone and exec. It runs in init's memory, and both look at this. */
+struct rf_start {
+    const struct rf_plan *plan;
+    const struct rf_exec *exec;
+    const int *fds;
+    unsigned nfds;
+    struct rf_readback *readback;
+    struct rf_error *error;
+    bool failed, restricted; /* restricted: it has read itself back */
+};
+/* What the new process does; it never returns. */
+_Noreturn void rf_start_command(struct rf_start *s);
+/* Whether a command of which clone has returned is one: 0, or -1 with it reaped. */
+int rf_started(pid_t pid, const struct rf_start *s);
 /* notify.c: the same for a command whose filter has a listener. It was sent, in LISTENER, before this returns. */
 int rf_spawn_watched(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid,
                      struct rf_readback *rb, struct rf_error *e);

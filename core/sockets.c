@@ -10,21 +10,10 @@ struct request { uint32_t domain, type, protocol; };
 
 static int answer(int fd, int passed) {
     int32_t err = passed < 0 ? errno : 0;
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control = {.bytes = {0}};
+    RF_CONTROL(1) control = {.bytes = {0}};
     struct iovec iov = {.iov_base = &err, .iov_len = sizeof err};
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-    if (passed >= 0) {
-        msg.msg_control = control.bytes;
-        msg.msg_controllen = sizeof control.bytes;
-        struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-        c->cmsg_level = SOL_SOCKET;
-        c->cmsg_type = SCM_RIGHTS;
-        c->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(c), &passed, sizeof passed);
-    }
+    if (passed >= 0) rf_fds_attach(&msg, &control, &passed, 1);
     /* Without waiting: a gateway that doesn't read its answers gets none, and doesn't hold us up. */
     return sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -1 : 0;
 }

@@ -29,18 +29,7 @@ pid_t rf_clone(uint64_t flags, int *pidfd) {
     return (pid_t)syscall(SYS_clone, flags | CLONE_PIDFD | SIGCHLD, 0, pidfd, 0, 0);
 }
 
-struct start {
-    const struct rf_plan *plan;
-    const struct rf_exec *exec;
-    const int *fds;
-    unsigned nfds;
-    struct rf_readback *readback;
-    struct rf_error *error;
-    bool failed, restricted;
-};
-
-static int start_command(void *arg) {
-    struct start *s = arg;
+void rf_start_command(struct rf_start *s) {
     if (rf_restrict(s->plan, s->exec, s->fds, s->nfds, s->readback, s->error) == 0) {
         s->restricted = true;
         rf_exec_path(s->exec, s->error);
@@ -48,6 +37,8 @@ static int start_command(void *arg) {
     s->failed = true;
     _exit(127);
 }
+
+static int start_command(void *arg) { rf_start_command(arg); }
 
 /* The child runs in our memory on a stack of its own while we stand still (CLONE_VM | CLONE_VFORK), so it needs no
  * pipe to tell what failed, and no page table is copied. */
@@ -61,18 +52,18 @@ static int run_child(int (*fn)(void *), void *arg, pid_t *pid, struct rf_error *
 
 /* What another process of the sandbox's user kills before its last restriction has read nothing back, and was never the
  * command. */
-int rf_spawned(pid_t pid, bool failed, bool restricted, struct rf_error *e) {
-    if (!failed && restricted) return 0;
-    if (!failed) rf_fail_errno(e, ECANCELED, "start", "clone", "killed before it was restricted");
+int rf_started(pid_t pid, const struct rf_start *s) {
+    if (!s->failed && s->restricted) return 0;
+    if (!s->failed) rf_fail_errno(s->error, ECANCELED, "start", "clone", "killed before it was restricted");
     waitpid(pid, NULL, 0);
     return -1;
 }
 
 int rf_spawn(const struct rf_plan *p, const struct rf_exec *x, const int *fds, unsigned nfds, pid_t *pid, struct rf_readback *rb,
              struct rf_error *e) {
-    struct start s = {.plan = p, .exec = x, .fds = fds, .nfds = nfds, .readback = rb, .error = e};
+    struct rf_start s = {.plan = p, .exec = x, .fds = fds, .nfds = nfds, .readback = rb, .error = e};
     if (run_child(start_command, &s, pid, e) < 0) return -1;
-    return rf_spawned(*pid, s.failed, s.restricted, e);
+    return rf_started(*pid, &s);
 }
 
 /* kill(-1) as that uid: the kernel walks all processes under one lock, so not even a fork bomb gets away. No new process

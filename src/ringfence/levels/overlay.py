@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 
 from ringfence.images import tree
-from ringfence.levels.container import device_steps, own_directories
 from ringfence.levels.layer import DEFAULT_LAYER_BYTES, mounts_below
+from ringfence.levels.root import device_steps, own_directories
 from ringfence.wire import layers, messages
 from ringfence.wire.messages import BIND, NODEV, NOFOLLOW, NOSUID, RDONLY, RECURSIVE
 

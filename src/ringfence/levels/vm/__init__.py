@@ -14,11 +14,11 @@ from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError
 from ringfence.images import tree
 from ringfence.levels import capabilities, filter, reach
 from ringfence.levels.base import Ability, Command, Level, Outcome, Sandbox, requested
-from ringfence.levels.container import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.drive import drive
 from ringfence.levels.layer import Layer
 from ringfence.levels.limits import cgroup_applied, cpuset_unmet, freeze, limit_abilities
 from ringfence.levels.local import rlimits
+from ringfence.levels.root import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.state import state
 from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
