@@ -1,6 +1,6 @@
 """Limits, usage, changes and freezing on a host with nothing but cgroup v2, and scopes from a real systemd there.
 
-The host is a guest of our own whose command is its root, with every capability (as in test_cgroup_v2.py). In it runs a
+The host is a guest of our own whose command is its root, with every capability (support/guest.py). In it runs a
 systemd that manages uid 1000, as on any machine where somebody has logged in.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sysconfig
-import time
 from typing import Any
 
 import pytest
@@ -17,12 +16,10 @@ import pytest
 import ringfence as rf
 from ringfence.levels import vm
 from ringfence.levels.base import Command
-from ringfence.levels.vm import VmSandbox
 from ringfence.levels.vm.vmm import Machine, Vmm, start_qemu
 from ringfence.spec import Spec
-from ringfence.wire import messages
-from ringfence.wire.messages import MountStep
-from support.sandboxes import PROBE_FILE, SOURCES, need_level, need_root
+from support.guest import Guest
+from support.sandboxes import PROBE_FILE, SOURCES, need, need_level, need_root
 
 SYSTEMD = "/lib/systemd/systemd"
 
@@ -154,27 +151,6 @@ daemon.wait()
 """
 
 
-class RootOfAGuest(VmSandbox):
-    """A guest whose command is root with every capability, and sees /sys with the guest's cgroups."""
-
-    def _plan(self) -> messages.Plan:
-        plan = messages.Plan()
-        plan.guest(realtime_ns=time.time_ns(), entropy=os.urandom(64), memory_bytes=0, pids=0, cpu_ns=0)
-        plan.hostname(b"host")
-        plan.loopback()
-        plan.mounts(self._tree())
-        plan.ids(0, 0)
-        plan.capabilities((1 << 41) - 1)
-        plan.flags(enter=True, no_new_privs=False)
-        plan.workdir(b"/work")
-        return plan
-
-    def _tree(self) -> list[MountStep]:
-        *steps, seal = super()._tree()
-        sys = [messages.filesystem(b"/sys", b"sysfs"), messages.filesystem(b"/sys/fs/cgroup", b"cgroup2")]
-        return [*steps, *sys, seal]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What both told. One guest for all: its boot takes most of the time."""
@@ -205,7 +181,7 @@ def _run() -> dict[str, Any]:
         mounts=[rf.Mount(SOURCES, "/src"), rf.Mount(sysconfig.get_path("purelib"), "/site")],
         limits=rf.Limits(wall_time=240),
     )
-    with RootOfAGuest(spec, rf.host()) as guest:
+    with Guest(spec, rf.host()) as guest:
         outcome = guest.run(
             Command(
                 argv=spec.argv,
@@ -261,8 +237,7 @@ def test_vm_limits_of_a_disk_on_pure_cgroup_v2(found: dict[str, Any]) -> None:
 
 def test_vm_scope_of_a_real_systemd(found: dict[str, Any]) -> None:
     """An unprivileged user whose own cgroup isn't delegated has limits all the same, and is itself not moved."""
-    if not os.path.exists(SYSTEMD):
-        pytest.skip("this machine lacks: systemd, for the guest's userland")
+    need("systemd, for the guest's userland", os.path.exists(SYSTEMD))
     user = found["user"]
     assert isinstance(user, dict), user
     assert user["home"].startswith("in a scope that systemd is asked for by /run/user/1000/")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import ringfence as rf
-from support.sandboxes import SOURCES, need_cgroup, need_root
+from support.sandboxes import SOURCES, need, need_cgroup, need_root
 
 UID = 65_432  # no account's
 CONTROLLERS = ("memory", "pids", "cpu", "cpuacct", "cpuset", "io", "freezer")
@@ -59,8 +59,7 @@ def delegated() -> Iterator[dict[str, Path]]:
     for name in CONTROLLERS:
         need_cgroup(name)
         controller = rf.host().cgroups.controller(name)
-        if controller.version != 1:
-            pytest.skip("this machine lacks: cgroup v1")
+        need("cgroup v1", controller.version == 1)
         folder = Path(os.fsdecode(controller.path)) / f"delegated-{os.getpid()}"
         made[name] = folder
         if folder.exists():
@@ -129,8 +128,7 @@ def test_limits_in_a_delegated_cgroup(delegated: dict[str, Path], home: Path) ->
 def test_without_one_every_limit_is_refused(home: Path) -> None:
     """The control: the same user, in this process's own cgroups."""
     need_root()
-    if rf.host().cgroups.controller("memory").version != 1:
-        pytest.skip("this machine lacks: cgroup v1")
+    need("cgroup v1", rf.host().cgroups.controller("memory").version == 1)
     found = as_user(home, set(), CODE, "0")
     assert not any(usable for usable, _ in found["usable"].values())
     assert all("isn't writable for this user (not delegated)" in reason for _, reason in found["usable"].values())

@@ -22,6 +22,7 @@ from support.sandboxes import (
     applied,
     ended,
     host_without,
+    need,
     need_cgroup,
     output,
     run_probe,
@@ -40,8 +41,7 @@ def need_disk() -> None:
     """A disk below the work directories, for limits of input and output."""
     need_cgroup("io")
     found = disks.disk_of(work_folder(passable=rf.host().privileged))
-    if found.reason:
-        pytest.skip(f"this machine's work directories have no disk: {found.reason}")
+    need("a disk below the work directories", not found.reason)
 
 
 def python(isolation: str, code: str, *args: str, **options: Any) -> rf.Result:
@@ -87,8 +87,7 @@ print(before, tried)
 def test_cpuset_and_the_workload_cannot_undo_it(isolation: str) -> None:
     need_cgroup("cpuset")
     cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < 2:
-        pytest.skip("this machine lacks: a second CPU")
+    need("a second CPU", len(cpus) > 1)
     inside, outside = cpus[1], cpus[0]
     result = python(isolation, ESCAPE, str(outside), limits=rf.Limits(cpuset=inside))
     assert output(result) == f"[{inside}] 22\n".encode()  # EINVAL: none of those is in the set
@@ -142,8 +141,7 @@ def refused(isolation: str, on: Any = None, **limits: Any) -> dict[str, tuple[st
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)
 def test_writes_are_refused_where_they_are_on_nobodys_account(isolation: str) -> None:
     need_disk()
-    if version("io") != 1:
-        pytest.skip("this machine lacks: cgroup v1's controller of I/O")
+    need("cgroup v1", version("io") == 1)
     found = refused(isolation, io_write="4M", io_write_ops=100)
     assert set(found) == {"io_write", "io_write_ops"}
     for reason, help in found.values():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,11 +135,8 @@ def test_threads_take_turns(isolation: str) -> None:
             for _ in range(5):
                 found.append(sandbox.run(["sh", "-c", f"echo {number}"]).stdout)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))  # each tells what it raised
         assert sorted(found) == sorted(b"%d\n" % number for number in range(4) for _ in range(5))
 
 
@@ -203,11 +200,8 @@ def test_a_pool_under_many_threads(isolation: str) -> None:
             for index in range(10):
                 found.append(pool.run(["sh", "-c", f"echo {number} {index} $(ls | wc -l); touch x"]).stdout)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(6) as threads:
+            list(threads.map(work, range(6)))  # each tells what it raised
         assert sorted(found) == sorted(b"%d %d 0\n" % (number, index) for number in range(6) for index in range(10))
         late = pool.run(["sleep", "60"], wall_time="200ms")
         assert str(late.termination_reason) == "wall_time"

@@ -34,6 +34,15 @@ print(json.dumps([result.stdout.decode().splitlines(), [[one[4], one[5].split(",
 """
 
 
+def after(set_up: str, *args: str) -> str:
+    """What a shell prints that mounts first, in a mount namespace of its own, with these arguments. It must end well."""
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", set_up, "sh", *args]
+    env = {**os.environ, "PYTHONPATH": str(SOURCES)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def nested(tmp_path: Path, how: str) -> tuple[list[str], list[list[Any]]]:
     """The probe's answers under a mount of a folder below which two tmpfs are mounted, shared, and those mounts."""
     (tmp_path / "below").mkdir()
@@ -42,18 +51,7 @@ def nested(tmp_path: Path, how: str) -> tuple[list[str], list[list[Any]]]:
         ' mount -t tmpfs -o mode=777,exec,suid,dev t "$1/below/deeper" && echo in > "$1/below/deeper/f" &&'
         ' exec "$2" -c "$3" "$1" "$4"'
     )
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", set_up, "sh"]
-    env = {**os.environ, "PYTHONPATH": str(SOURCES)}
-    done = subprocess.run(
-        [*command, str(tmp_path), sys.executable, NESTED, how],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answers, found = json.loads(done.stdout)
+    answers, found = json.loads(after(set_up, str(tmp_path), sys.executable, NESTED, how))
     return answers, found
 
 
@@ -227,7 +225,7 @@ print(json.dumps(found))
 """
 
 
-def test_what_is_mounted_in_the_hosts_userland_keeps_its_owner_and_hides_what_is_beneath(tmp_path: Path) -> None:
+def test_what_is_mounted_in_the_hosts_userland_keeps_its_owner_and_hides_what_is_beneath() -> None:
     """Also under an overlay, whose lower layers show root's files as root's."""
     need_root()
     set_up = (
@@ -237,18 +235,7 @@ def test_what_is_mounted_in_the_hosts_userland_keeps_its_owner_and_hides_what_is
         " echo above > /opt/there/sub/above &&"
         ' cat /opt/there/secret && exec "$1" -c "$2"'
     )
-    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", set_up, "sh"]
-    env = {**os.environ, "PYTHONPATH": str(SOURCES)}
-    done = subprocess.run(
-        [*command, sys.executable, MOUNTED_IN_THE_IMAGE],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    control, _, printed = done.stdout.partition("\n")
+    control, _, printed = after(set_up, sys.executable, MOUNTED_IN_THE_IMAGE).partition("\n")
     assert control == "secret"
     for stdout, stderr in json.loads(printed):
         assert stdout.split() == ["open", "above"]

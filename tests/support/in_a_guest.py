@@ -50,7 +50,6 @@ LONG = (
     "test_files.py::test_20_megabytes_out_after_a_failure*",
     "test_files.py::test_files_in*",
     "test_limits.py::test_a_fork_bomb_that_never_stops*",
-    "test_limits.py::test_control_without_cpus_two_processes_use_more*",
     "test_limits.py::test_a_sleeper_uses_no_cpu_time*",
     "test_killed_caller.py::test_launchers_may_die_any_number_of_times",
     "test_killed_caller.py::test_sigkill_while_a_filter_waits_for_an_answer*",

@@ -40,6 +40,10 @@ PROMISES = frozenset(
         "libseccomp",
         "newuidmap",
         "vm level",
+        "cgroup v1",
+        "a second CPU",
+        "a disk below the work directories",
+        "systemd, for the guest's userland",
     )
 )
 
