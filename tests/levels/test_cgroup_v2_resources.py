@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import ringfence as rf
-from ringfence.levels import vm
 from ringfence.levels.base import Command
-from ringfence.levels.vm.vmm import Machine, Vmm, start_qemu
+from ringfence.levels.vm import sandbox
+from ringfence.levels.vm.qemu import start_qemu
+from ringfence.levels.vm.vmm import Machine, Vmm
 from ringfence.spec import Spec
 from support.guest import Guest
 from support.sandboxes import PROBE_FILE, SOURCES, need, need_level, need_root
@@ -161,7 +162,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return start_qemu(machine.replace(disks=(str(disk),)), *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vm, "start_qemu", with_disk)
+        patch.setattr(sandbox, "start_qemu", with_disk)
         return _run()
 
 

@@ -35,7 +35,7 @@ print(json.dumps([result.stdout.decode().splitlines(), [[one[4], one[5].split(",
 
 
 def after(set_up: str, *args: str) -> str:
-    """What a shell prints that mounts first, in a mount namespace of its own, with these arguments. It must end well."""
+    """What a shell prints that mounts first, in a mount namespace of its own. It must end well."""
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", set_up, "sh", *args]
     env = {**os.environ, "PYTHONPATH": str(SOURCES)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)

@@ -1,0 +1,350 @@
+"""A guest with its commands, files and limits."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unavailable, Unmet
+from ringfence.levels import capabilities, filter
+from ringfence.levels.base import Command, Outcome, Sandbox, requested
+from ringfence.levels.drive import drive
+from ringfence.levels.layer import Layer
+from ringfence.levels.limits import cgroup_applied, freeze
+from ringfence.levels.local import rlimits
+from ringfence.levels.state import state
+from ringfence.levels.usage import Measured, of_guest
+from ringfence.levels.users import resolve
+from ringfence.levels.vm.agent import TRANSFER_LIMIT_NS, Agent
+from ringfence.levels.vm.qemu import start_qemu
+from ringfence.levels.vm.tree import HOME, guest_tree
+from ringfence.levels.vm.vmm import Machine, Share, Vmm
+from ringfence.linux import ids, seccomp
+from ringfence.result import Applied, Change, Usage
+from ringfence.spec.parse import match_pattern
+from ringfence.wire import frames, messages
+from ringfence.wire.frames import Type
+from ringfence.wire.messages import MountStep
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ringfence.levels.host import Host
+    from ringfence.levels.vm.kernel import GuestKernel
+    from ringfence.spec import FileIn, Limits, Spec
+
+__all__ = ["VmSandbox"]
+
+_HOSTNAME = "ringfence"
+_USER = (1000, 1000)
+# Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
+_BOOT_LIMIT_NS = 120_000_000_000
+_START_LIMIT_NS = 60_000_000_000
+# What the guest's own kernel and init take, on top of what the workload may use.
+_KERNEL_BYTES = 128 << 20
+_DEFAULT_MEMORY_BYTES = 512 << 20
+_CPU_PERIOD_NS = 100_000_000
+
+
+class VmSandbox(Sandbox):
+    home = HOME
+
+    def __init__(self, spec: Spec, host: Host, *, stays: bool = False) -> None:
+        from ringfence.levels.vm import initramfs, kernel
+        from ringfence.linux import kvm
+        from ringfence.wire.launcher import core_path
+
+        self._spec = spec
+        self._host = host
+        found = kernel.find()
+        if found is None:  # it was there a moment ago
+            raise Unavailable("vm", "the guest's kernel isn't prepared", "run 'ringfence setup'")
+        self._kernel: GuestKernel = found
+        state_of_kvm = kvm.probe()
+        self.accelerator = "kvm" if state_of_kvm.usable else "tcg"
+        self._why_accelerator = state_of_kvm.reason
+        self._user = resolve(spec.user, spec.image) if spec.user is not None else _USER
+        self._ready: dict[str, int] | None = None
+        self._filter: filter.Filter | None = None
+        self._denied: tuple[int, list[tuple[int, int, int | None, int, tuple[int, ...]]]] = (0, [])
+        # What init reported of the last command, and of the one before this one.
+        self._last: messages.Exited | None = None
+        self._before: messages.Exited | None = None
+        self._layer = Layer()
+        shares, disks = [], []
+        if spec.image == "host":
+            shares.append(Share(tag="image", source=None, writable=False))
+        else:
+            from ringfence.levels.vm import images
+
+            disks.append(images.erofs_disk(spec.image))
+        for number, mount in enumerate(spec.mounts):
+            shares.append(Share(tag=f"mount{number}", source=mount.source, writable=mount.writable))
+        limits = spec.limits
+        memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
+        self._machine = Machine(
+            kernel=self._kernel.vmlinux,
+            initramfs=initramfs.build(self._kernel, core_path()),
+            memory_bytes=memory,
+            cpus=max(1, math.ceil(limits.cpus or 1)),
+            accelerator=self.accelerator,
+            shares=tuple(shares),
+            disks=tuple(disks),
+            # The guest's user is QEMU's on the host, so that both see the same owners in a share.
+            user=self._user if max(self._user) < ids.CONTAINER_IDS else _USER,
+            cpu_weight=limits.cpu_weight,
+            cpuset=limits.cpuset,
+            sets=("overlay",) if spec.overlay else (),
+        )
+        self._vmm: Vmm = start_qemu(self._machine, host, state(), stays=stays)
+        self._agent = Agent(self._vmm, self._take)
+
+    # ---- running ----
+
+    def run(self, command: Command) -> Outcome:
+        channel = self._vmm.channel
+        self._boot()
+        self._layer.begin()
+        id = self._agent.next_id()
+        channel.send(
+            messages.execute(command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0)
+        )
+        outcome = drive(
+            channel,
+            command,
+            id=id,
+            pipes=None,
+            start_limit_ns=_START_LIMIT_NS,
+            kill_hard=self._vmm.kill,
+            on_frame=self._take,
+            watch=self._vmm.watch(),
+        )
+        if outcome.exited is None and outcome.stopped is None:
+            raise self._agent.died("while it ran" if outcome.started else "before the command was started")
+        if self._filter is not None and self._filter.answers:
+            from ringfence.levels.denials import listed
+
+            (others, noted), self._denied = self._denied, (0, [])
+            outcome.denials = listed(noted, others)
+        outcome.settle()
+        self._last = outcome.exited
+        return outcome
+
+    def _boot(self) -> None:
+        """Waits for the guest's init, and hands it the plan and the first files. Its answers are taken later."""
+        if self._ready is not None:
+            return
+        self._agent.wait_for(Type.READY, _BOOT_LIMIT_NS, "the guest did not boot")
+        self._vmm.channel.send(self._plan().encode())
+        self._ready = {}
+        self._agent.put(self._spec.files)
+
+    def _take(self, frame: frames.Frame) -> None:
+        if frame.type == Type.READY:
+            self._ready = messages.parse_ready(frame.payload)
+        elif frame.type == Type.LISTENER and self._filter is not None and self._filter.answers:
+            self._denied = messages.parse_denials(frame.payload)
+        elif self._layer.take(frame):
+            return
+        elif frame.type == Type.DONE:
+            self._agent.took()
+        elif frame.type != Type.CREDIT:  # for a stdin that is through
+            raise ProtocolError(f"the guest sent a frame of type {frame.type}")
+
+    # ---- the plan ----
+
+    def _plan(self) -> messages.Plan:
+        spec, limits = self._spec, self._spec.limits
+        plan = messages.Plan()
+        quota = limits.cpus
+        plan.guest(
+            realtime_ns=time.time_ns(),
+            entropy=os.urandom(64),
+            memory_bytes=limits.memory_bytes or 0,
+            pids=limits.pids or 0,
+            cpu_ns=round(quota * _CPU_PERIOD_NS) if quota is not None and quota % 1 else 0,
+        )
+        plan.hostname((spec.hostname or _HOSTNAME).encode("ascii"))
+        plan.loopback()
+        plan.mounts(self._tree())
+        plan.ids(*self._user)
+        plan.flags(enter=True, no_new_privs=True)
+        plan.workdir(HOME)
+        if "seccomp" in spec.asked:
+            self._filter = filter.choose(spec, self._host, kernel=self._kernel.release)
+            self._filter.put(plan, guest=True)
+        elif not self._host.seccomp:
+            wanted = seccomp.policy(namespaces=True, capabilities=spec.capabilities, own_kernel=True)
+            plan.seccomp(seccomp.cached(wanted))
+        if spec.capabilities:
+            plan.capabilities(capabilities.mask(spec.capabilities))
+        for which, limit in rlimits(spec):
+            plan.rlimit(which, limit, limit)
+        if limits.cpu_time_ns is not None:
+            plan.cpu_limit(limits.cpu_time_ns, None)
+        return plan
+
+    def _tree(self) -> list[MountStep]:
+        steps, mounted = guest_tree(self._spec, self._user, self._machine.memory_bytes)
+        if self._spec.overlay:
+            self._layer.made_by_us(mounted)
+        return steps
+
+    # ---- a sandbox that stays ----
+
+    def put(self, files: tuple[FileIn, ...]) -> None:
+        self._boot()
+        self._agent.put(files)
+        self._agent.until_taken()
+
+    def read(self, path: bytes, limit_bytes: int) -> bytes | None:
+        try:
+            return self._agent.read(path, limit_bytes, time.monotonic_ns() + TRANSFER_LIMIT_NS)
+        except StartError:
+            return None  # no regular file, says the guest
+
+    def files(self) -> list[tuple[bytes, int]]:
+        listed = self._agent.entries(time.monotonic_ns() + TRANSFER_LIMIT_NS)
+        return [(entry.path, entry.size_bytes) for entry in listed if entry.kind == "f"]
+
+    def mark(self) -> None:
+        self._before = self._last
+
+    def stats(self) -> Usage:
+        last = self._last
+        if last is None:
+            return Usage()
+        return Usage(memory_peak_bytes=last.memory_peak_bytes, source="the guest's cgroup v2")
+
+    def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
+        help = "open another sandbox, or use isolation='container'"
+        unmet = [
+            Unmet(rule, limits.given()[rule], "a machine's limits are fixed when it boots", help)
+            for rule in sorted(changed - {"wall_time", "output"})
+        ]
+        if unmet:
+            raise CannotEnforce("vm", unmet)
+        return []
+
+    def freeze(self) -> None:
+        freeze(self._vmm.cgroup, self._host, "vm")
+
+    def thaw(self) -> None:
+        if self._vmm.cgroup is not None:
+            self._vmm.cgroup.thaw()
+
+    # ---- files ----
+
+    def collect(self, patterns: tuple[bytes, ...], limit_bytes: int) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        left = limit_bytes
+        until = time.monotonic_ns() + TRANSFER_LIMIT_NS
+        for entry in self._agent.entries(until):
+            if entry.kind != "f" or not any(match_pattern(pattern, entry.path) for pattern in patterns):
+                continue
+            if entry.size_bytes > left:
+                # A hole can be of any size: it isn't sent for.
+                raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
+            try:
+                data = self._agent.read(entry.path, left, until)
+            except StartError:
+                continue  # not a file, or not there, any more: the guest said so
+            left -= len(data)
+            found[os.fsdecode(entry.path)] = data
+        return found
+
+    # ---- telling ----
+
+    def disk_full(self) -> bool:
+        return self._spec.limits.disk_bytes is not None and self._layer.full()
+
+    def changes(self) -> tuple[Change, ...] | None:
+        return self._layer.changes() if self._spec.overlay else None
+
+    def usage(self, outcome: Outcome) -> Measured:
+        return of_guest(outcome.exited, self._before)
+
+    def applied(self, outcome: Outcome) -> list[Applied]:
+        spec, limits, started = self._spec, self._spec.limits, outcome.started
+        machine = self._machine
+        found = [
+            Applied(rule="accelerator", requested=None, effective=self.accelerator, mechanism=self._why_accelerator),
+            Applied(
+                rule="machine",
+                requested=None,
+                effective=f"{machine.cpus} CPU, {machine.memory_bytes} bytes",
+                mechanism="QEMU microvm",
+            ),
+            *self._vmm.applied(),
+        ]
+        read = self._ready or {}
+        for rule, asked, effective in (
+            ("memory", limits.memory_bytes, read.get("memory") or None),
+            ("pids", limits.pids, read.get("pids") or None),
+            ("cpus", limits.cpus, read.get("cpu_ns", 0) / _CPU_PERIOD_NS or float(machine.cpus)),
+        ):
+            if asked is not None:
+                where = "virtual CPUs, the guest's cgroup v2" if rule == "cpus" else f"the guest's cgroup v2 {rule}.max"
+                mechanism = f"{where}, as the guest tells"
+                found.append(Applied(rule=rule, requested=asked, effective=effective, mechanism=mechanism))
+        if self._vmm.cgroup is not None:
+            on_host = [one for one in self._vmm.cgroup.in_force if one.rule in ("cpu_weight", "cpuset")]
+            found += [one.replace(mechanism=f"of QEMU: {one.mechanism}") for one in cgroup_applied(on_host, spec.asked)]
+        if limits.wall_time_ns is not None:
+            wall = limits.wall_time_ns
+            found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
+        if limits.cpu_time_ns is not None:
+            cpu = limits.cpu_time_ns
+            found.append(
+                Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="the guest's init, by its cgroup")
+            )
+        output = limits.output_bytes
+        asked_output = output if "output" in spec.asked else None
+        found.append(Applied(rule="output", requested=asked_output, effective=output, mechanism="the channel"))
+        if started is None:
+            return found
+        found += [
+            Applied(rule="kernel", requested=None, effective=started.kernel, mechanism="its own, read back by uname"),
+            Applied(
+                rule="user",
+                requested=requested(spec, "user"),
+                effective=f"{started.ids[1]}:{started.ids[4]}",
+                mechanism="the guest's setresuid, read back",
+            ),
+            capabilities.applied(spec, started, "the guest's user, as it tells", first_namespace=True),
+            Applied(
+                rule="no_new_privs",
+                requested=None,
+                effective=True if started.no_new_privs else None,
+                mechanism="the guest's prctl",
+            ),
+            filter.applied(spec, self._host, started, self._filter),
+            Applied(
+                rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="the guest's own kernel"
+            ),
+            Applied(
+                rule="network",
+                requested=spec.network.mode if "network" in spec.asked else None,
+                effective="none",
+                mechanism="no network card",
+            ),
+            Applied(
+                rule="files",
+                requested=spec.image if "image" in spec.asked else None,
+                effective=f"{spec.image}, {'below an overlay' if spec.overlay else 'read-only'};"
+                " its own /tmp, /dev and /proc; /run and /home empty",
+                mechanism="9p, read-only" if spec.image == "host" else "erofs disk",
+            ),
+        ]
+        found += self._layer.applied(spec, "as the guest tells")
+        for mount in spec.mounts:
+            shown = "writable" if mount.writable else "read-only"
+            found.append(
+                Applied(
+                    rule=f"mount {os.fsdecode(mount.target)}", requested=shown, effective=shown, mechanism="9p share"
+                )
+            )
+        return found
+
+    def close(self) -> None:
+        self._vmm.close()
