@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import ringfence as rf
 from support import leaks
-from support.sandboxes import IN_A_GUEST, LEVELS, LOCAL_LEVELS, python
+from support.sandboxes import IN_A_GUEST, LEVELS, LOCAL_LEVELS, need, need_cgroup, need_root, python
 
 # A daemon that left its session and its parent, deaf to SIGTERM, holding stdout; files in the work directory.
 CALLER = """
@@ -294,3 +295,48 @@ def test_what_a_caller_and_its_launcher_left_is_removed_by_the_next_one() -> Non
     assert not leaks.run_folders_of(caller.pid) | leaks.cgroups_of(caller.pid)
     assert leaks.run_folders_of(living.pid) == folders  # what isn't left over stays
     living.communicate(b"\n", timeout=60)
+
+
+KILLED_ELSEWHERE = """
+import os, signal, sys
+open(sys.argv[1] + "/cgroup.procs", "w").write("0")
+import ringfence as rf
+from ringfence.wire.launcher import launcher
+rf.run(["true"], isolation="container", limits=rf.Limits(memory="64M"))
+os.kill(launcher().pid, signal.SIGSTOP)  # so that it doesn't see our end first
+os.kill(launcher().pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["still there", "gone"])
+def test_what_is_left_in_another_cgroup_is_found(gone: bool) -> None:
+    """Who removes it needn't be in the cgroup of the one that was killed, nor need that cgroup be there any more."""
+    need_root()
+    need_cgroup("memory")
+    memory = rf.host().cgroups.controller("memory")
+    need("cgroup v1", memory.version == 1)  # on version 2 the place may be a scope of systemd's, which it removes
+    folder = Path(os.fsdecode(memory.path)) / f"elsewhere-{os.getpid()}"
+    folder.mkdir()
+    try:
+        caller = python(KILLED_ELSEWHERE, str(folder))
+        caller.communicate(timeout=60)
+        assert caller.returncode == -signal.SIGKILL
+        assert leaks.run_folders_of(caller.pid)
+        (left,) = folder.glob(f"ringfence-{caller.pid}-*")
+        if gone:
+            remove_cgroups(folder)
+        after = python("import ringfence as rf; rf.run(['true'], isolation='process')")
+        after.communicate(timeout=60)
+        assert after.returncode == 0
+        assert not leaks.run_folders_of(caller.pid)
+        assert not left.exists()
+    finally:
+        if folder.exists():
+            remove_cgroups(folder)
+
+
+def remove_cgroups(folder: Path) -> None:
+    for below in sorted(folder.rglob("*/"), reverse=True):
+        below.rmdir()
+    folder.rmdir()

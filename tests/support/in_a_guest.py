@@ -125,6 +125,7 @@ def _among(item: pytest.Item, patterns: tuple[str, ...]) -> bool:
 # Why else a test is skipped there: by the tests themselves.
 SKIPS = (
     "this machine lacks: vm level",
+    "this machine lacks: cgroup v1",
     "it fails unconfined too, by this machine's own kernel or rights: *",
 )
 OF_THE_USER = ("this machine lacks: root", "needs root: *")

@@ -113,7 +113,9 @@ def _below(base: Path, pid: int) -> set[str]:
     """What is in our own folders ringfence-<pid>-<random>, and the whole folders of callers that have ended."""
     found = set()
     for one in base.glob(f"{_PREFIX}{pid}-*"):
-        found |= {str(below) for below in one.iterdir() if below.is_dir() or base == run_folder_parent()}
+        # Links say where the cgroups are, for whoever may have to remove them.
+        inside = [below for below in one.iterdir() if not below.is_symlink()]
+        found |= {str(below) for below in inside if below.is_dir() or base == run_folder_parent()}
     for caller in callers:
         found |= {str(one) for one in base.glob(f"{_PREFIX}{caller}-*")}
     return found

@@ -1,7 +1,8 @@
 """What a Python process and its launcher left that were killed both, so that nobody was there to remove it.
 
-A run folder is locked for as long as its Python lives, and its cgroups bear its name. So where a folder's lock is free
-and its process is gone, what has that name is nobody's; but for a moment, while the launcher removes it.
+A run folder is locked for as long as its Python lives, its cgroups bear its name, and symbolic links in it say where
+they are. So where a folder's lock is free and its process is gone, what has that name is nobody's, but for a moment in
+which its launcher removes it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import errno
 import fcntl
 import os
 
-__all__ = ["FOLDER", "find", "hold"]
+__all__ = ["FOLDER", "find", "hold", "note"]
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _PREFIX = b"ringfence-"
+_LINK = b"cgroups-"
 _RANDOM_LETTERS = 16
 # As many as a launcher has room for beside what is its own.
 _MOST = 4
@@ -29,32 +31,74 @@ def hold(fd: int) -> None:
             raise
 
 
-def find(run_parent: int) -> list[bytes]:
-    """The names of what is left over. run_parent: the directory with the run folders."""
-    found: list[bytes] = []
+def note(run_fd: int, parent_fd: int) -> None:
+    """Says in our run folder that a cgroup of its name is going to be in that directory."""
+    about = os.fstat(parent_fd)
+    name = _LINK + b"%d-%d" % (about.st_dev, about.st_ino)
+    try:
+        os.symlink(os.readlink(b"/proc/self/fd/%d" % parent_fd), name, dir_fd=run_fd)
+    except FileExistsError:
+        pass  # it was said before
+
+
+def find(run_parent: int) -> list[tuple[bytes, list[int]]]:
+    """What is left over: names, and for each descriptors, for the caller to close, of the directories in which there is
+    a cgroup of that name. run_parent: the directory with the run folders.
+    """
+    found: list[tuple[bytes, list[int]]] = []
     for entry in os.listdir(run_parent):
         name = os.fsencode(entry)
-        if len(found) < _MOST and name.startswith(_PREFIX) and _is_left_over(run_parent, name):
-            found.append(name)
+        if len(found) < _MOST and name.startswith(_PREFIX):
+            parents = _if_left_over(run_parent, name)
+            if parents is not None:
+                found.append((name, parents))
     return found
 
 
-def _is_left_over(parent_fd: int, name: bytes) -> bool:
+def _if_left_over(parent_fd: int, name: bytes) -> list[int] | None:
     pid, _, random = name.removeprefix(_PREFIX).partition(b"-")
-    if not pid.isdigit() or len(random) != _RANDOM_LETTERS:
-        return False
-    if os.path.exists(b"/proc/" + pid):
-        return False
+    if not pid.isdigit() or len(random) != _RANDOM_LETTERS or os.path.exists(b"/proc/" + pid):
+        return None
     try:
         fd = os.open(name, FOLDER, dir_fd=parent_fd)
     except OSError:
-        return False  # not a folder, not ours, or not there any more
+        return None  # not a folder, not ours, or not there any more
     try:
         if os.fstat(fd).st_uid != os.geteuid():
-            return False
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its process lives, where we can't see it
+        return _cgroup_parents(fd)
     except OSError:
-        return False  # its process lives, where we can't see it
+        return None
     finally:
         os.close(fd)
-    return True
+
+
+def _cgroup_parents(folder: int) -> list[int]:
+    """Raises OSError where one is out of our reach: whoever reaches all of them is to remove them."""
+    found: list[int] = []
+    try:
+        for entry in os.listdir(folder):
+            link = os.fsencode(entry)
+            if not link.startswith(_LINK):
+                continue
+            path = os.readlink(link, dir_fd=folder)
+            if _is_gone(path):
+                continue
+            found.append(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            # Only a cgroup's directory has this file, so that no folder of another kind is ever taken for one.
+            os.stat("cgroup.procs", dir_fd=found[-1])
+    except BaseException:
+        for fd in found:
+            os.close(fd)
+        raise
+    return found
+
+
+def _is_gone(path: bytes) -> bool:
+    """Whether a cgroup was removed, with all below it. Where no directory above it is one, it is only out of sight."""
+    if os.path.lexists(path):
+        return False
+    while path != b"/" and not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return os.path.exists(os.path.join(path, b"cgroup.procs"))

@@ -20,7 +20,7 @@ from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_LEAF, OWN_TREE, La
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from ringfence.linux.cgroups import Cgroup, Limits, Manager
 
@@ -72,6 +72,7 @@ class State:
             os.mkdir(self._name, 0o711, dir_fd=self._parent_fd)
         except BaseException:
             os.close(self._parent_fd)
+            os.close(self.null)
             raise
         self.run_fd = os.open(self._name, leftovers.FOLDER, dir_fd=self._parent_fd)
         leftovers.hold(self.run_fd)
@@ -114,20 +115,15 @@ class State:
 
     def adopt_leftovers(self) -> None:
         """Has the launcher remove, with what is ours, what others left who died together with their launchers."""
-        for name in leftovers.find(self._parent_fd):
-            # The folder last: until then it is what tells of the others.
-            for parent_fd in self._cgroup_folders():
-                self.launcher.own(OWN_CGROUP, parent_fd, name)
-                os.close(parent_fd)
-            self.launcher.own(OWN_TREE, self._parent_fd, name)
-
-    def _cgroup_folders(self) -> Iterator[int]:
-        """Where a process like this one makes its cgroups, each opened for the caller to close."""
-        for kind, parent_fd, _ in self._owned:
-            if kind == OWN_CGROUP:
-                yield os.dup(parent_fd)
-        for path in {one.path for one in cgroups.layout().controllers if one.usable and one.version == 1}:
-            yield os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for name, parents in leftovers.find(self._parent_fd):
+            try:
+                for parent_fd in parents:
+                    self.launcher.own(OWN_CGROUP, parent_fd, name)
+                # The folder last: until then it is what tells of the others.
+                self.launcher.own(OWN_TREE, self._parent_fd, name)
+            finally:
+                for parent_fd in parents:
+                    os.close(parent_fd)
 
     # ---- berths ----
 
@@ -216,6 +212,8 @@ class State:
                 return None
 
     def _claim_cgroup(self, parent_fd: int, name: bytes, leaf: bool = False) -> None:
+        if not leaf:
+            leftovers.note(self.run_fd, parent_fd)
         self._own(OWN_LEAF if leaf else OWN_CGROUP, parent_fd, name)
 
     def leave_cgroup(self, cgroup: Cgroup) -> None:
