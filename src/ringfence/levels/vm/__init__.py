@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["VmLevel", "VmSandbox"]
 
 _MOST_CPUS = 64
+# Each takes descriptors of the frame that plans QEMU's jail, of which there are 64, and up to two of these steps.
+_MOST_MOUNTS = 32
 
 
 class VmLevel(Level):
@@ -115,10 +117,9 @@ class VmLevel(Level):
         if spec.overlay and spec.image == "host":
             reason = "a guest sees the host's files through a share, where they are nobody's: they couldn't be changed"
             unmet.append(Unmet("overlay", True, reason, "use a rootfs folder as image, or isolation='container'"))
-        if len(spec.mounts) > 6:
-            unmet.append(
-                Unmet("mounts", requested(spec, "mounts"), "the machine has room for 6 shares", "share their parent")
-            )
+        if len(spec.mounts) > _MOST_MOUNTS:
+            reason = f"a guest takes at most {_MOST_MOUNTS} mounts"
+            unmet.append(Unmet("mounts", requested(spec, "mounts"), reason, "mount their parent"))
         return unmet
 
     def open(self, spec: Spec, host: Host, *, stays: bool = False) -> VmSandbox:

@@ -36,13 +36,12 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox) -> list[MountStep]:
     for number, disk in enumerate(spec.disks):
         steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags)
     for share in spec.shares:
-        at = b"/vm/" + share.tag.encode()
+        at = b"/vm/" + share.path.encode()
         if share.source is None:
             steps += [messages.directory(at), *jail.userland(at)]
             continue
-        inside = at if os.path.isdir(share.source) else at + b"/file"
         kept = NOSUID | NODEV | NOEXEC | (0 if share.writable else RDONLY)
-        steps += jail.host_mount(share.source, inside, kept, must=share.writable)
+        steps += jail.host_mount(share.source, at, kept, must=share.writable)
     if spec.accelerator == "kvm":
         steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
     return steps
@@ -80,7 +79,10 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False) 
             cpus=spec.cpus,
             accel=spec.accelerator,
             channel_fd=3,
-            shares=[(share.tag, b"/vm/" + share.tag.encode(), share.writable) for share in spec.shares],
+            shares=[
+                (tag, b"/vm/" + tag.encode(), writable)
+                for tag, writable in {share.tag: share.writable for share in spec.shares}.items()
+            ],
             disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
             sets=spec.sets,
             qemu=_QEMU,

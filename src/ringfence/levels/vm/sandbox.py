@@ -18,7 +18,7 @@ from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
 from ringfence.levels.vm.agent import TRANSFER_LIMIT_NS, Agent
 from ringfence.levels.vm.qemu import start_qemu
-from ringfence.levels.vm.tree import HOME, guest_tree
+from ringfence.levels.vm.tree import HOME, guest_tree, mount_shares
 from ringfence.levels.vm.vmm import Machine, Share, Vmm
 from ringfence.linux import ids, seccomp
 from ringfence.result import Applied, Change, Usage
@@ -78,8 +78,7 @@ class VmSandbox(Sandbox):
             from ringfence.levels.vm import images
 
             disks.append(images.erofs_disk(spec.image))
-        for number, mount in enumerate(spec.mounts):
-            shares.append(Share(tag=f"mount{number}", source=mount.source, writable=mount.writable))
+        shares += mount_shares(spec)
         limits = spec.limits
         memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
         self._machine = Machine(

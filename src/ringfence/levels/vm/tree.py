@@ -6,6 +6,7 @@ import os
 
 from ringfence.images import tree
 from ringfence.levels.root import device_steps, directories_above, own_directories, private_steps
+from ringfence.levels.vm.vmm import Share
 from ringfence.spec.rules import Tmpfs
 from ringfence.wire import layers, messages
 from ringfence.wire.messages import BIND, INSIDE, NODEV, NOSUID, RDONLY, MountStep
@@ -14,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.spec import Mount, Spec
 
-__all__ = ["HOME", "guest_tree"]
+__all__ = ["HOME", "guest_tree", "mount_shares"]
 
 HOME = b"/work"
 _IMAGE = b"/.image"
@@ -48,7 +49,7 @@ def _skeleton(spec: Spec) -> tuple[list[MountStep], list[MountStep]]:
     steps = [*own_directories(), messages.directory(_IMAGE)]
     if spec.image == "host":
         entries = tree.host_entries()
-        shown = [_share(b"image", _IMAGE, writable=False)]
+        shown = [_share(b"image", _IMAGE, writable=False, keep=True)]
     else:
         entries = tree.entries(spec.image)
         flags = RDONLY | NOSUID | NODEV
@@ -69,40 +70,42 @@ def _skeleton(spec: Spec) -> tuple[list[MountStep], list[MountStep]]:
     return steps, shown + [step for step in devices if step.kind == BIND]
 
 
+# What a machine shows of the host's folders is in two devices, whatever their number: a microvm has few.
+_TAGS = {False: b"mounts", True: b"writable"}
+
+
+def mount_shares(spec: Spec) -> list[Share]:
+    """What the machine has to share for the spec's own mounts."""
+    return [
+        Share(tag=_TAGS[one.writable].decode(), name=str(number), source=one.source, writable=one.writable)
+        for number, one in enumerate(spec.mounts)
+    ]
+
+
 def _mounts(spec: Spec, user: tuple[int, int]) -> list[MountStep]:
-    """The spec's own mounts, parents first."""
+    """The spec's own mounts, parents first. Each is a folder, or a file, of a share that is hidden in the end."""
+    steps: list[MountStep] = []
+    hidden = {writable: b"/." + _TAGS[writable] for writable in sorted({one.writable for one in spec.mounts})}
+    for writable, at in hidden.items():
+        steps += [messages.directory(at), _share(_TAGS[writable], at, writable=writable)]
     numbers = {mount.target: number for number, mount in enumerate(spec.mounts)}
     both: list[Mount | Tmpfs] = [*spec.mounts, *spec.tmpfs]
-    steps: list[MountStep] = []
     for one in sorted(both, key=lambda one: one.target):
+        steps += directories_above(one.target)
         if isinstance(one, Tmpfs):
-            steps += [*directories_above(one.target), messages.directory(one.target)]
+            steps.append(messages.directory(one.target))
             steps.append(layers.tmpfs(one.target, one.size_bytes, one.mode, user))
-        else:
-            tag = b"mount%d" % numbers[one.target]
-            steps += _mount_steps(tag, one.source, one.target, writable=one.writable)
-    return steps
+            continue
+        steps.append(messages.directory(one.target) if os.path.isdir(one.source) else messages.file(one.target))
+        flags = NOSUID | NODEV | INSIDE | (0 if one.writable else RDONLY)
+        steps.append(messages.bind(one.target, hidden[one.writable] + b"/%d" % numbers[one.target], flags))
+    return steps + [messages.mask(at) for at in hidden.values()]
 
 
-def _share(tag: bytes, target: bytes, *, writable: bool) -> MountStep:
-    # cache=loose keeps what was read; nobody but us changes a read-only share's files while the guest is there.
-    options = b"trans=virtio,version=9p2000.L,msize=512000,cache=" + (b"mmap" if writable else b"loose")
+def _share(tag: bytes, target: bytes, *, writable: bool, keep: bool = False) -> MountStep:
+    """keep: what was looked up or read once is not asked for again: for what the host doesn't change meanwhile. Else
+    what the host writes is seen at once, as in a container's mount, and a walk of many names takes twice as long.
+    """
+    options = b"trans=virtio,version=9p2000.L,msize=512000,cache=" + (b"loose" if keep else b"mmap")
     flags = NOSUID | NODEV | (0 if writable else RDONLY)
     return messages.filesystem(target, b"9p", source=tag, data=options, flags=flags)
-
-
-def _mount_steps(tag: bytes, source: bytes, target: bytes, *, writable: bool) -> list[MountStep]:
-    """A share shows a folder; a single file is in a folder of its own there, and bound to its place."""
-    steps = directories_above(target)
-    if os.path.isdir(source):
-        return [*steps, messages.directory(target), _share(tag, target, writable=writable)]
-    hidden = b"/." + tag
-    flags = NOSUID | NODEV | INSIDE | (0 if writable else RDONLY)
-    return [
-        *steps,
-        messages.file(target),
-        messages.directory(hidden),
-        _share(tag, hidden, writable=writable),
-        messages.bind(target, hidden + b"/file", flags),
-        messages.mask(hidden),
-    ]

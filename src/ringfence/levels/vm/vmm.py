@@ -29,17 +29,25 @@ _WORDS_BYTES = 4096
 
 
 class Share(Value):
-    """A folder (or single file) that the guest can mount by `tag`. source: a host path, or None for the host's
-    userland as a container sees it.
+    """A folder (or single file) that the guest finds in what it mounts by `tag`, at `name`; "" is the whole of it.
+
+    A tag is one device of the machine, whatever number of shares it has. source: a host path, or None for the host's
+    userland as a container sees it. writable: the same for all shares of a tag.
     """
 
-    __slots__ = ("source", "tag", "writable")
+    __slots__ = ("name", "source", "tag", "writable")
     tag: str
+    name: str
     source: bytes | None
     writable: bool
 
-    def __init__(self, *, tag: str, source: bytes | None, writable: bool) -> None:
-        self._set(tag=tag, source=source, writable=writable)
+    def __init__(self, *, tag: str, name: str = "", source: bytes | None, writable: bool) -> None:
+        self._set(tag=tag, name=name, source=source, writable=writable)
+
+    @property
+    def path(self) -> str:
+        """Where it is, in a folder that holds all tags."""
+        return f"{self.tag}/{self.name}" if self.name else self.tag
 
 
 class Machine(Value):
