@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
+from _thread import allocate_lock
 
 from ringfence.api import check_spec, execute, put
 from ringfence.errors import RingfenceError, SpecError, StartError, WorkloadFailed
@@ -81,7 +81,7 @@ class Sandbox:
 
     def __init__(self, **options: Unpack[SandboxOptions]) -> None:
         self._spec = sandbox_spec(options)
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
         self._pid = os.getpid()
         boundary, machine = check_spec(self._spec)
         self._open: OpenSandbox | None = boundary.open(self._spec, machine, stays=True)

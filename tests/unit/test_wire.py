@@ -685,8 +685,9 @@ def test_a_joined_namespace_is_of_its_type(launcher: Launcher) -> None:
 def test_the_launcher_owns_no_name_that_leads_elsewhere(launcher: Launcher, name: bytes) -> None:
     parent = os.open("/", os.O_PATH)
     try:
+        launcher.own(1, parent, name)
         with pytest.raises(StartError) as raised:
-            launcher.own(1, parent, name)
+            launcher.confirm()
     finally:
         os.close(parent)
     assert raised.value.errno == errno.EPROTO

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 
@@ -93,6 +94,8 @@ def _dispatch(words: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         near = did_you_mean(name, list(COMMANDS)) or "; see ringfence --help"
         raise UsageError(f"ringfence: unknown {kind} {name!r}{near}")
+    if name != "run":
+        gc.enable()  # the others live long enough for it to pay; see bin/ringfence
     # Not importlib.import_module: half a millisecond, for the same.
     status: int = __import__(COMMANDS[name][0], fromlist=["main"]).main(rest)
     return status

@@ -179,7 +179,7 @@ class ContainerSandbox(LocalSandbox):
         self.make_cgroup()
         plan = messages.Plan()
         if shared.is_own("uts"):
-            plan.hostname(self._hostname.encode("ascii"))
+            plan.hostname(self._hostname.encode())
         if self._network_kind in ("none", "nat"):
             plan.loopback()
         plan.mounts(self._tree(berth.name))

@@ -6,7 +6,6 @@ import abc
 import os
 import resource
 import select
-import signal
 import time
 
 from ringfence.errors import KernelError, ProtocolError, RingfenceError, SpecError
@@ -330,6 +329,8 @@ class LocalSandbox(Sandbox):
 
     def kill(self) -> None:
         """Ends init by SIGKILL, where it doesn't answer any more."""
+        import signal
+
         self.thaw()
         if self.pidfd >= 0:
             try:

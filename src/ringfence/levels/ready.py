@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
+from _thread import allocate_lock
 
 from ringfence.errors import RingfenceError
 from ringfence.levels.base import PLAIN_RULES
@@ -62,7 +62,7 @@ class Ready:
     """The sandboxes that wait. May be called from any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
         self._waiting: dict[tuple[Any, ...], LocalSandbox] = {}
         self._last: list[tuple[Any, ...]] = []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 
 from ringfence.images import tree
@@ -34,12 +33,22 @@ _MASKED = (
 _READONLY = (b"/proc/bus", b"/proc/fs", b"/proc/irq", b"/proc/sys", b"/proc/sysrq-trigger")
 
 
-@functools.cache
+_private: dict[tuple[bool, bool, bool], tuple[MountStep, ...]] = {}
+
+
 def private_steps(user: tuple[int, int], *, masks: bool = True, host_proc: bool = False) -> tuple[MountStep, ...]:
     """What is every sandbox's own: /proc, /tmp, /dev/shm, terminals; /run for root, who alone may write there. /home is
     an empty folder of the tree. masks: what /proc tells of the host, or would change there, is hidden. host_proc: it is
     the launcher's /proc, with all processes of the host, where a user namespace of its own may not mount that anew.
     """
+    # Kept, as each start asks for them.
+    key = (user[0] == 0, masks, host_proc)
+    if key not in _private:
+        _private[key] = _private_steps(*key)
+    return _private[key]
+
+
+def _private_steps(for_root: bool, masks: bool, host_proc: bool) -> tuple[MountStep, ...]:
     tmpfs = NOSUID | NODEV
     terminals = b"newinstance,ptmxmode=0666,mode=620"
     proc_flags = NOSUID | NODEV | NOEXEC
@@ -51,7 +60,7 @@ def private_steps(user: tuple[int, int], *, masks: bool = True, host_proc: bool 
         messages.filesystem(b"/dev/shm", b"tmpfs", data=b"mode=1777,size=256m", flags=tmpfs),
         messages.filesystem(b"/dev/pts", b"devpts", data=terminals, flags=NOSUID | NOEXEC),
     ]
-    if user[0] == 0:
+    if for_root:
         steps.append(messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755,size=64m", flags=tmpfs))
     if masks:
         steps += [messages.mask(path) for path in _MASKED]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import stat
-import threading
+from _thread import allocate_lock
 
 from ringfence.errors import KernelError, RingfenceError
 from ringfence.levels import leftovers
@@ -52,7 +52,7 @@ class State:
     def __init__(self, helper: Launcher) -> None:
         self.launcher = helper
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self.lock = threading.Lock()
+        self.lock = allocate_lock()
         self.pid = os.getpid()
         self.ready = Ready()
         self._count = 0
@@ -262,7 +262,7 @@ def work_folder(*, passable: bool) -> bytes:
 
 
 _state: State | None = None
-_lock = threading.Lock()
+_lock = allocate_lock()
 # A launcher that dies at the very end has another one do its work, but not for ever.
 _MOST_LAUNCHERS = 5
 
@@ -297,7 +297,7 @@ def _at_exit() -> None:
 
 def _after_fork_in_child() -> None:
     global _state, _lock
-    _lock = threading.Lock()
+    _lock = allocate_lock()
     if _state is not None:
         _state.ready.forget()
     _state = None

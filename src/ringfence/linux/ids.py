@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import struct
-import threading
+from _thread import allocate_lock
 
 from ringfence._value import Value
 from ringfence.errors import KernelError
@@ -160,7 +160,7 @@ class Slots:
         self.count = range_().slots
         # Where to look next: spread, so that two processes don't walk over each other's slots.
         self._next = os.getpid() * 61 % self.count
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
 
     def fileno(self) -> int:
         return self._fd
@@ -201,7 +201,7 @@ class Slots:
 
 
 _slots: Slots | None = None
-_lock = threading.Lock()
+_lock = allocate_lock()
 
 
 def slots() -> Slots:
@@ -216,7 +216,7 @@ def slots() -> Slots:
 def _after_fork_in_child() -> None:
     # The child shares the parent's open file description, and with it the locks: it must take slots of its own.
     global _slots, _lock
-    _lock = threading.Lock()
+    _lock = allocate_lock()
     if _slots is not None:
         _slots.close()
         _slots = None

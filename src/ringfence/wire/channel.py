@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # What the module socket wraps: its import takes 1.5 ms, and each pair and each flag of its own some microseconds.
 import _socket as socket
-import array
 import os
+import struct
 
 from ringfence.errors import ProtocolError
 from ringfence.wire import frames
@@ -22,14 +22,18 @@ _TRUNCATED = socket.MSG_CTRUNC
 _NO_SIGNAL = socket.MSG_NOSIGNAL
 _CLOSE_ON_EXEC = socket.MSG_CMSG_CLOEXEC
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-_FD_BYTES = array.array("i").itemsize
+_FD_BYTES = struct.calcsize("i")
 # The other side sends one descriptor with one frame, once. A few more are room for that to change.
 _CONTROL_BYTES = socket.CMSG_SPACE(4 * _FD_BYTES)
 
 
+def _packed(fds: Sequence[int]) -> bytes:
+    return struct.pack(f"{len(fds)}i", *fds)
+
+
 def send_packet(sock: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
     """One packet with its descriptors, whole or not at all."""
-    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(fds))])
 
 
 class Channel:
@@ -52,6 +56,10 @@ class Channel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def block(self) -> None:
+        """From now on `receive` waits where nothing has come."""
+        self._socket.setblocking(True)
+
     @property
     def wants_to_send(self) -> bool:
         """Whether something waits for the socket to take it."""
@@ -73,9 +81,7 @@ class Channel:
     def flush(self) -> None:
         """Passes on what the socket takes now. That the other side is gone shows when reading."""
         while self._out:
-            ancillary = (
-                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._out_fds))] if self._out_fds else []
-            )
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(self._out_fds))] if self._out_fds else []
             try:
                 sent = self._socket.sendmsg([self._out[0]], ancillary, _NO_SIGNAL)
             except BlockingIOError:
@@ -111,9 +117,7 @@ class Channel:
                 data, control, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _CONTROL_BYTES, _CLOSE_ON_EXEC)
                 for level, kind, body in control:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        found = array.array("i")
-                        found.frombytes(body[: len(body) - len(body) % _FD_BYTES])
-                        self._fds.extend(found)
+                        self._fds.extend(struct.unpack_from(f"{len(body) // _FD_BYTES}i", body))
                 if flags & _TRUNCATED:
                     raise ProtocolError("more descriptors came than the protocol allows")
             else:

@@ -11,9 +11,9 @@ import _socket as socket  # as in channel.py
 import atexit
 import errno
 import os
-import threading
+from _thread import allocate_lock
 
-from ringfence.errors import ProtocolError, Unavailable
+from ringfence.errors import ProtocolError, RingfenceError, Unavailable
 from ringfence.linux import ids, privileges
 from ringfence.wire import frames, messages
 from ringfence.wire.channel import Channel, send_packet
@@ -149,7 +149,9 @@ class Launcher:
         self._pidfd = os.pidfd_open(self.pid)
         self._socket = ours
         self.templates: set[bytes] = set()
-        self.lock = threading.Lock()
+        # Answers that nobody has waited for yet, each with the template that it is of.
+        self._unconfirmed: list[tuple[Channel, bytes]] = []
+        self.lock = allocate_lock()
 
     def launch(self, request: bytes, joins: Sequence[int] = ()) -> Channel:
         """Starts a sandbox's init. Returns the channel on which LAUNCHED, and all of init's answers, will come.
@@ -164,20 +166,30 @@ class Launcher:
             raise
         finally:
             theirs.close()
-        return Channel(ours, trusted=True)
+        channel = Channel(ours, trusted=True)
+        if self._unconfirmed:
+            try:
+                self.confirm()  # while init is being started
+            except BaseException:
+                channel.close()
+                raise
+        return channel
 
     def template(self, name: bytes, steps: Iterable[messages.MountStep]) -> None:
-        """Makes a tree in the launcher's mount namespace, at /t/NAME."""
+        """Makes a tree in the launcher's mount namespace, at /t/NAME. Whether that worked shows at the next launch."""
         request, fds = messages.template(name, steps)
-        self._ask(request, fds)
+        self._unconfirmed.append((self._post(request, fds), name))
         self.templates.add(name)
 
     def own(self, kind: int, parent: int, name: bytes) -> None:
         """Hands over `name` below the directory `parent`: the launcher removes it when we are gone, whether it is there
         already or is yet to be made. OWN_LEAF: a cgroup that this process itself went down into, which goes up again.
         OWN_HELD: it only keeps the descriptor open until every sandbox is gone.
+
+        The launcher reads it before it sees our end, and before any later request. Whether it had room for it shows at
+        the next launch.
         """
-        self._ask(messages.own(kind, name), [parent])
+        self._unconfirmed.append((self._post(messages.own(kind, name), [parent]), b""))
 
     def user_namespace(self, uid_map: bytes, gid_map: bytes) -> int:
         """A descriptor of a new user namespace with these maps. The caller closes it."""
@@ -197,6 +209,7 @@ class Launcher:
 
         False where it was killed before, and so has left what it owned.
         """
+        self._drop_answers()
         self._socket.close()
         return self._reap(_GOODBYE_MS)
 
@@ -222,10 +235,15 @@ class Launcher:
 
     def forget(self) -> None:
         """In a forked child: lets go of the parent's launcher, which must not wait for us to end."""
+        self._drop_answers()
         self._socket.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def _drop_answers(self) -> None:
+        while self._unconfirmed:
+            self._unconfirmed.pop()[0].close()
 
     def __del__(self) -> None:
         # Of a launcher that was killed: see `_gone`.
@@ -257,15 +275,41 @@ class Launcher:
             pass  # it left none; what follows says all that is known
         return LauncherGone("the launcher ended unexpectedly")
 
-    def _ask(self, request: bytes, fds: Sequence[int]) -> list[int]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        channel = Channel(ours, trusted=True)
-        try:
+    def confirm(self) -> None:
+        """Waits for the answers that nobody has waited for yet, and raises the first error among them."""
+        failed: Exception | None = None
+        while True:
             try:
-                self._send(request, [theirs.fileno(), *fds])
-            finally:
-                theirs.close()
-            ours.setblocking(True)
+                channel, template = self._unconfirmed.pop(0)
+            except IndexError:
+                break  # by us or by another thread
+            try:
+                self._answer(channel)
+            except RingfenceError as error:
+                self.templates.discard(template)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def _ask(self, request: bytes, fds: Sequence[int]) -> list[int]:
+        return self._answer(self._post(request, fds))
+
+    def _post(self, request: bytes, fds: Sequence[int]) -> Channel:
+        """Sends a request, and returns the channel on which its answer comes."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._send(request, [theirs.fileno(), *fds])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return Channel(ours, trusted=True)
+
+    def _answer(self, channel: Channel) -> list[int]:
+        """The descriptors that come with it. Closes the channel; raises the launcher's error."""
+        try:
+            channel.block()
             while not channel.at_end:
                 for frame in channel.receive():
                     if frame.type == Type.ERROR:
@@ -285,7 +329,7 @@ def _ids(privileged: bool) -> tuple[str, ...]:
     return str(found.first), str(found.count)
 
 
-_lock = threading.Lock()
+_lock = allocate_lock()
 _launcher: Launcher | None = None
 
 
@@ -315,7 +359,7 @@ def _at_exit() -> None:
 
 def _after_fork_in_child() -> None:
     global _launcher, _lock
-    _lock = threading.Lock()
+    _lock = allocate_lock()
     if _launcher is not None:
         _launcher.forget()
         atexit.unregister(_at_exit)

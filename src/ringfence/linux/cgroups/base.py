@@ -13,7 +13,6 @@ from __future__ import annotations
 import abc
 import errno
 import os
-import signal
 import time
 
 from ringfence.errors import KernelError
@@ -294,6 +293,8 @@ class Cgroup(abc.ABC):
         A pid from cgroup.procs can be another process's by the time that it is opened, so it is looked up a
         second time once the pidfd holds it: only what is in the cgroup then is signalled.
         """
+        import signal
+
         deadline = time.monotonic() + timeout_s
         while found := self.processes():
             held: dict[int, int] = {}
