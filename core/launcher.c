@@ -32,7 +32,7 @@ struct owned { enum owned_kind kind; int parent; char name[256]; };
 struct launcher {
     int socket, signals, proc, host_mounts, host_root, host_network;
     int next_network; /* a network namespace in which nothing has run yet, or -1 */
-    bool own_mounts, wants_network, unreaped; /* unreaped: there may be more zombies */
+    bool own_mounts, launched, wants_network, unreaped; /* unreaped: there may be more zombies */
     struct rf_ids ids; /* what sandboxes are run as */
     struct rf_maps maps;
     struct sandbox live[SANDBOXES_MAX];
@@ -198,7 +198,9 @@ static int launch(struct launcher *s, const struct rf_frame *f, struct rf_error 
     if (r == 0 && go[1] >= 0 && write(go[1], "1", 1) != 1) r = rf_fail(e, "launch", "write", "go");
     if (go[0] >= 0) close(go[0]), close(go[1]); /* without its byte the child ends by itself */
     if (pidfd >= 0) close(pidfd);
-    s->wants_network |= r == 0 && (l.clone_flags & CLONE_NEWNET) && !l.own_network;
+    /* Not after the first one: a caller that starts a single sandbox ends with it. */
+    s->wants_network |= r == 0 && s->launched && (l.clone_flags & CLONE_NEWNET) && !l.own_network;
+    s->launched = true;
     return r;
 }
 
@@ -431,6 +433,7 @@ int rf_launcher_main(int socket_fd, const struct rf_ids *ids) {
     if (privileged) drop_bounding_set();
     s->proc = open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (s->proc < 0) return 1;
+    prepare_network(s); /* while Python puts its first request together */
     for (;;) {
         struct pollfd wait[2] = {{.fd = s->socket, .events = POLLIN}, {.fd = s->signals, .events = POLLIN}};
         /* The next sandbox and its network namespace are made once this launch is out of the way, and not beside it. */

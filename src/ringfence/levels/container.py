@@ -9,13 +9,20 @@ import stat
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.images import tree
-from ringfence.levels import capabilities, filter, namespaces, reach
+from ringfence.levels import capabilities, filter, namespaces
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.layer import overlay_unmet, why_no_overlay
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.network.rules import NetworkFiles, network_unmet
-from ringfence.levels.root import device_steps, directories_above, host_template, own_directories, private_steps
+from ringfence.levels.root import (
+    device_steps,
+    directories_above,
+    host_template,
+    no_host_files,
+    own_directories,
+    private_steps,
+)
 from ringfence.levels.state import State, state
 from ringfence.levels.users import resolve
 from ringfence.linux import ids, landlock, mounts, seccomp
@@ -51,7 +58,7 @@ class ContainerLevel(Level):
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         found = limit_abilities(host)
-        found.update(reach.elsewhere())
+        found.update(no_host_files())
         found["hostname"] = Ability(rule="hostname", mechanism="UTS namespace")
         found["image"] = Ability(rule="image", mechanism="mount namespace, pivot_root")
         found["user"] = Ability(rule="user", mechanism="user namespace")

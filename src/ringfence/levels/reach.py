@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ringfence.spec import Spec
     from ringfence.wire.messages import Started
 
-__all__ = ["abilities", "applied", "elsewhere", "is_narrowed", "ruleset", "unmet"]
+__all__ = ["abilities", "applied", "is_narrowed", "ruleset", "unmet"]
 
 _CONTAINER = "use isolation='container'"
 _RULES = frozenset(("readable", "writable", "allow", "publish", "mounts", "devices"))
@@ -53,18 +53,6 @@ def abilities(host: Host) -> dict[str, Ability]:
     found["bandwidth"] = Ability(
         rule="bandwidth", reason="a process has no network stack of its own to limit", help=_CONTAINER
     )
-    return found
-
-
-def elsewhere() -> dict[str, Ability]:
-    """Of the levels that have a file tree of their own: what isn't shown there needs no rule."""
-    found = {}
-    for rule, help in (
-        ("readable", "show just what it is to read: mounts=[Mount(path, path)], or image= for another userland"),
-        ("writable", "use mounts=[Mount(path, path, writable=True)]"),
-    ):
-        reason = "its files are a tree of its own, in which nothing of the host is but the image and the mounts"
-        found[rule] = Ability(rule=rule, reason=reason, help=help)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence.images import tree
+from ringfence.levels.base import Ability
 from ringfence.linux import mounts
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
@@ -13,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["device_steps", "directories_above", "host_template", "own_directories", "private_steps"]
+__all__ = ["device_steps", "directories_above", "host_template", "no_host_files", "own_directories", "private_steps"]
 
 _DEVICES = (b"null", b"zero", b"full", b"random", b"urandom", b"tty")
 
@@ -66,6 +67,18 @@ def _private_steps(for_root: bool, masks: bool, host_proc: bool) -> tuple[MountS
         steps += [messages.mask(path) for path in _MASKED]
         steps += [messages.readonly(path) for path in _READONLY]
     return tuple(steps)
+
+
+def no_host_files() -> dict[str, Ability]:
+    """The rules that a level with a file tree of its own needs none of: what isn't shown in it can't be reached."""
+    found = {}
+    for rule, help in (
+        ("readable", "show just what it is to read: mounts=[Mount(path, path)], or image= for another userland"),
+        ("writable", "use mounts=[Mount(path, path, writable=True)]"),
+    ):
+        reason = "its files are a tree of its own, in which nothing of the host is but the image and the mounts"
+        found[rule] = Ability(rule=rule, reason=reason, help=help)
+    return found
 
 
 def own_directories() -> list[MountStep]:

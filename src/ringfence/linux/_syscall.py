@@ -1,12 +1,12 @@
-"""System calls that Python has no function for, each as a checked function, by ctypes.
+"""System calls that Python has no function for, each as a checked function.
 
-Importing ctypes costs some milliseconds, so this module is imported by the function that needs it.
+By `_ctypes`, which the module ctypes wraps: importing that one too takes a millisecond, in which a container starts.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
+from _ctypes import FUNCFLAG_CDECL, FUNCFLAG_USE_ERRNO, CFuncPtr, _SimpleCData, dlopen, dlsym, get_errno
 
 from ringfence.errors import KernelError
 
@@ -34,22 +34,31 @@ _HELP = {
     errno.EOPNOTSUPP: "it is switched off at boot",
 }
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# As array and struct have them: int, unsigned int, long, size_t (unsigned long), and bytes that end with a zero byte.
+_TYPES = {code: type(f"_{code}", (_SimpleCData,), {"_type_": code}) for code in "iIlLz"}
 
 
-def system_call(name: str, *types: Any) -> Callable[..., int]:
-    """The system call `name` of NUMBERS, as a function of arguments of the given ctypes types.
+class _Function(CFuncPtr):
+    _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
+    _restype_ = _TYPES["l"]
+
+
+_address = dlsym(dlopen(None, 0), "syscall")  # type: ignore[arg-type]  # None: of this program and its libraries
+
+
+def system_call(name: str, types: str) -> Callable[..., int]:
+    """The system call `name` of NUMBERS, as a function of arguments of these types, a letter of _TYPES each.
 
     The function returns the call's result, and raises KernelError with the call's name and arguments where it
     is negative.
     """
-    prototype = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, *types, use_errno=True)
-    function = prototype(("syscall", _libc))
+    function: Any = _Function(_address)
+    function.argtypes = (_TYPES["l"], *(_TYPES[code] for code in types))
 
     def check(result: Any, _function: Any, arguments: tuple[Any, ...]) -> Any:
         if result >= 0:
             return result
-        number = ctypes.get_errno()
+        number = get_errno()
         # A structure is shown by its size: its bytes mean nothing to a reader.
         shown = [len(one) if isinstance(one, bytes) else one for one in arguments[1:]]
         raise KernelError(name, shown, number, _HELP.get(number))

@@ -316,12 +316,10 @@ def _known_path(path: bytes) -> tuple[int, bool] | None:
 def _calls() -> tuple[Callable[..., int], Callable[..., int]]:
     global _known_calls
     if _known_calls is None:
-        from ctypes import c_char_p, c_int, c_size_t, c_uint32
-
         from ringfence.linux._syscall import system_call
 
         _known_calls = (
-            system_call("landlock_create_ruleset", c_char_p, c_size_t, c_uint32),
-            system_call("landlock_add_rule", c_int, c_int, c_char_p, c_uint32),
+            system_call("landlock_create_ruleset", "zLI"),
+            system_call("landlock_add_rule", "iizI"),
         )
     return _known_calls

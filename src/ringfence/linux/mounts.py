@@ -76,18 +76,16 @@ def new_tmpfs(options: bytes) -> int:
 
     Needs CAP_SYS_ADMIN and Linux 5.2. Raises KernelError. Sources: fsopen(2), fsconfig(2), fsmount(2).
     """
-    from ctypes import c_char_p, c_int, c_uint
-
     from ringfence.linux._syscall import system_call
 
-    fsconfig = system_call("fsconfig", c_int, c_uint, c_char_p, c_char_p, c_int)
-    context = system_call("fsopen", c_char_p, c_uint)(b"tmpfs", _FSOPEN_CLOEXEC)
+    fsconfig = system_call("fsconfig", "iIzzi")
+    context = system_call("fsopen", "zI")(b"tmpfs", _FSOPEN_CLOEXEC)
     try:
         for option in options.split(b","):
             name, _, value = option.partition(b"=")
             fsconfig(context, _FSCONFIG_SET_STRING, name, value, 0)
         fsconfig(context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        return system_call("fsmount", c_int, c_uint, c_uint)(context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NOSUID)
+        return system_call("fsmount", "iII")(context, _FSMOUNT_CLOEXEC, _MOUNT_ATTR_NOSUID)
     finally:
         os.close(context)
 
@@ -95,12 +93,10 @@ def new_tmpfs(options: bytes) -> int:
 def _calls() -> tuple[Callable[..., int], Callable[..., int]]:
     global _known_calls
     if _known_calls is None:
-        from ctypes import c_char_p, c_int, c_size_t, c_uint
-
         from ringfence.linux._syscall import system_call
 
         _known_calls = (
-            system_call("open_tree", c_int, c_char_p, c_uint),
-            system_call("mount_setattr", c_int, c_char_p, c_uint, c_char_p, c_size_t),
+            system_call("open_tree", "izI"),
+            system_call("mount_setattr", "izIzL"),
         )
     return _known_calls

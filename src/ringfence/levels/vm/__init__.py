@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 
 from ringfence.errors import SpecError, Unmet
-from ringfence.levels import filter, reach
+from ringfence.levels import filter
 from ringfence.levels.base import Ability, Level, requested
 from ringfence.levels.limits import cpuset_unmet, limit_abilities
+from ringfence.levels.root import no_host_files
 from ringfence.levels.users import resolve
 from ringfence.levels.vm.sandbox import VmSandbox
 
@@ -77,7 +78,7 @@ class VmLevel(Level):
                 rule=rule, reason="a guest's work directory is in its memory", help="use isolation='container'"
             )
         abilities["seccomp"] = filter.ability(host)
-        abilities.update(reach.elsewhere())
+        abilities.update(no_host_files())
         abilities["overlay"] = _overlay_ability()
         abilities["devices"] = Ability(
             rule="devices",
