@@ -29,19 +29,72 @@ def root(cache_dir: str | None = None) -> str:
     """The cache folder, made if it is missing: cache_dir, else $RINGFENCE_CACHE, else
     $XDG_CACHE_HOME/ringfence, else ~/.cache/ringfence (XDG Base Directory Specification).
 
-    Raises SpecError where it's not an absolute path, or where another account could write there: what is kept
-    in it is run later.
+    Raises SpecError where it's not an absolute path, or where another account could write there, or put something
+    else in its place: what is kept in it is run later. The path that is returned has no symlink in it.
     """
     path = cache_dir or os.environ.get("RINGFENCE_CACHE") or os.path.join(_user_cache(), "ringfence")
     if not os.path.isabs(path):
         raise SpecError(f"the cache folder must be an absolute path, not {path!r}")
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    about = os.stat(path)
+    real = _checked.get(path)
+    if real is None or not os.path.isdir(real):
+        real = _checked[path] = _resolved(path)
+    return real
+
+
+# What was asked for to what it is, of the folders that this process has looked at.
+_checked: dict[str, str] = {}
+_MOST_LINKS = 40  # as the kernel follows
+
+
+def _resolved(path: str) -> str:
+    """The path without symlinks. What is missing is made; whatever another account could replace is a SpecError."""
+    real, links = "/", 0
+    left = [one for one in reversed(path.split("/")) if one not in ("", ".")]
+    _judge(real, path, whole=not left)
+    while left:
+        name = left.pop()
+        if name == "..":
+            real = os.path.dirname(real)
+            continue
+        here = os.path.join(real, name)
+        try:
+            about = _judge(here, path, whole=not left)
+        except FileNotFoundError:
+            _make(here)
+            about = _judge(here, path, whole=not left)
+        if stat.S_ISLNK(about.st_mode):
+            links += 1
+            if links > _MOST_LINKS:
+                raise SpecError(f"the cache folder {path} has too many symlinks on its way")
+            target = os.readlink(here)
+            real = "/" if target.startswith("/") else real
+            left += [one for one in reversed(target.split("/")) if one not in ("", ".")]
+        else:
+            real = here
+    return real
+
+
+def _make(path: str) -> None:
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass  # by another one of us, at the same time
+
+
+def _judge(here: str, path: str, *, whole: bool) -> os.stat_result:
+    """whole: it is the cache folder itself. Raises SpecError, OSError."""
+    about = os.lstat(here)
+    what = f"the cache folder {here}" if whole else f"{here}, on the way to the cache folder {path},"
     if about.st_uid not in (0, os.geteuid()):
-        raise SpecError(f"the cache folder {path} belongs to uid {about.st_uid}: name your own in RINGFENCE_CACHE")
-    if stat.S_IMODE(about.st_mode) & 0o022:
-        raise SpecError(f"the cache folder {path} is writable by other accounts: run 'chmod go-w {path}'")
-    return path
+        raise SpecError(f"{what} belongs to uid {about.st_uid}: name a folder of your own in RINGFENCE_CACHE")
+    if stat.S_ISLNK(about.st_mode):
+        return about
+    if not stat.S_ISDIR(about.st_mode):
+        raise SpecError(f"{what} is no folder")
+    # In a sticky folder nobody else may rename or remove what is ours.
+    if about.st_mode & 0o022 and (whole or not about.st_mode & stat.S_ISVTX):
+        raise SpecError(f"{what} is writable by other accounts: run 'chmod go-w {here}'")
+    return about
 
 
 def _user_cache() -> str:
@@ -101,13 +154,26 @@ def _replace(path: str, fill: Callable[[str], None]) -> None:
 
 
 def intact(folder: str) -> bool:
-    """True where the entry's files are the ones that were sealed."""
+    """True where the entry's files are the ones that were sealed, and nobody else could have changed them."""
+    # An entry may be a name for another one of its kind.
+    parent, folder = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
     seal = os.path.join(folder, _SEAL)
     try:
+        if os.path.dirname(folder) != parent or not _is_ours(parent, stat.S_ISDIR):
+            return False
+        if not _is_ours(folder, stat.S_ISDIR) or not _is_ours(seal, stat.S_ISREG):
+            return False
         with open(seal, encoding="utf-8") as file:
             sealed = [line.split(" ", 2) for line in file.read().splitlines()]
         if not sealed or any(len(one) != 3 for one in sealed):
             return False
+        for _, _, name in sealed:
+            *folders, _ = parts = name.split("/")
+            below = ["/".join(folders[: count + 1]) for count in range(len(folders))]
+            if ".." in parts or not all(_is_ours(os.path.join(folder, one), stat.S_ISDIR) for one in below):
+                return False
+            if not _is_ours(os.path.join(folder, name), stat.S_ISREG):
+                return False
         now = [(digest, _fingerprint(os.path.join(folder, name)), name) for digest, _, name in sealed]
         if all(fingerprint == before for (_, fingerprint, _), (_, before, _) in zip(now, sealed, strict=True)):
             return True
@@ -122,6 +188,12 @@ def intact(folder: str) -> bool:
     except OSError:
         pass
     return True
+
+
+def _is_ours(path: str, kind: Callable[[int], bool]) -> bool:
+    """Whether it is of that kind, and no symlink to one, and only this user or root can change it."""
+    about = os.lstat(path)
+    return kind(about.st_mode) and about.st_uid in (0, os.geteuid()) and not about.st_mode & 0o022
 
 
 def forget_old(kind: str, keep: int, cache_dir: str | None = None) -> None:
@@ -151,6 +223,7 @@ def write(path: str, data: bytes) -> None:
     """Write a whole file, through another name: a reader sees the old one or the new one."""
     scratch = f"{path}.{os.getpid()}-{os.urandom(4).hex()}"
     with open(scratch, "xb") as file:
+        os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o755)  # whatever the umask lets others write to
         file.write(data)
     os.replace(scratch, path)
 

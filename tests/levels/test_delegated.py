@@ -134,3 +134,69 @@ def test_without_one_every_limit_is_refused(home: Path) -> None:
     assert all("isn't writable for this user (not delegated)" in reason for _, reason in found["usable"].values())
     for isolation in ("process", "container"):
         assert found[isolation]["refused"] == ["cpu_weight", "cpus", "cpuset", "memory", "pids", "swap"]
+
+
+# What a workload does to lift its limits by its own cgroup's files, and what that came to.
+LIFTS = r"""
+import json, os, sys
+import ringfence as rf
+from ringfence.api import execute, level, run_spec
+from ringfence.levels import filter
+from ringfence.spec import Spec
+
+files = r'''
+import os
+with open("/proc/self/cgroup") as file:
+    [own] = [line.split(":", 2)[2].strip() for line in file if line.split(":")[1] == "pids"]
+with open("/sys/fs/cgroup/pids" + own + "/pids.max", "w") as file:
+    file.write("max")
+print("lifted")
+'''
+unshared = "unshare -U -r -m -C sh -c 'mount -t cgroup -o pids none /tmp && echo max >/tmp/pids.max && echo lifted'"
+detached = r'''
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+call = lambda *arguments: libc.syscall(*arguments)
+assert libc.unshare(0x10000000 | 0x20000 | 0x02000000) == 0  # user, mount, cgroup
+context = call(430, b"cgroup", 0)  # fsopen; these numbers are every architecture's
+call(431, context, 0, b"pids", None, 0)  # fsconfig
+call(431, context, 6, None, None, 0)
+mount = call(432, context, 0, 0)  # fsmount, attached nowhere
+os.write(os.open("pids.max", os.O_WRONLY, dir_fd=mount), b"max")
+print("lifted")
+'''
+python = "/usr/bin/python3"
+profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+    {"names": ["mount", "move_mount", "clone3"], "action": "SCMP_ACT_ERRNO"}]}
+host = rf.host()
+cases = {
+    "no Landlock": ("process", [python, "-c", files], None, host.replace(landlock_abi=0)),
+    "no filter": ("container", ["/bin/sh", "-c", unshared], None, host.replace(seccomp="no libseccomp")),
+    "a detached mount": ("container", [python, "-c", detached], profile, host),
+}
+
+def attempt(name, on, unchecked=False):
+    isolation, argv, seccomp, _ = cases[name]
+    spec = Spec.make(argv, isolation=isolation, limits=rf.Limits(pids=20), seccomp=seccomp, text=True)
+    if unchecked:
+        filter._judged = lambda *_: []  # a profile is judged a second time, when it is compiled
+        with level(isolation).open(spec, on) as sandbox:
+            return execute(sandbox, spec, 0, once=True).stdout.strip()
+    try:
+        return run_spec(spec, on).stdout.strip()
+    except rf.CannotEnforce as error:
+        return sorted(one.rule for one in error.unmet)
+
+refused = {name: attempt(name, case[3]) for name, case in cases.items()}
+print(json.dumps({name: [refused[name], attempt(name, case[3], True)] for name, case in cases.items()}))
+"""
+
+
+def test_a_limit_that_could_be_lifted_is_refused(delegated: dict[str, Path], home: Path) -> None:
+    """And could be: each is tried once more without the check."""
+    found = as_user(home, set(delegated.values()), LIFTS)
+    assert found == {
+        "no Landlock": [["pids"], "lifted"],
+        "no filter": [["pids"], "lifted"],
+        "a detached mount": [["seccomp"], "lifted"],
+    }

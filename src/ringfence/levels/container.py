@@ -92,6 +92,8 @@ class ContainerLevel(Level):
             unmet += capabilities.unmet(spec, host)
         if "seccomp" in spec.asked:
             unmet += filter.unmet(spec, host)
+        elif not host.privileged:
+            unmet += filter.cgroup_unmet(spec, host)
         unmet += overlay_unmet(spec, host)
         if spec.devices:
             from ringfence.levels import devices
@@ -467,6 +469,8 @@ class ContainerSandbox(LocalSandbox):
             about = os.fstat(held)
             if not secret and (reason := _why_secret(held)):
                 raise SpecError(f"mounts: {os.fsdecode(source)} has become what would show a secret: {reason}")
+            if not self._host.privileged and not flags & RDONLY and _lifts_limits(self.spec, held):
+                raise SpecError(f"mounts: {os.fsdecode(source)} shows cgroups, and the workload's user owns its own")
             what: bytes | int = source
             if self._host.privileged:
                 what = self._detached(source, (about.st_uid, about.st_gid), must=must, held=held)
@@ -562,6 +566,13 @@ class ContainerSandbox(LocalSandbox):
                 )
             )
         return found
+
+
+def _lifts_limits(spec: Spec, held: int) -> bool:
+    """Whether what a writable mount shows is where the limits of the sandbox could be changed."""
+    from ringfence.levels import owned
+
+    return not spec.asked.isdisjoint(owned.CGROUP_LIMITS) and owned.shows_cgroups(held)
 
 
 def _why_secret(held: int) -> str:

@@ -14,20 +14,14 @@ from ringfence.result import Applied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ringfence.levels.host import Host
     from ringfence.linux.seccomp_profile import Profile
     from ringfence.spec import Spec
     from ringfence.wire.messages import Plan, Started
 
-__all__ = ["Filter", "ability", "applied", "choose", "unmet"]
-
-# What a cgroup of the sandbox enforces, where the workload could own that cgroup's files.
-_CGROUP_LIMITS = frozenset(
-    (
-        *("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "cpu_time"),
-        *("io_read", "io_write", "io_read_ops", "io_write_ops"),
-    )
-)
+__all__ = ["Filter", "ability", "applied", "cgroup_unmet", "choose", "unmet"]
 
 
 class Filter(Value):
@@ -117,20 +111,26 @@ def _judged(spec: Spec, host: Host, own: Profile | None) -> list[Unmet]:
     if spec.isolation == "process":
         if loose and spec.network.mode == "none":
             refuse("network 'none' is kept by the filter at this level", "use network='host', or isolation='container'")
-        shared = not host.privileged or spec.user is not None
-        if shared and not host.landlock_abi and may("ptrace", "process_vm_writev"):
+        if (not host.privileged or spec.user is not None) and not host.landlock_abi:
+            # /proc/PID/mem needs no system call of its own that a filter could deny.
             refuse(
-                "the workload could look into its user's other processes: only the filter, or Landlock, denies ptrace",
+                "the workload could look into its user's other processes, and change them: only Landlock denies that",
                 "use isolation='container'",
             )
-    # A cgroup that is delegated to the caller is the workload's too: it can be mounted, or a process made in another.
-    ways = {"container": ("mount", "move_mount"), "process": ("clone3",)}.get(spec.isolation)
-    if ways and not host.privileged and spec.asked & _CGROUP_LIMITS and may(*ways):
-        refuse(
-            "the workload's user owns its cgroup, and could leave or change it and its limits",
-            f"use a profile that doesn't allow {' or '.join(ways)}, or run as root",
-        )
+    if spec.isolation != "vm":  # whose filter is the guest's
+        found += cgroup_unmet(spec, host, may)
     return found
+
+
+def cgroup_unmet(spec: Spec, host: Host, may: Callable[..., bool] | None = None) -> list[Unmet]:
+    """The limits that the workload could lift, as its user owns its cgroup. may: whether the spec's filter allows one
+    of these calls; without it, the filter is the default one, or there is none.
+    """
+    if host.privileged and spec.user is None:
+        return []
+    from ringfence.levels import owned
+
+    return owned.unmet(spec, host, may or (lambda *_: bool(host.seccomp)))
 
 
 def _can_notify() -> bool:

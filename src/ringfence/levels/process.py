@@ -68,6 +68,8 @@ class ProcessLevel(Level):
         unmet = limit_unmet(spec, host) + reach.unmet(spec, host)
         if "seccomp" in spec.asked:
             unmet += filter.unmet(spec, host)
+        elif not host.privileged or spec.user is not None:
+            unmet += filter.cgroup_unmet(spec, host)
         if spec.devices:
             from ringfence.levels import devices
 
@@ -83,7 +85,9 @@ class ProcessLevel(Level):
                         "use the same path twice, or isolation='container'",
                     )
                 )
-        if not host.privileged and host.landlock_abi < landlock.SCOPES_ABI:
+        if not host.landlock_abi and (not host.privileged or spec.user is not None):
+            unmet += _without_landlock(spec, host)
+        elif not host.privileged and host.landlock_abi < landlock.SCOPES_ABI:
             # The workload is the caller's own user, who may stop ringfence's processes too.
             for rule in sorted(spec.asked & {"wall_time", "cpu_time"}):
                 unmet.append(
@@ -102,6 +106,22 @@ class ProcessLevel(Level):
 
     def open(self, spec: Spec, host: Host, *, stays: bool = False) -> ProcessSandbox:
         return open_local(ProcessSandbox, spec, host, state(), stays=stays)
+
+
+def _without_landlock(spec: Spec, host: Host) -> list[Unmet]:
+    """What was asked of a workload whose user has other processes: it could write their memory (/proc/PID/mem), and
+    have them do what it may not. A filter of its own is refused by `levels.filter`.
+    """
+    from ringfence.levels import owned
+
+    keeps = {"network"} if spec.network.mode == "none" else set()
+    if owned.is_owner(spec, host):
+        keeps |= owned.CGROUP_LIMITS  # whose files are its user's too
+    if not host.privileged:
+        keeps |= {"wall_time", "output"}  # which ringfence's own processes keep
+    reason = "the workload's user has other processes, and files of cgroups, that only Landlock keeps from it"
+    help = "use a kernel with Landlock, isolation='container', or root without user="
+    return [Unmet(rule, requested(spec, rule), reason, help) for rule in sorted(spec.asked & keeps)]
 
 
 def _threads_of(uid: int) -> int:
@@ -165,8 +185,9 @@ class ProcessSandbox(LocalSandbox):
         """Without an id of its own a sandbox is killed process by process, which only ends where their number does."""
         if self._cgroup_limits.pids is not None:
             return
-        # systemd isn't asked for a cgroup for this alone.
-        if self._host.cgroups.controller("pids").usable and not self._host.cgroups.by_systemd:
+        # systemd isn't asked for a cgroup for this alone; and without Landlock it could change its own.
+        pids, kept = self._host.cgroups.controller("pids"), self._host.landlock_abi > 0
+        if kept and pids.usable and not self._host.cgroups.by_systemd:
             self._cgroup_limits = self._cgroup_limits.replace(pids=_MOST_PROCESSES)
             return
         # The kernel counts all threads of the user, wherever they run. It doesn't count root's.
@@ -243,6 +264,15 @@ class ProcessSandbox(LocalSandbox):
                 mechanism=mechanism if enforced else self._host.seccomp,
             )
         )
+        if not started.landlock and not self._has_own_uid:
+            found.append(
+                Applied(
+                    rule="other processes of its user",
+                    requested=None,
+                    effective=None,
+                    mechanism="within reach: without Landlock their memory is open (/proc/PID/mem)",
+                )
+            )
         if started.ids[1] == 0:
             found.append(
                 Applied(

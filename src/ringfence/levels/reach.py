@@ -138,8 +138,20 @@ def _access(spec: Spec, host: Host, rule: str, path: bytes, fd: int) -> list[Unm
         able = os.access(f"/proc/self/fd/{fd}", mode, effective_ids=True)
         help = "name a path that you may use yourself"
     if able:
-        return []
+        return _limits_there(spec, host, rule, path, fd) if verb == "write in" else []
     return [Unmet(rule, os.fsdecode(path), f"the workload's uid may not {verb} {os.fsdecode(path)}", help)]
+
+
+def _limits_there(spec: Spec, host: Host, rule: str, path: bytes, fd: int) -> list[Unmet]:
+    """Whether its own limits could be changed in what it may write to."""
+    if host.privileged and spec.user is None:
+        return []
+    from ringfence.levels import owned
+
+    limits = spec.asked & owned.CGROUP_LIMITS
+    if not limits or not owned.is_owner(spec, host) or not owned.shows_cgroups(fd):
+        return []
+    return [Unmet(rule, os.fsdecode(path), owned.why_not_writable(path), "leave cgroups out of what is writable")]
 
 
 def _may(about: int | bytes, needs: tuple[int, int], user: tuple[int, int] | None) -> bool:

@@ -112,6 +112,8 @@ class VmLevel(Level):
                 unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
         if spec.limits.cpus is not None and spec.limits.cpus > _MOST_CPUS:
             unmet.append(Unmet("cpus", spec.limits.cpus, f"a guest has at most {_MOST_CPUS} CPUs", "ask for fewer"))
+        if not host.privileged:
+            unmet += _unjailed(spec, host)
         if "seccomp" in spec.asked:
             guest = kernel.find()
             unmet += filter.unmet(spec, host, kernel=guest.release if guest is not None else "")
@@ -125,6 +127,22 @@ class VmLevel(Level):
 
     def open(self, spec: Spec, host: Host, *, stays: bool = False) -> VmSandbox:
         return VmSandbox(spec, host, stays=stays)
+
+
+def _unjailed(spec: Spec, host: Host) -> list[Unmet]:
+    """The limits that an unprivileged caller's QEMU could lift, were it taken over: its user owns the jail's cgroup."""
+    from ringfence.levels import owned
+
+    # The others are the guest's own kernel's.
+    limits = sorted(spec.asked & (owned.CGROUP_LIMITS - {"pids", "cpu_time"}))
+    help = "install libseccomp: 'ringfence setup', or run as root"
+    reason = f"QEMU's jail would have no filter, and its user owns its cgroup: {host.seccomp}"
+    found = [Unmet(rule, requested(spec, rule), reason, help) for rule in limits if host.seccomp]
+    for mount in spec.mounts:
+        if mount.writable and owned.shows_cgroups(mount.source):
+            reason = owned.why_not_writable(mount.source)
+            found.append(Unmet("mounts", os.fsdecode(mount.source), reason, "leave cgroups out of what is writable"))
+    return found
 
 
 def _overlay_ability() -> Ability:
