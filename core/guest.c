@@ -117,9 +117,15 @@ int rf_guest_main(void) {
 
 /* ---- clock and random pool ---- */
 
+/* A plan that takes longer is given up by Python. */
+#define RESTORED_AT_MOST_NS 600000000000u
+
 void rf_guest_clock(const struct rf_plan *p) {
     if (p->realtime_ns) {
-        struct timespec now = {.tv_sec = (time_t)(p->realtime_ns / 1000000000), .tv_nsec = (long)(p->realtime_ns % 1000000000)};
+        /* A guest that was restored: however long the plan took to get here, our own clock has gone on since. */
+        uint64_t since = p->realtime_at_ns ? rf_monotonic_ns() - p->realtime_at_ns : 0;
+        uint64_t ns = p->realtime_ns + (since <= RESTORED_AT_MOST_NS ? since : 0);
+        struct timespec now = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
         clock_settime(CLOCK_REALTIME, &now);
     }
     if (p->entropy_length == 0) return;

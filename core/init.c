@@ -26,7 +26,7 @@
 enum { REASON_NONE = 0, REASON_CPU = 1, REASON_KILLED = 2 };
 
 struct command {
-    bool used, running, streams, once, eof_in;
+    bool used, running, streams, once, warm, eof_in;
     uint32_t id, reason;
     pid_t pid;
     int status;            /* as wait(2) gives it */
@@ -43,6 +43,7 @@ struct init {
     struct rf_launch launch;
     int cgroup_dir; /* the guest's cgroup of the commands, or -1 */
     bool planned, leaving, announced, unreaped; /* unreaped: there may be more zombies */
+    uint64_t uncounted_ns; /* CPU time that doesn't count to the limit */
     struct rf_channel channel;
     struct rf_plan plan;
     struct rf_exec exec;
@@ -259,6 +260,12 @@ static bool pump_output(struct init *s, struct command *c, int i) {
     return n > 0;
 }
 
+static int cpu_used(const struct init *s, uint64_t *ns) {
+    *ns = 0;
+    if (rf_read_number(s->plan.cpu_fd, "usage_usec", ns) == 0) return *ns *= 1000, 0;
+    return rf_read_number(s->plan.cpu_fd, NULL, ns);
+}
+
 /* A command is over when it was reaped and its streams were passed on. What a process that it left behind in a lasting
  * sandbox writes later has no reader any more, as when a shell's pipe is closed. */
 static void finish_commands(struct init *s) {
@@ -275,6 +282,7 @@ static void finish_commands(struct init *s) {
         if (s->plan.listen) rf_listen_report(&s->listen, &s->channel, c->id);
         rf_layer_end(&s->layer, &s->channel, c->id);
         send_exited(s, c);
+        if (c->warm && s->plan.cpu_fd >= 0) (void)cpu_used(s, &s->uncounted_ns);
         if (c->once && s->where != RF_IN_GUEST) s->leaving = true;
         close_command(c);
     }
@@ -344,6 +352,7 @@ static int start_command(struct init *s, const struct rf_frame *f, struct rf_err
     c->in = c->out[0] = c->out[1] = -1;
     c->streams = streams;
     c->once = s->exec.flags & RF_X_ONCE;
+    c->warm = s->exec.flags & RF_X_WARM;
     c->eof_in = false;
     c->in_used = 0;
     c->reason = REASON_NONE;
@@ -470,6 +479,12 @@ static int send_ready(struct init *s) {
     return rf_channel_send(&s->channel, RF_READY, 0, buf, w.length);
 }
 
+/* Our clock of now, by which Python knows what it was when the machine was saved. */
+static int send_clock(struct init *s, uint32_t id) {
+    uint64_t now = rf_monotonic_ns();
+    return rf_channel_send(&s->channel, RF_CLOCK, id, &now, sizeof now);
+}
+
 /* ---- requests ---- */
 
 /* The plan's descriptors stay ours, in the plan; EXEC's were given on to the command. */
@@ -496,7 +511,8 @@ static int file_request(struct init *s, const struct rf_frame *f, struct rf_erro
 }
 
 static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
-    if (!s->planned && f->type != RF_PLAN && f->type != RF_SHUTDOWN) return rf_fail_errno(e, EPROTO, "protocol", "request", "before the plan");
+    bool before = f->type == RF_PLAN || f->type == RF_SHUTDOWN || f->type == RF_ASK_CLOCK;
+    if (!s->planned && !before) return rf_fail_errno(e, EPROTO, "protocol", "request", "before the plan");
     switch (f->type) {
     case RF_PLAN:
         if (apply_plan(s, f, e) < 0) return -1;
@@ -506,6 +522,7 @@ static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     case RF_SIGNAL: signal_command(s, f); return 0;
     case RF_KILL: end_for(s, REASON_KILLED); return 0;
     case RF_SHUTDOWN: s->leaving = true; return 0;
+    case RF_ASK_CLOCK: return send_clock(s, f->id);
     case RF_CHANGES: rf_layer_end(&s->layer, &s->channel, f->id); return rf_channel_send(&s->channel, RF_DONE, f->id, NULL, 0);
     case RF_PUT:
     case RF_DATA:
@@ -550,9 +567,9 @@ static int watch_cpu(struct init *s) {
     bool running = false;
     for (unsigned i = 0; i < COMMANDS_MAX; i++) running |= s->commands[i].used && s->commands[i].running;
     if (!running) return -1;
-    uint64_t used = 0;
-    if (rf_read_number(s->plan.cpu_fd, "usage_usec", &used) == 0) used *= 1000;
-    else if (rf_read_number(s->plan.cpu_fd, NULL, &used) < 0) return 1000;
+    uint64_t used;
+    if (cpu_used(s, &used) < 0) return 1000;
+    used -= used < s->uncounted_ns ? used : s->uncounted_ns;
     if (used >= s->plan.cpu_limit_ns) {
         end_for(s, REASON_CPU);
         return 0;

@@ -108,6 +108,7 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 17: p->entropy = a->data; p->entropy_length = a->length; return a->length > 512 ? -1 : 0;
     case 18: return parse_guest_limits(a, p);
     case 19: return parse_seccomp(a, p);
+    case 20: return rf_attr_u64(a, &p->realtime_at_ns);
     case 23: return attr_fd(a, fds, nfds, &p->sockets_fd);
     case 27: p->give_back = true; return a->length ? -1 : 0;
     default: return -1;

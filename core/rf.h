@@ -47,9 +47,9 @@ int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *cal
 enum rf_type {
     RF_LAUNCH = 1, RF_TEMPLATE = 2, RF_OWN = 3, RF_USERNS = 4, RF_SETTLE = 6,
     RF_PLAN = 16, RF_EXEC = 17, RF_STDIN = 18, RF_SIGNAL = 19, RF_KILL = 20, RF_PUT = 21, RF_DATA = 22, RF_LIST = 23,
-    RF_READ = 24, RF_SHUTDOWN = 25, RF_CHANGES = 30,
+    RF_READ = 24, RF_SHUTDOWN = 25, RF_ASK_CLOCK = 26, RF_CHANGES = 30,
     RF_LAUNCHED = 32, RF_READY = 33, RF_STARTED = 34, RF_ERROR = 35, RF_STDOUT = 36, RF_STDERR = 37, RF_EXITED = 38,
-    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41, RF_LISTENER = 42, RF_SIZES = 43, RF_LAYER_END = 44,
+    RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41, RF_LISTENER = 42, RF_SIZES = 43, RF_LAYER_END = 44, RF_CLOCK = 47,
 };
 
 struct rf_header {
@@ -158,6 +158,7 @@ struct rf_plan {
     int channel_fd; /* where a listener is sent */
     pid_t init_pid; /* whose child the command must be */
     uint64_t capabilities, cpu_limit_ns, realtime_ns;
+    uint64_t realtime_at_ns; /* CLOCK_MONOTONIC when it was realtime_ns; 0 for now */
     struct sock_fprog filter, answers; /* answers: a guest's filter before a listener was put into it */
     struct rf_listen *listen;          /* a guest's, or NULL */
     int landlock_fd, cpu_fd;
@@ -185,7 +186,8 @@ struct rf_exec {
     const char *cwd;
     uint32_t flags, id;
 };
-enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_ALL = 3 };
+/* warm: it is ours, and no CPU time of it or of what came before counts to the limit. */
+enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_WARM = 4, RF_X_ALL = 7 };
 int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e);
 
 /* The ids that this host has for sandboxes, RF_SLOT_IDS of them for each (ringfence.linux.ids). */

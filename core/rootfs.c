@@ -213,10 +213,21 @@ static int make_readonly(int root, const struct rf_mount *m, struct rf_error *e)
     return r;
 }
 
+/* Whether nothing is there that could be mounted over: what is masked outside is a device here. */
+static bool is_missing(int root, const char *target) {
+    struct stat st;
+    int fd = rf_open_in(root, target, O_PATH);
+    if (fd < 0) return errno == ENOENT;
+    bool other = fstat(fd, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode);
+    close(fd);
+    return other;
+}
+
 static int bind_step(int root, const struct rf_mount *m, struct rf_error *e) {
     bool inside = m->flags & RF_M_INSIDE;
     int mount = inside ? clone_inside(root, m, e) : m->fd;
     if (mount < 0) return inside ? -1 : 0; /* 0: optional, and not there */
+    if ((m->flags & RF_M_OPTIONAL) && is_missing(root, m->target)) return close(mount), 0;
     return bind(root, m, mount, e);
 }
 

@@ -90,17 +90,24 @@ def _process() -> messages.Plan:
 def _guest() -> messages.Plan:
     plan = messages.Plan()
     plan.mounts([messages.filesystem(b"/", b"erofs", source=b"/dev/vda", flags=messages.RDONLY)])
-    plan.guest(realtime_ns=10**18, entropy=bytes(range(32)), memory_bytes=1 << 27, pids=64, cpu_ns=10**8)
+    plan.guest(
+        realtime_ns=10**18,
+        entropy=bytes(range(32)),
+        memory_bytes=1 << 27,
+        pids=64,
+        cpu_ns=10**8,
+        realtime_at_ns=2 * 10**9,
+    )
     plan.flags(enter=True)
     plan.seccomp(_RETURN_ALLOW)
     plan.seccomp_flags(notify=True, audit=True, answers=_RETURN_ALLOW * 2)
     return plan
 
 
-def _execute(*, streams: bool) -> bytes:
+def _execute(*, streams: bool, warm: bool = False) -> bytes:
     argv = [b"python3", b"-c", b"print('a b\\n')", b"", b"\xff\xfe"]
     env = [(b"PATH", b"/usr/bin:/bin"), (b"HOME", b"/work"), (b"EMPTY", b"")]
-    return messages.execute(argv, env, b"/work", id=1, once=True, streams=streams, nfds=0 if streams else 3)
+    return messages.execute(argv, env, b"/work", id=1, once=True, streams=streams, nfds=0 if streams else 3, warm=warm)
 
 
 def _pieces(stream: bytes, *, size: int, nfds: int) -> bytes:
@@ -132,6 +139,7 @@ def seeds() -> dict[str, bytes]:
     found |= {
         "exec/pipes": _payload(_execute(streams=False)),
         "exec/streams": _payload(_execute(streams=True)),
+        "exec/warm": _payload(_execute(streams=True, warm=True)),
         "launch/container": _payload(
             messages.launch(clone_flags=0x7E020080, uid_map=b"0 1895825408 65536\n", gid_map=b"0 1895825408 65536\n")
         ),

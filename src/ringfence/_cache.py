@@ -211,6 +211,56 @@ def forget_old(kind: str, keep: int, cache_dir: str | None = None) -> None:
         os.close(lock)
 
 
+def remove(kind: str, key: str, cache_dir: str | None = None) -> None:
+    """Remove an entry. Who has a file of it open can go on using it."""
+    import shutil
+
+    parent = os.path.join(root(cache_dir), kind)
+    if not os.path.isdir(parent):
+        return
+    lock = _lock(parent, None)
+    try:
+        path = os.path.join(parent, key)
+        gone = os.path.join(parent, f"{_SCRATCH}{os.getpid()}-{os.urandom(4).hex()}")
+        os.rename(path, gone)  # at once: nobody shall find half of it
+        shutil.rmtree(gone, ignore_errors=True)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(lock)
+
+
+def limit(kind: str, most_bytes: int, *, keep: str = "", cache_dir: str | None = None) -> None:
+    """Remove the entries that were used longest ago until the others have at most so much. keep: one that stays."""
+    found = sorted(((used, size, key) for key, size, used in entries(kind, cache_dir)), reverse=True)
+    total = 0
+    for _, size, key in found:
+        total += size
+        if total > most_bytes and key != keep:
+            remove(kind, key, cache_dir)
+
+
+def entries(kind: str, cache_dir: str | None = None) -> list[tuple[str, int, int]]:
+    """(key, bytes on disk, when it was last made or used in ns since 1970) of every entry of a kind."""
+    parent = os.path.join(root(cache_dir), kind)
+    found = []
+    try:
+        listed = [
+            one for one in os.scandir(parent) if not one.name.startswith(".") and one.is_dir(follow_symlinks=False)
+        ]
+    except FileNotFoundError:
+        return []
+    for one in listed:
+        try:
+            size = sum(
+                os.lstat(os.path.join(here, name)).st_blocks for here, _, names in os.walk(one.path) for name in names
+            )
+            found.append((one.name, size * 512, one.stat(follow_symlinks=False).st_mtime_ns))
+        except FileNotFoundError:
+            continue  # it is being removed
+    return found
+
+
 def sha256_of(path: str) -> str:
     """A file's SHA-256, as 64 hex digits."""
     import hashlib

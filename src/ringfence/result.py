@@ -159,6 +159,9 @@ class Usage(Value):
     the first one counts twice.
     memory_pressure_ns, cpu_pressure_ns, io_pressure_ns: the time in which at least one of its tasks waited for memory,
     for a CPU, for a device ("some" of the kernel's PSI; cgroup v2 only).
+    vmm_cpu_ns, vmm_memory_peak_bytes: at the vm level what the host paid, by the cgroup of the VMM that runs the guest:
+    its start and the guest's are in it, but for a guest that was restored or waited not what was done before the call.
+    The figures above are the guest's own.
     startup_ns: from the call to the workload's start. teardown_ns: from its end to the sandbox being gone.
     source: who measured CPU and memory ("cgroup v1", "cgroup v2", "the guest's cgroup v2", "wait4"), or "".
     """
@@ -179,6 +182,8 @@ class Usage(Value):
         "startup_ns",
         "teardown_ns",
         "throttled_ns",
+        "vmm_cpu_ns",
+        "vmm_memory_peak_bytes",
         "wall_ns",
     )
     wall_ns: int | None
@@ -194,6 +199,8 @@ class Usage(Value):
     memory_pressure_ns: int | None
     cpu_pressure_ns: int | None
     io_pressure_ns: int | None
+    vmm_cpu_ns: int | None
+    vmm_memory_peak_bytes: int | None
     startup_ns: int | None
     teardown_ns: int | None
     source: str
@@ -214,6 +221,8 @@ class Usage(Value):
         memory_pressure_ns: int | None = None,
         cpu_pressure_ns: int | None = None,
         io_pressure_ns: int | None = None,
+        vmm_cpu_ns: int | None = None,
+        vmm_memory_peak_bytes: int | None = None,
         startup_ns: int | None = None,
         teardown_ns: int | None = None,
         source: str = "",
@@ -232,6 +241,8 @@ class Usage(Value):
             memory_pressure_ns=memory_pressure_ns,
             cpu_pressure_ns=cpu_pressure_ns,
             io_pressure_ns=io_pressure_ns,
+            vmm_cpu_ns=vmm_cpu_ns,
+            vmm_memory_peak_bytes=vmm_memory_peak_bytes,
             startup_ns=startup_ns,
             teardown_ns=teardown_ns,
             source=source,

@@ -31,7 +31,7 @@ def running_probes(caller: int) -> list[leaks.Process]:
 
 
 def wait_until_it_runs(caller: subprocess.Popen[bytes], isolation: str) -> list[leaks.Process]:
-    """Until the workload is there: two probes (itself and its daemon), or a guest that uses CPU no more."""
+    """Until the workload is there: two probes (itself and its daemon), or a guest that is on its way."""
     wanted = 1 if isolation == "vm" else 2
     deadline = time.monotonic() + 60
     while len(running_probes(caller.pid)) < wanted:
@@ -39,7 +39,8 @@ def wait_until_it_runs(caller: subprocess.Popen[bytes], isolation: str) -> list[
         assert time.monotonic() < deadline, leaks.descendants(caller.pid)
         time.sleep(0.02)
     if isolation == "vm":
-        while cpu_ticks(running_probes(caller.pid)[0].pid) < 100:  # booted, or nearly: in the middle either way
+        # Restored, or in the middle of a template's boot.
+        while not (probes := running_probes(caller.pid)) or cpu_ticks(probes[0].pid) < 10:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     return leaks.descendants(caller.pid)

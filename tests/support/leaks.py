@@ -192,8 +192,8 @@ def descriptors() -> list[str]:
             target = os.readlink(f"/proc/self/fd/{name}").removesuffix(" (deleted)")
         except FileNotFoundError:  # the one that read the folder
             continue
-        # Pytest's own, which come and go between the phases of a test.
-        if not target.startswith("/proc/"):
+        # Pytest's own, which come and go between the phases of a test; and templates, of which a few are kept.
+        if not target.startswith(("/proc/", "/memfd:ringfence-memory", "/memfd:ringfence-state")):
             found.append(target.partition(":[")[0] if target.startswith(("pipe:[", "socket:[")) else target)
     return sorted(found)
 

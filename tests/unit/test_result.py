@@ -96,6 +96,8 @@ def test_json_has_every_field_and_keeps_binary_data() -> None:
             "memory_pressure_ns": None,
             "cpu_pressure_ns": None,
             "io_pressure_ns": None,
+            "vmm_cpu_ns": None,
+            "vmm_memory_peak_bytes": None,
             "startup_ns": None,
             "teardown_ns": None,
             "source": "cgroup v2",

@@ -17,11 +17,20 @@ from ringfence.levels.base import PLAIN_RULES
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol, TypeVar
 
     from ringfence.levels.host import Host
-    from ringfence.levels.local import LocalSandbox
     from ringfence.spec import Spec
+
+    class Waits(Protocol):
+        """What can wait for a run: a sandbox, or a VMM."""
+
+        def send_off(self) -> None: ...
+        def is_waiting(self) -> bool: ...
+        def close(self) -> None: ...
+        def forget(self) -> None: ...
+
+    _Waits = TypeVar("_Waits", bound=Waits)
 
 __all__ = ["Ready", "kind_of"]
 
@@ -63,10 +72,10 @@ class Ready:
 
     def __init__(self) -> None:
         self._lock = allocate_lock()
-        self._waiting: dict[tuple[Any, ...], LocalSandbox] = {}
+        self._waiting: dict[tuple[Any, ...], Waits] = {}
         self._last: list[tuple[Any, ...]] = []
 
-    def take(self, kind: tuple[Any, ...]) -> LocalSandbox | None:
+    def take(self, kind: tuple[Any, ...]) -> Waits | None:
         """The one of that kind, which is the caller's from now on; None where there is none."""
         with self._lock:
             found = self._waiting.pop(kind, None)
@@ -75,7 +84,7 @@ class Ready:
             return None
         return found
 
-    def next_of(self, kind: tuple[Any, ...], make: Callable[[], LocalSandbox]) -> LocalSandbox | None:
+    def next_of(self, kind: tuple[Any, ...], make: Callable[[], _Waits]) -> _Waits | None:
         """Another one of the kind of which a command is just running; None where none is needed, or none can be made.
 
         It is to be handed to `offer` once that command is over.
@@ -94,7 +103,7 @@ class Ready:
         """The kinds that wait and did not come again lately."""
         return [kind for kind in self._waiting if kind not in self._last]
 
-    def offer(self, kind: tuple[Any, ...], sandbox: LocalSandbox) -> None:
+    def offer(self, kind: tuple[Any, ...], sandbox: Waits) -> None:
         """Lets it wait for a run of its kind."""
         try:
             sandbox.send_off()
@@ -109,6 +118,14 @@ class Ready:
                     surplus.append(self._waiting.pop(next(iter(self._unused() or self._waiting))))
         for one in surplus:
             one.close()
+
+    def expire(self, kind: tuple[Any, ...], sandbox: Waits) -> None:
+        """Nobody has come for it: it is ended, unless somebody just did."""
+        with self._lock:
+            if self._waiting.get(kind) is not sandbox:
+                return
+            del self._waiting[kind]
+        sandbox.close()
 
     def clear(self) -> None:
         """Ends all that wait."""

@@ -33,7 +33,7 @@ _SUMS = frozenset(("throttled_ns", "oom_kills", "memory_pressure_ns", "cpu_press
 class Measured:
     """The fields of `result.Usage` but for the times. None is unknown."""
 
-    __slots__ = (*_NAMES, "source")
+    __slots__ = (*_NAMES, "source", "vmm_cpu_ns", "vmm_memory_peak_bytes")
 
     def __init__(self, source: str) -> None:
         self.cpu_ns: int | None = None
@@ -48,6 +48,8 @@ class Measured:
         self.memory_pressure_ns: int | None = None
         self.cpu_pressure_ns: int | None = None
         self.io_pressure_ns: int | None = None
+        self.vmm_cpu_ns: int | None = None
+        self.vmm_memory_peak_bytes: int | None = None
         self.source = source
 
     @property
@@ -75,6 +77,8 @@ class Measured:
             memory_pressure_ns=self.memory_pressure_ns,
             cpu_pressure_ns=self.cpu_pressure_ns,
             io_pressure_ns=self.io_pressure_ns,
+            vmm_cpu_ns=self.vmm_cpu_ns,
+            vmm_memory_peak_bytes=self.vmm_memory_peak_bytes,
             source=self.source,
         )
 
@@ -107,13 +111,15 @@ def of_cgroup(used: cgroups.Usage | None, exited: Exited | None) -> Measured:
     return found
 
 
-def of_guest(exited: Exited | None, before: Exited | None = None) -> Measured:
+def of_guest(exited: Exited | None, before: Exited | None = None, vmm: cgroups.Usage | None = None) -> Measured:
     """All that a guest's init tells of its kernel. before: what it told of the command before this one, where there was
-    one: the guest's cgroup counts on.
+    one: the guest's cgroup counts on. vmm: what the cgroup of its VMM on the host tells.
     """
     found = Measured("the guest's cgroup v2" if exited is not None else "")
     if exited is not None:
         for name in _NAMES:
             now, then = getattr(exited, name), getattr(before, name) if before is not None and name in _SUMS else None
             setattr(found, name, now - then if now is not None and then is not None else now)
+    if vmm is not None:
+        found.vmm_cpu_ns, found.vmm_memory_peak_bytes = vmm.cpu_ns, vmm.memory_peak_bytes
     return found

@@ -67,6 +67,7 @@ class Type:
     LIST = 23
     READ = 24
     SHUTDOWN = 25
+    ASK_CLOCK = 26
     CHANGES = 30
     LAUNCHED = 32
     READY = 33
@@ -81,6 +82,7 @@ class Type:
     LISTENER = 42
     SIZES = 43
     LAYER_END = 44
+    CLOCK = 47
 
 
 # Not a Value: made for each 64 KiB that a guest sends.

@@ -21,6 +21,7 @@ __all__ = [
     "Started",
     "execute",
     "launch",
+    "parse_clock",
     "parse_denials",
     "parse_entries",
     "parse_error",
@@ -177,9 +178,22 @@ class Plan:
         """At its end all in the work directory is given to the command's user."""
         self._parts.append(frames.attribute(27))
 
-    def guest(self, *, realtime_ns: int, entropy: bytes, memory_bytes: int, pids: int, cpu_ns: int) -> None:
-        """What only a guest takes. Limits of 0 are none; `cpu_ns` is the quota in each 100 ms."""
+    def guest(
+        self,
+        *,
+        realtime_ns: int,
+        entropy: bytes,
+        memory_bytes: int,
+        pids: int,
+        cpu_ns: int,
+        realtime_at_ns: int = 0,
+    ) -> None:
+        """What only a guest takes. Limits of 0 are none; `cpu_ns` is the quota in each 100 ms. realtime_at_ns: its
+        CLOCK_MONOTONIC when the time was `realtime_ns`; 0 is now.
+        """
         self._parts.append(frames.u64(16, realtime_ns) + frames.attribute(17, entropy))
+        if realtime_at_ns:
+            self._parts.append(frames.u64(20, realtime_at_ns))
         self._parts.append(frames.attribute(18, struct.pack("<QQQ", memory_bytes, pids, cpu_ns)))
 
     def sockets(self, supply: int) -> None:
@@ -263,11 +277,14 @@ def execute(
     once: bool,
     streams: bool,
     nfds: int,
+    warm: bool = False,
 ) -> bytes:
-    """EXEC. With `streams`, stdin, stdout and stderr travel as frames; else they are the first descriptors."""
+    """EXEC. With `streams`, stdin, stdout and stderr travel as frames; else they are the first descriptors. warm: it is
+    no command of the caller's, and doesn't count to the CPU time limit.
+    """
     payload = frames.attribute(1, b"\0".join(argv) + b"\0")
     payload += frames.attribute(2, b"".join(b"%s=%s\0" % pair for pair in env))
-    payload += frames.string(3, cwd) + frames.u32(4, once * 1 | streams * 2)
+    payload += frames.string(3, cwd) + frames.u32(4, once * 1 | streams * 2 | warm * 4)
     return frames.encode(Type.EXEC, payload, id=id, nfds=nfds)
 
 
@@ -599,6 +616,11 @@ def parse_ready(payload: bytes) -> dict[str, int]:
             raise ProtocolError(f"READY has the unknown attribute {tag}")
         (found[names[tag]],) = _unpack("<Q", data, "an attribute of READY")
     return found
+
+
+def parse_clock(payload: bytes) -> int:
+    """A guest's CLOCK_MONOTONIC, ns."""
+    return _unpack("<Q", payload, "CLOCK")[0]
 
 
 def parse_entries(payload: bytes) -> list[Entry]:

@@ -40,8 +40,8 @@ _TB_SIZE_MB = 64
 
 def arguments(
     *,
-    kernel: Path,
-    initramfs: Path,
+    kernel: Path | None,
+    initramfs: Path | None,
     memory_bytes: int,
     cpus: int,
     accel: str,
@@ -52,15 +52,21 @@ def arguments(
     console_fd: int | None = None,
     append: str = "",
     qemu: Path = _QEMU,
+    memory: tuple[str, bool] | None = None,
+    qmp_fd: int | None = None,
+    tsc_khz: int | None = None,
 ) -> list[bytes]:
-    """QEMU's argv for a cold boot.
+    """QEMU's argv.
 
-    kernel: an uncompressed vmlinux. memory_bytes: the guest's whole memory, rounded up to a MiB. cpus: 1 and
-    more. accel: "kvm" or "tcg". channel_fd: a connected stream socket that QEMU inherits: the other end of
-    the port. shares: (tag, folder, writable) of 9p shares. disks: raw images; /dev/vda, vdb, ... in this
+    kernel: an uncompressed vmlinux; None, and initramfs too, for a guest whose state comes by QMP.
+    memory_bytes: the guest's whole memory, rounded up to a MiB. cpus: 1 and more. accel: "kvm" or "tcg".
+    channel_fd: a connected stream socket that QEMU inherits: the other end of the port.
+    shares: (tag, folder, writable) of 9p shares. disks: raw images; /dev/vda, vdb, ... in this
     order, read-only. sets: module sets to load besides those that shares and disks need. console_fd: a
     writable file descriptor that QEMU inherits and that gets the guest's console, to debug a boot (a pipe has
     to be read, or the guest stops); None: there is no console. append: more of the kernel's command line.
+    memory: (file, whether what the guest writes gets there) in which the guest's memory is. qmp_fd: a connected socket
+    for QMP. tsc_khz: None is as measured, 0 leaves it out.
 
     Raises SpecError where it makes no sense.
     """
@@ -78,6 +84,7 @@ def arguments(
         sets=("boot", *(("9p",) if shares else ()), *(("erofs",) if disks else ()), *sets),
         console=console_fd is not None,
         append=append,
+        tsc_khz=tsc_khz,
     )
     megabytes = (memory_bytes + (1 << 20) - 1) >> 20
     argv: list[str | bytes] = [
@@ -86,13 +93,16 @@ def arguments(
         # PIT, PIC and serial port there is less to emulate and to attack.
         *(
             "-machine",
-            f"microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial={'on' if console_fd is not None else 'off'}",
+            f"microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial={'on' if console_fd is not None else 'off'}"
+            + (",memory-backend=memory" if memory is not None else ""),
         ),
         *("-accel", f"tcg,thread=multi,tb-size={_TB_SIZE_MB}" if accel == "tcg" else "kvm"),
         *("-cpu", "max", "-smp", str(cpus), "-m", f"{megabytes}M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-bios", "qboot.rom"),
-        *("-kernel", os.fspath(kernel), "-initrd", os.fspath(initramfs), "-append", command_line),
+        *_started_by(kernel, initramfs, command_line),
+        *_memory(memory, megabytes),
+        *(("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control") if qmp_fd is not None else ()),
         *("-chardev", f"socket,id=channel,fd={channel_fd}"),
         *("-device", "virtio-serial-device,max_ports=2"),
         *("-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT}"),
@@ -126,7 +136,31 @@ def arguments(
     return [os.fsencode(one) for one in argv]
 
 
-def kernel_command_line(*, cpus: int, accel: str, sets: Sequence[str], console: bool = False, append: str = "") -> str:
+def _started_by(kernel: Path | None, initramfs: Path | None, command_line: str) -> list[str | bytes]:
+    if kernel is None or initramfs is None:
+        return ["-incoming", "defer"]
+    return ["-kernel", os.fspath(kernel), "-initrd", os.fspath(initramfs), "-append", command_line]
+
+
+def _memory(memory: tuple[str, bool] | None, megabytes: int) -> list[str]:
+    if memory is None:
+        return []
+    path, shared = memory
+    return [
+        "-object",
+        f"memory-backend-file,id=memory,size={megabytes}M,mem-path={path},share={'on' if shared else 'off'}",
+    ]
+
+
+def kernel_command_line(
+    *,
+    cpus: int,
+    accel: str,
+    sets: Sequence[str],
+    console: bool = False,
+    append: str = "",
+    tsc_khz: int | None = None,
+) -> str:
     """The guest kernel's command line; init takes `rf.sets=` from it."""
     words = [
         "console=ttyS0" if console else "quiet",
@@ -144,7 +178,7 @@ def kernel_command_line(*, cpus: int, accel: str, sets: Sequence[str], console: 
     if accel == "tcg":
         # Detours around the speculation of a real CPU: an emulated one has none, and they cost most there.
         words.append("mitigations=off")
-    if accel == "tcg" and (khz := host_tsc_khz()):
+    if accel == "tcg" and (khz := host_tsc_khz() if tsc_khz is None else tsc_khz):
         # Without these a guest calibrates its TSC against an emulated timer, which hung 5 of 8 boots.
         words += [f"tsc_early_khz={khz}", "tsc=reliable"]
     words.append(f"rf.sets={','.join(dict.fromkeys(sets))}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import _socket as socket
 import os
-import socket
 
+from ringfence._value import Value
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.vm import machine
 from ringfence.levels.vm.vmm import Machine, Vmm
@@ -18,24 +19,47 @@ if TYPE_CHECKING:
     from ringfence.levels.host import Host
     from ringfence.levels.state import State
 
-__all__ = ["MEMORY_OVERHEAD_BYTES", "start_qemu"]
+__all__ = ["MEMORY_OVERHEAD_BYTES", "QEMU", "STATE_FD", "Memory", "command_line", "start_qemu"]
 
 # What QEMU takes beside the guest's memory: its own, the cache of translated code, buffers of 9p.
 MEMORY_OVERHEAD_BYTES = 256 << 20
 _OWN_CPUS = 0.5
 _OWN_THREADS = 128
-_QEMU = b"/usr/bin/qemu-system-x86_64"
+QEMU = b"/usr/bin/qemu-system-x86_64"
 _KVM = b"/dev/kvm"
+# As QEMU numbers what it gets.
+_CHANNEL_FD, _QMP_FD, _MEMORY_FD, STATE_FD = 3, 4, 5, 6
 
 
-def _jail_steps(spec: Machine, jail: ContainerSandbox) -> list[MountStep]:
-    """What QEMU sees beside its programs: the guest's kernel, disks and shares, and /dev/kvm where it is used."""
+class Memory(Value):
+    """Where the memory of a guest is that is saved or restored, as descriptors. memory: a file of its size. state: what
+    else there is of a guest that is restored; None for one that is to be saved.
+    """
+
+    __slots__ = ("memory", "state")
+    memory: int
+    state: int | None
+
+    def __init__(self, *, memory: int, state: int | None) -> None:
+        self._set(memory=memory, state=state)
+
+
+def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) -> list[MountStep]:
+    """What QEMU sees beside its programs: the guest's kernel, disks and shares, and /dev/kvm where it is used. A guest
+    that is to be saved gets shares with nothing in them.
+    """
     flags = RDONLY | NOSUID | NODEV | NOEXEC
-    steps = jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
-    steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
+    steps: list[MountStep] = [messages.directory(b"/vm")]
+    saved = memory is not None and memory.state is None
+    if memory is None or saved:
+        steps += jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
+        steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
     for number, disk in enumerate(spec.disks):
         steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags)
     for share in spec.shares:
+        if saved:
+            steps.append(messages.directory(b"/vm/" + share.tag.encode()))
+            continue
         at = b"/vm/" + share.path.encode()
         if share.source is None:
             steps += [messages.directory(at), *jail.userland(at)]
@@ -47,11 +71,14 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox) -> list[MountStep]:
     return steps
 
 
-def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False) -> Vmm:
-    """Starts QEMU in its jail. stays: as for `Level.open`. Raises Unavailable, StartError; leaves nothing then."""
+def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, memory: Memory | None = None) -> Vmm:
+    """Starts QEMU in its jail. stays: as for `Level.open`. memory: of a guest that is to be saved, or that QEMU
+    waits for until it is told by QMP. Raises Unavailable, StartError; leaves nothing then.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     jail: ContainerSandbox | None = None
     channel = Channel(ours, trusted=False)
+    control: tuple[socket.socket, socket.socket] | None = None
     errors, errors_of_qemu = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.set_blocking(errors_of_qemu, True)
@@ -65,33 +92,32 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False) 
             cpuset=spec.cpuset,
         )
         what = Spec.make(
-            [_QEMU], isolation="container", user=f"{spec.user[0]}:{spec.user[1]}", hostname="vmm", limits=limits
+            [QEMU], isolation="container", user=f"{spec.user[0]}:{spec.user[1]}", hostname="vmm", limits=limits
         )
         # /dev/kvm belongs to a group, and the jail's ids are nobody's: QEMU gets that group and no other.
         group = os.stat(_KVM).st_gid if spec.accelerator == "kvm" else None
         jail = ContainerSandbox(
-            what, host, state, extra=lambda one: _jail_steps(spec, one), extra_gid=group, stays=stays
+            what, host, state, extra=lambda one: _jail_steps(spec, one, memory), extra_gid=group, stays=stays
         )
-        argv = machine.arguments(
-            kernel=b"/vm/kernel",
-            initramfs=b"/vm/initramfs",
-            memory_bytes=spec.memory_bytes,
-            cpus=spec.cpus,
-            accel=spec.accelerator,
-            channel_fd=3,
-            shares=[
-                (tag, b"/vm/" + tag.encode(), writable)
-                for tag, writable in {share.tag: share.writable for share in spec.shares}.items()
-            ],
-            disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
-            sets=spec.sets,
-            qemu=_QEMU,
+        fds = [state.null, errors_of_qemu, errors_of_qemu, theirs.fileno()]
+        if memory is not None:
+            control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            fds += [control[1].fileno(), memory.memory, *([] if memory.state is None else [memory.state])]
+        request = messages.execute(
+            command_line(spec, memory),
+            what.environment(b"/work"),
+            b"/work",
+            id=1,
+            once=True,
+            streams=False,
+            nfds=len(fds),
         )
-        request = messages.execute(argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4)
         assert jail.channel is not None
-        jail.channel.send(request, [state.null, errors_of_qemu, errors_of_qemu, theirs.fileno()])
-        return Vmm(channel, jail, errors)
+        jail.channel.send(request, fds)
+        return Vmm(channel, jail, errors, control[0] if control is not None else None)
     except BaseException:
+        if control is not None:
+            control[0].close()
         channel.close()
         os.close(errors)
         if jail is not None:
@@ -99,4 +125,29 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False) 
         raise
     finally:
         theirs.close()
+        if control is not None:
+            control[1].close()
         os.close(errors_of_qemu)
+
+
+def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = None) -> list[bytes]:
+    """QEMU's argv, with the descriptors as `start_qemu` hands them over. tsc_khz: as for `machine.arguments`."""
+    boots = memory is None or memory.state is None
+    return machine.arguments(
+        kernel=b"/vm/kernel" if boots else None,
+        initramfs=b"/vm/initramfs" if boots else None,
+        memory_bytes=spec.memory_bytes,
+        cpus=spec.cpus,
+        accel=spec.accelerator,
+        channel_fd=_CHANNEL_FD,
+        shares=[
+            (tag, b"/vm/" + tag.encode(), writable)
+            for tag, writable in {share.tag: share.writable for share in spec.shares}.items()
+        ],
+        disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
+        sets=spec.sets,
+        qemu=QEMU,
+        memory=None if memory is None else (f"/proc/self/fd/{_MEMORY_FD}", boots),
+        qmp_fd=None if memory is None else _QMP_FD,
+        tsc_khz=tsc_khz,
+    )

@@ -13,13 +13,15 @@ from ringfence.levels.drive import drive
 from ringfence.levels.layer import Layer
 from ringfence.levels.limits import cgroup_applied, freeze
 from ringfence.levels.local import rlimits
+from ringfence.levels.ready import kind_of
 from ringfence.levels.state import state
 from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
 from ringfence.levels.vm.agent import TRANSFER_LIMIT_NS, Agent
-from ringfence.levels.vm.qemu import start_qemu
+from ringfence.levels.vm.start import Guest, Waiting
+from ringfence.levels.vm.template import machine_memory
 from ringfence.levels.vm.tree import HOME, guest_tree, mount_shares
-from ringfence.levels.vm.vmm import Machine, Share, Vmm
+from ringfence.levels.vm.vmm import Machine, Share
 from ringfence.linux import ids, seccomp
 from ringfence.result import Applied, Change, Usage
 from ringfence.spec.parse import match_pattern
@@ -31,14 +33,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.levels.host import Host
     from ringfence.levels.vm.kernel import GuestKernel
+    from ringfence.linux import cgroups
     from ringfence.spec import FileIn, Limits, Spec
 
 __all__ = ["VmSandbox"]
 
 _HOSTNAME = "ringfence"
 _USER = (1000, 1000)
-# Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
-_BOOT_LIMIT_NS = 120_000_000_000
 _START_LIMIT_NS = 60_000_000_000
 # What the guest's own kernel and init take, on top of what the workload may use.
 _KERNEL_BYTES = 128 << 20
@@ -49,7 +50,7 @@ _CPU_PERIOD_NS = 100_000_000
 class VmSandbox(Sandbox):
     home = HOME
 
-    def __init__(self, spec: Spec, host: Host, *, stays: bool = False) -> None:
+    def __init__(self, spec: Spec, host: Host, *, stays: bool = False, use_template: bool = True) -> None:
         from ringfence.levels.vm import initramfs, kernel
         from ringfence.linux import kvm
         from ringfence.wire.launcher import core_path
@@ -70,6 +71,7 @@ class VmSandbox(Sandbox):
         # What init reported of the last command, and of the one before this one.
         self._last: messages.Exited | None = None
         self._before: messages.Exited | None = None
+        self._vmm_before: cgroups.Usage | None = None
         self._layer = Layer()
         shares, disks = [], []
         if spec.image == "host":
@@ -81,6 +83,7 @@ class VmSandbox(Sandbox):
         shares += mount_shares(spec)
         limits = spec.limits
         memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
+        memory = machine_memory(memory)
         self._machine = Machine(
             kernel=self._kernel.vmlinux,
             initramfs=initramfs.build(self._kernel, core_path()),
@@ -95,19 +98,48 @@ class VmSandbox(Sandbox):
             cpuset=limits.cpuset,
             sets=("overlay",) if spec.overlay else (),
         )
-        self._vmm: Vmm = start_qemu(self._machine, host, state(), stays=stays)
+        self._clock = (0, 0)
+        self._kind = kind_of(spec, host) if use_template and not stays else None
+        self._next: Waiting | None = None
+        self._guest = self._waiting() or Guest(self._machine, host, state(), stays=stays, use_template=use_template)
+        self._guest.begin()
+        self._meet()
+
+    def _waiting(self) -> Guest | None:
+        """The guest of a QEMU that waits for a run of this kind."""
+        found = state().ready.take(self._kind) if self._kind is not None else None
+        return found.take(self._machine) if isinstance(found, Waiting) else None
+
+    def _meet(self) -> None:
+        """The guest is another one now."""
+        self._vmm = self._guest.vmm
         self._agent = Agent(self._vmm, self._take)
+        self._answered = False
 
     # ---- running ----
 
     def run(self, command: Command) -> Outcome:
-        channel = self._vmm.channel
         self._boot()
+        try:
+            return self._run(command)
+        except ProtocolError as error:
+            if self._answered or not self._guest.restored:
+                raise
+            # It was restored and hasn't said a word since: no command has been started.
+            self._guest.again(error)
+            self._ready = None
+            self._boot()
+            return self._run(command)
+
+    def _run(self, command: Command) -> Outcome:
+        channel = self._vmm.channel
         self._layer.begin()
         id = self._agent.next_id()
         channel.send(
             messages.execute(command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0)
         )
+        if command.once and self._kind is not None:
+            self._next = state().ready.next_of(self._kind, self._another)
         outcome = drive(
             channel,
             command,
@@ -133,7 +165,8 @@ class VmSandbox(Sandbox):
         """Waits for the guest's init, and hands it the plan and the first files. Its answers are taken later."""
         if self._ready is not None:
             return
-        self._agent.wait_for(Type.READY, _BOOT_LIMIT_NS, "the guest did not boot")
+        self._clock = self._guest.clock()
+        self._meet()
         self._vmm.channel.send(self._plan().encode())
         self._ready = {}
         self._agent.put(self._spec.files)
@@ -141,6 +174,7 @@ class VmSandbox(Sandbox):
     def _take(self, frame: frames.Frame) -> None:
         if frame.type == Type.READY:
             self._ready = messages.parse_ready(frame.payload)
+            self._answered = True
         elif frame.type == Type.LISTENER and self._filter is not None and self._filter.answers:
             self._denied = messages.parse_denials(frame.payload)
         elif self._layer.take(frame):
@@ -157,7 +191,8 @@ class VmSandbox(Sandbox):
         plan = messages.Plan()
         quota = limits.cpus
         plan.guest(
-            realtime_ns=time.time_ns(),
+            realtime_ns=self._clock[0],
+            realtime_at_ns=self._clock[1],
             entropy=os.urandom(64),
             memory_bytes=limits.memory_bytes or 0,
             pids=limits.pids or 0,
@@ -208,12 +243,20 @@ class VmSandbox(Sandbox):
 
     def mark(self) -> None:
         self._before = self._last
+        self._vmm_before = self._vmm_usage()
+
+    def _vmm_usage(self) -> cgroups.Usage | None:
+        """What QEMU has used until now."""
+        return self._vmm.cgroup.usage() if self._vmm.cgroup is not None else None
 
     def stats(self) -> Usage:
-        last = self._last
-        if last is None:
-            return Usage()
-        return Usage(memory_peak_bytes=last.memory_peak_bytes, source="the guest's cgroup v2")
+        last, vmm = self._last, self._vmm_usage()
+        return Usage(
+            memory_peak_bytes=last.memory_peak_bytes if last is not None else None,
+            vmm_cpu_ns=vmm.cpu_ns if vmm is not None else None,
+            vmm_memory_peak_bytes=vmm.memory_peak_bytes if vmm is not None else None,
+            source="the guest's cgroup v2" if last is not None else "",
+        )
 
     def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
         help = "open another sandbox, or use isolation='container'"
@@ -261,7 +304,10 @@ class VmSandbox(Sandbox):
         return self._layer.changes() if self._spec.overlay else None
 
     def usage(self, outcome: Outcome) -> Measured:
-        return of_guest(outcome.exited, self._before)
+        vmm = self._vmm_usage()
+        if vmm is not None and self._vmm_before is not None:
+            vmm = vmm.since(self._vmm_before)
+        return of_guest(outcome.exited, self._before, vmm)
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         spec, limits, started = self._spec, self._spec.limits, outcome.started
@@ -274,6 +320,7 @@ class VmSandbox(Sandbox):
                 effective=f"{machine.cpus} CPU, {machine.memory_bytes} bytes",
                 mechanism="QEMU microvm",
             ),
+            self._guest.applied(),
             *self._vmm.applied(),
         ]
         read = self._ready or {}
@@ -345,5 +392,14 @@ class VmSandbox(Sandbox):
             )
         return found
 
+    def _another(self) -> Waiting:
+        """A QEMU for the next run of this kind, which is started once this one is over."""
+        assert self._kind is not None
+        machine, host = self._machine, self._host
+        return Waiting(self._kind, state().ready, lambda: Guest(machine, host, state()))
+
     def close(self) -> None:
-        self._vmm.close()
+        self._guest.vmm.close()
+        following, self._next = self._next, None
+        if following is not None and self._kind is not None:
+            state().ready.offer(self._kind, following)

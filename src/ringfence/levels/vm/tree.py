@@ -6,6 +6,7 @@ import os
 
 from ringfence.images import tree
 from ringfence.levels.root import device_steps, directories_above, own_directories, private_steps
+from ringfence.levels.vm.identity import identity_steps
 from ringfence.levels.vm.vmm import Share
 from ringfence.spec.rules import Tmpfs
 from ringfence.wire import layers, messages
@@ -66,8 +67,10 @@ def _skeleton(spec: Spec) -> tuple[list[MountStep], list[MountStep]]:
         else:
             shown.append(messages.bind(at, _IMAGE + at, RDONLY | NOSUID | NODEV | INSIDE))
     devices = device_steps(lambda path: path)  # of the guest's own devtmpfs
-    steps += [step for step in devices if step.kind != BIND]
-    return steps, shown + [step for step in devices if step.kind == BIND]
+    # The host's own is one of its secrets, and not shown.
+    made, mounted = identity_steps() if spec.image != "host" else ([], [])
+    steps += [*made, *(step for step in devices if step.kind != BIND)]
+    return steps, [*shown, *mounted, *(step for step in devices if step.kind == BIND)]
 
 
 # What a machine shows of the host's folders is in two devices, whatever their number: a microvm has few.

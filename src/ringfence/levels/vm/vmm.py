@@ -6,12 +6,14 @@ the host, and nothing else.
 
 from __future__ import annotations
 
+import _socket as socket
 import os
 
 from ringfence._value import Value
 from ringfence.errors import ProtocolError, Unavailable
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.namespaces import own_namespaces
+from ringfence.levels.vm.qmp import Qmp
 from ringfence.result import Applied
 from ringfence.wire import messages
 from ringfence.wire.channel import Channel
@@ -114,10 +116,13 @@ class Machine(Value):
 
 
 class Vmm:
-    """A running VMM. `channel`: frames to and from the guest's init."""
+    """A running VMM. `channel`: frames to and from the guest's init. `control`: to the VMM itself, or None."""
 
-    def __init__(self, channel: Channel, jail: ContainerSandbox, errors: int) -> None:
+    def __init__(
+        self, channel: Channel, jail: ContainerSandbox, errors: int, control: socket.socket | None = None
+    ) -> None:
         self.channel = channel
+        self.control = Qmp(control, self.watch) if control is not None else None
         self._jail = jail
         self._errors = errors
         self._words = b""
@@ -181,8 +186,20 @@ class Vmm:
     def kill(self) -> None:
         self._jail.kill()
 
+    def forget(self) -> None:
+        """In a forked child: closes what it holds, and ends nothing."""
+        self.channel.close()
+        if self.control is not None:
+            self.control.close()
+        self._jail.forget()
+        if self._errors >= 0:
+            os.close(self._errors)
+            self._errors = -1
+
     def close(self) -> None:
         self.channel.close()
+        if self.control is not None:
+            self.control.close()
         self._jail.close()
         if self._errors >= 0:
             os.close(self._errors)

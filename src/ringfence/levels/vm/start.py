@@ -1,0 +1,204 @@
+"""How a guest comes up: restored from a template, by a QEMU that waits already where there is one; or booted.
+
+A template that turns out not to serve is made anew, once. Where none can be had the guest boots, as it would without
+templates, and `Result.applied` tells why.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from ringfence.errors import ProtocolError, RingfenceError, Unavailable
+from ringfence.levels.vm import template as templates
+from ringfence.levels.vm.agent import Agent
+from ringfence.levels.vm.qemu import STATE_FD, Memory, start_qemu
+from ringfence.levels.vm.qmp import restore
+from ringfence.result import Applied
+from ringfence.wire.frames import Type
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+    from typing import Any
+
+    from ringfence.levels.host import Host
+    from ringfence.levels.ready import Ready
+    from ringfence.levels.state import State
+    from ringfence.levels.vm.template import Template
+    from ringfence.levels.vm.vmm import Machine, Vmm
+
+__all__ = ["Guest", "Waiting"]
+
+# Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
+_BOOT_LIMIT_NS = 120_000_000_000
+_RESTORE_LIMIT_NS = 60_000_000_000
+# How long a QEMU waits for a run of its kind.
+_IDLE_S = 60.0
+
+# Told before what takes long, by the command line; an API that prints nothing has none.
+progress: Callable[[str], None] | None = None
+# Why no template of that key can be made, by this process.
+_failed: dict[str, str] = {}
+
+
+class Guest:
+    """A guest on its way up: its VMM, and what has to be known to hand it its plan.
+
+    use_template: False boots it in any case.
+    """
+
+    def __init__(
+        self, machine: Machine, host: Host, state: State, *, stays: bool = False, use_template: bool = True
+    ) -> None:
+        self.machine = machine
+        self._host = host
+        self._state = state
+        self._stays = stays
+        self._tries = 0 if use_template else 2
+        self._why = "" if use_template else "a boot was asked for"
+        self._template: Template | None = None
+        self._resumed = False
+        self.waited = False
+        self.vmm: Vmm = self._start()
+
+    @property
+    def restored(self) -> bool:
+        return self._template is not None
+
+    def _start(self) -> Vmm:
+        self._template = self._find() if self._tries < 2 else None
+        self._resumed = False
+        if self._template is None:
+            return start_qemu(self.machine, self._host, self._state, stays=self._stays)
+        state_fd = self._template.open_state()
+        try:
+            memory = Memory(memory=self._template.memory_fd, state=state_fd)
+            return start_qemu(self.machine, self._host, self._state, stays=self._stays, memory=memory)
+        finally:
+            os.close(state_fd)
+
+    def _find(self) -> Template | None:
+        key = templates.key_of(self.machine)
+        if key in _failed:
+            self._why = _failed[key]
+            return None
+        try:
+            found, there = templates.obtain(self.machine, self._host, self._state, progress)
+        except (RingfenceError, OSError) as error:
+            _failed[key] = self._why = f"no template could be made: {error}"
+            return None
+        self._why = "a template" if there else "a template, made by this run"
+        return found
+
+    def begin(self) -> None:
+        """Has a restored guest's VMM load its state, which goes on while Python does something else."""
+        if self._template is not None and not self._resumed:
+            assert self.vmm.control is not None
+            self.vmm.control.send(restore(STATE_FD))
+            self._resumed = True
+
+    def clock(self) -> tuple[int, int]:
+        """Waits for the guest. (The wall clock in ns, what the guest's CLOCK_MONOTONIC was then, or 0 for now).
+
+        Raises ProtocolError, Unavailable where it doesn't come up, and another try wouldn't help.
+        """
+        while True:
+            try:
+                return self._clock()
+            except (ProtocolError, Unavailable) as error:
+                if self._template is None:
+                    raise
+                self.again(error)
+
+    def _clock(self) -> tuple[int, int]:
+        if self._template is None:
+            agent = Agent(self.vmm, lambda frame: None)
+            agent.wait_for(Type.READY, _BOOT_LIMIT_NS, "the guest did not boot")
+            return time.time_ns(), 0
+        self.begin()
+        control = self.vmm.control
+        assert control is not None
+        now = time.monotonic_ns()
+        resumed_ns = control.event("RESUME", now + _RESTORE_LIMIT_NS)
+        # It was after we asked, and before now.
+        waited_ns = time.monotonic_ns() - now
+        latest = time.time_ns()
+        if not latest - waited_ns - _RESTORE_LIMIT_NS <= resumed_ns <= latest:
+            raise ProtocolError("QEMU tells a time that can't be")
+        # Nothing is asked of it any more, and its guest may take it over soon.
+        control.close()
+        return resumed_ns, self._template.monotonic_ns
+
+    def again(self, error: Exception) -> None:
+        """The template didn't serve. Starts another guest in place of this one."""
+        assert self._template is not None
+        failed, self._template = self._template, None
+        self.vmm.close()
+        templates.forget(failed)
+        self._tries += 1
+        self._why = f"a template did not serve: {error}"
+        self.vmm = self._start()
+        self.begin()
+
+    def applied(self) -> Applied:
+        how = "restored" if self.restored else "booted"
+        why = self._why + (", by a QEMU that waited" if self.waited else "")
+        return Applied(rule="start", requested=None, effective=how, mechanism=why)
+
+
+class Waiting:
+    """A QEMU that waits for its guest's state, for the next run of a kind (`levels.ready`).
+
+    make: gives its guest. It is started by `send_off`, and ends by itself where nobody takes it for a while.
+    """
+
+    def __init__(self, kind: tuple[Any, ...], ready: Ready, make: Callable[[], Guest]) -> None:
+        self._kind = kind
+        self._ready = ready
+        self._make = make
+        self._guest: Guest | None = None
+        self._timer: threading.Timer | None = None
+
+    def send_off(self) -> None:
+        import threading
+
+        self._guest = self._make()
+        if not self._guest.restored:
+            raise ProtocolError("there is no template to wait with")
+        self._timer = threading.Timer(_IDLE_S, self._ready.expire, (self._kind, self))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def is_waiting(self) -> bool:
+        """Whether it is there still."""
+        self._end_timer()
+        return self._guest is not None and self._guest.vmm.channel.is_quiet()
+
+    def _end_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def take(self, machine: Machine) -> Guest | None:
+        """Its guest, where it is one of that machine: the kernel may be another one by now."""
+        guest, self._guest = self._guest, None
+        if guest is None or guest.machine != machine:
+            if guest is not None:
+                guest.vmm.close()
+            return None
+        guest.waited = True
+        return guest
+
+    def close(self) -> None:
+        self._end_timer()
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            guest.vmm.close()
+
+    def forget(self) -> None:
+        """In a forked child: closes what it holds, and ends nothing."""
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            guest.vmm.forget()
