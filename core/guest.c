@@ -58,15 +58,17 @@ static ssize_t read_text(const char *path, char *buf, size_t n) {
     return (ssize_t)used;
 }
 
-/* /modules/list: "set file" a line, in the order of their dependencies. */
-static int load_modules(struct rf_error *e) {
-    char cmdline[4096], list[8192];
-    if (read_text("/proc/cmdline", cmdline, sizeof cmdline) < 0) return fail(e, "open", "/proc/cmdline");
+/* Loads the modules of the sets that are in a comma-separated list after `key`, or of the one set that `key` is.
+ * /modules/list: "set file" a line, in the order of their dependencies. */
+static int load_modules(const char *key, bool one, struct rf_error *e) {
+    char list[8192];
     if (read_text("/modules/list", list, sizeof list) < 0) return fail(e, "open", "/modules/list");
     char *save = NULL;
     for (char *line = strtok_r(list, "\n", &save); line; line = strtok_r(NULL, "\n", &save)) {
         char *file = strchr(line, ' ');
-        if (!file || !wanted(cmdline, line, (size_t)(file - line))) continue;
+        if (!file) continue;
+        size_t n = (size_t)(file - line);
+        if (one ? strlen(key) != n || strncmp(key, line, n) != 0 : !wanted(key, line, n)) continue;
         char path[300];
         snprintf(path, sizeof path, "/modules/%s", file + 1);
         int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -76,6 +78,14 @@ static int load_modules(struct rf_error *e) {
         if (r < 0 && errno != EEXIST) return fail(e, "finit_module", path);
     }
     return 0;
+}
+
+int rf_guest_modules(const char *set, struct rf_error *e) { return load_modules(set, true, e); }
+
+static int boot_modules(struct rf_error *e) {
+    char cmdline[4096];
+    if (read_text("/proc/cmdline", cmdline, sizeof cmdline) < 0) return fail(e, "open", "/proc/cmdline");
+    return load_modules(cmdline, false, e);
 }
 
 static int find_port(void) {
@@ -104,7 +114,7 @@ int rf_guest_main(void) {
     /* A command shares our memory until its exec, already without capabilities: no other one of its uid may touch it. */
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     int port = -1;
-    if (first_mounts(&e) == 0 && load_modules(&e) == 0) port = wait_for_port(&e);
+    if (first_mounts(&e) == 0 && boot_modules(&e) == 0) port = wait_for_port(&e);
     if (port >= 0) {
         rf_send(port, true, RF_READY, 0, NULL, 0, -1); /* the boot is over: the plan may come, with the clock in it */
         rf_init_main(port, RF_IN_GUEST, NULL, -1);

@@ -410,6 +410,8 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     bool answers = p->seccomp_flags & (RF_S_NOTIFY | RF_S_AUDIT);
     if (guest ? answers != (p->answers.len > 0) : p->answers.len > 0 || (p->seccomp_flags & RF_S_AUDIT)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "answers for a listener");
     if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
+    for (unsigned i = 0; !guest && i < p->nmounts; i++)
+        if (p->mounts[i].kind == RF_DISK) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest has a disk");
     if (!guest && p->cpu_limit_ns && p->cpu_fd < 0) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a CPU time limit, and nothing to read it by");
     return 0;
 }

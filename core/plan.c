@@ -35,7 +35,7 @@ int rf_mount_parse(const struct rf_attr *a, const int *fds, unsigned nfds, struc
     memcpy(&m->flags, a->data + 2, 2);
     memcpy(&m->mode, a->data + 4, 4);
     memcpy(&fd, a->data + 8, 4);
-    if (a->data[1] != 0 || m->kind < RF_DIR || m->kind > RF_PLACE) return -1;
+    if (a->data[1] != 0 || m->kind < RF_DIR || m->kind > RF_DISK) return -1;
     if (m->flags & ~(RF_M_ATTRS | RF_M_RECURSIVE | RF_M_OPTIONAL | RF_M_INSIDE | RF_M_TOLD | RF_M_NOFOLLOW)) return -1;
     if (m->mode > 07777) return -1;
     if (fd == RF_NO_FD) m->fd = -1;

@@ -129,7 +129,7 @@ int rf_send(int fd, bool port, uint8_t type, uint32_t id, const void *payload, s
 #define RF_CGROUPS_MAX 8
 #define RF_BPF_MAX 4096 /* the kernel's BPF_MAXINSNS */
 
-enum rf_mount_kind { RF_DIR = 1, RF_SYMLINK, RF_FILE, RF_BIND, RF_FS, RF_MASK, RF_READONLY, RF_LAYER, RF_OVERLAY, RF_PLACE };
+enum rf_mount_kind { RF_DIR = 1, RF_SYMLINK, RF_FILE, RF_BIND, RF_FS, RF_MASK, RF_READONLY, RF_LAYER, RF_OVERLAY, RF_PLACE, RF_DISK };
 enum {
     RF_M_RDONLY = 1, RF_M_NOSUID = 2, RF_M_NODEV = 4, RF_M_NOEXEC = 8, RF_M_ATTRS = 15,
     RF_M_RECURSIVE = 0x100, RF_M_OPTIONAL = 0x200, RF_M_INSIDE = 0x400, RF_M_TOLD = 0x800, RF_M_NOFOLLOW = 0x1000,
@@ -223,6 +223,8 @@ struct rf_layer;
 /* Makes a tmpfs, runs the steps in it, and returns a descriptor of its root; -1 on error. Must be called in a mount
  * namespace of our own. `at` is an existing directory to hang it on. `layer`: or NULL, where no step may ask for one. */
 int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const char *options, struct rf_layer *layer, struct rf_error *e);
+/* One step, in a tree that is being made. */
+int rf_tree_step(int *root, const struct rf_mount *m, struct rf_layer *layer, struct rf_error *e);
 /* Makes the tree at `root` this process's root and lets go of everything else. */
 int rf_tree_enter(int root, struct rf_error *e);
 /* The same where pivot_root can't work: PID 1 on the initramfs. */
@@ -243,6 +245,11 @@ int rf_mount_mask(int root, const char *target, struct rf_error *e);
 
 struct rf_overlay { int upper, lower; const char *target; };
 
+/* What a disk shows at the top of the tree: folders and files. */
+#define RF_DISK_NAMES_MAX 40
+struct rf_disk_name { char target[260]; bool directory; };
+struct rf_disk { struct rf_disk_name names[RF_DISK_NAMES_MAX]; unsigned nnames; };
+
 /* One file system, or directory, that holds all that a workload may write to in its root and in its work directory. */
 struct rf_layer {
     int fd;               /* its directory, or -1 */
@@ -250,6 +257,7 @@ struct rf_layer {
     bool user_namespace;  /* overlays are made in one: their marks are user.*, as trusted.* are real root's alone */
     struct rf_overlay overlays[RF_OVERLAYS_MAX];
     unsigned noverlays, nplaces;
+    struct rf_disk disk;
 };
 
 /* Takes a LAYER step's file system, hangs it on `at`, and makes its directories. `mount` is given up. */
@@ -401,6 +409,12 @@ int rf_init_limit(struct rf_error *e);
 /* ids: what sandboxes are run as, where Python found all that it takes to change ids and mounts on the host; else NULL. */
 int rf_launcher_main(int socket_fd, const struct rf_ids *ids);
 int rf_guest_main(void);
+/* Loads the modules of a set, if the initramfs has any of that name. */
+int rf_guest_modules(const char *set, struct rf_error *e);
+/* disk.c. DISK with a source: finds the file system on that disk, and makes the names at its top in the tree. Without one:
+ * shows what these names hold. */
+int rf_disk_open(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e);
+int rf_disk_show(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e);
 /* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */
 int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e);
 void rf_guest_clock(const struct rf_plan *p);

@@ -259,7 +259,7 @@ static int place_step(int root, const struct rf_mount *m, struct rf_layer *l, st
     return mount < 0 ? -1 : bind(root, m, mount, e);
 }
 
-static int step(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e) {
+int rf_tree_step(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e) {
     switch (m->kind) {
     case RF_DIR:
     case RF_SYMLINK:
@@ -270,6 +270,7 @@ static int step(int *root, const struct rf_mount *m, struct rf_layer *l, struct 
     case RF_READONLY: return make_readonly(*root, m, e);
     case RF_OVERLAY: return overlay_step(root, m, l, e);
     case RF_PLACE: return place_step(*root, m, l, e);
+    case RF_DISK: return l ? (m->source[0] ? rf_disk_open : rf_disk_show)(root, m, l, e) : rf_fail_errno(e, EPROTO, "disk", "step", "without a layer");
     default: return rf_fail_errno(e, EPROTO, "layer", "step", "a layer comes first");
     }
 }
@@ -308,7 +309,7 @@ int rf_tree_build(const struct rf_mount *m, unsigned n, const char *at, const ch
     if (rf_mount_attach(root, hang) < 0) return fail(e, "move_mount", at);
     close(hang);
     for (; next < n; next++)
-        if (step(&root, &tree[next], l, e) < 0) return -1;
+        if (rf_tree_step(&root, &tree[next], l, e) < 0) return -1;
     return root;
 }
 

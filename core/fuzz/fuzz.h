@@ -39,7 +39,7 @@ static inline void check_error(const struct rf_error *e) {
 }
 
 static inline void check_mount(const struct rf_mount *m, unsigned nfds, const uint8_t *data, size_t n) {
-    CHECK(m->kind >= RF_DIR && m->kind <= RF_PLACE && m->mode <= 07777);
+    CHECK(m->kind >= RF_DIR && m->kind <= RF_DISK && m->mode <= 07777);
     CHECK(m->fd == -1 || fake_fd(m->fd, nfds));
     check_string(m->source, data, n);
     check_string(m->fstype, data, n);

@@ -48,6 +48,10 @@ def _layered_steps() -> list[messages.MountStep]:
     ]
 
 
+def _disk_steps() -> list[messages.MountStep]:
+    return [layers.disk(b"/dev/vda", [b"proc", b"work"]), layers.disk_shown(overlay=True)]
+
+
 def _layered() -> messages.Plan:
     plan = messages.Plan()
     plan.mounts(_layered_steps())
@@ -89,7 +93,7 @@ def _process() -> messages.Plan:
 
 def _guest() -> messages.Plan:
     plan = messages.Plan()
-    plan.mounts([messages.filesystem(b"/", b"erofs", source=b"/dev/vda", flags=messages.RDONLY)])
+    plan.mounts([messages.filesystem(b"/", b"erofs", source=b"/dev/vda", flags=messages.RDONLY), *_disk_steps()])
     plan.guest(
         realtime_ns=10**18,
         entropy=bytes(range(32)),
@@ -189,7 +193,7 @@ def seeds() -> dict[str, bytes]:
         "plan/many-mounts": b"\0" + _payload(many.encode()),
         "exec/many-arguments": frames.attribute(1, bytes(8193)),
     }
-    for step in (*_layered_steps(), *_steps()):
+    for step in (*_layered_steps(), *_disk_steps(), *_steps()):
         encoded = step.encode(frames.NO_FD if step.fd is None else 0)
         kind = encoded[8]
         found[f"mount/{kind}-{'path' if step.fd is None else 'fd'}"] = b"\1" + encoded[8:]

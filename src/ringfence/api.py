@@ -48,7 +48,8 @@ def run(argv: Sequence[Path], **options: Unpack[Options]) -> Result:
     input: all of stdin; without it stdin is empty, never the caller's. env: over a clean one (PATH, HOME, LANG, TERM).
     files: {name: content} put into the work directory, which is the cwd. collect: patterns (`*` within a name, `**`
     across folders) of files brought back from there in `Result.files`. mounts: `Mount` and `Tmpfs` to show.
-    image: "host" (the default: the host's /usr, /etc and so on, read-only) or a rootfs folder. overlay: whether the
+    image: "host" (the default: the host's /usr, /etc and so on, read-only), a rootfs folder, or at the vm level a raw
+    or qcow2 disk, told by its content, with a root file system on it or on a partition. overlay: whether the
     root can be written to, in a layer of its own; what changed is in `Result.changes`.
     user: a uid, "uid:gid" or a name inside; the default is one without privileges. hostname: inside.
     network: "none" (the default), "host" or `Network`. limits: see `Limits`. namespaces: see `Namespaces`.

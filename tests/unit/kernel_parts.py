@@ -61,6 +61,9 @@ DEPENDS = {
     "virtio_mmio": "virtio,virtio_ring",
     "virtio_console": "virtio,virtio_ring",
     "virtio_blk": "virtio,virtio_ring",
+    "virtio_net": "virtio,virtio_ring,net_failover",
+    "net_failover": "failover",
+    "failover": "",
     "9pnet": "",
     "9pnet_virtio": "virtio,9pnet,virtio_ring",
     "netfs": "",
@@ -70,6 +73,16 @@ DEPENDS = {
     "libcrc32c": "",
     "erofs": "libcrc32c",
     "overlay": "",
+    "crc16": "",
+    "mbcache": "",
+    "jbd2": "",
+    "ext4": "jbd2,mbcache,crc16",
+    "xfs": "libcrc32c",
+    "zstd_compress": "",
+    "raid6_pq": "",
+    "xor": "",
+    "btrfs": "zstd_compress,raid6_pq,xor,libcrc32c",
+    "squashfs": "",
 }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import time
 from itertools import pairwise
@@ -55,6 +56,11 @@ def test_shares_and_disks() -> None:
     append = after(words, "-append")[0].split()
     assert b"rf.sets=boot,9p,erofs" in append
     assert b"noreplace-smp" not in append
+
+
+def test_a_qcow2_is_named_and_has_nothing_behind_it() -> None:
+    node = json.loads(after(argv(disks=["/d"], disk_format="qcow2"), "-blockdev")[1])
+    assert node == {"driver": "qcow2", "node-name": "disk0", "file": "file0", "read-only": True, "backing": None}
 
 
 def test_the_kernel_command_line() -> None:

@@ -244,7 +244,11 @@ def test_image(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert Spec.make(["true"], image=str(tmp_path / "link")).image == str(tmp_path.resolve() / "folder")
     refused("is neither 'host' nor a folder (No such file or directory)", image="alpine:3")
-    refused("is neither 'host' nor a folder", image=tmp_path / "file")
+    made = Spec.make(["true"], image=tmp_path / "file")
+    assert (made.image, made.image_is_disk) == (str(tmp_path.resolve() / "file"), True)
+    assert not Spec.make(["true"], image=tmp_path / "folder").image_is_disk
+    os.mkfifo(tmp_path / "pipe")
+    refused("is neither 'host' nor a folder nor a disk image", image=tmp_path / "pipe")
     refused("image: / would show all of the host", image="/")
     refused("image must be a path, not 7", image=7)
     refused("image must not be empty", image="")

@@ -138,7 +138,7 @@ OPTIONS = Options(
             repeatable=True,
             convert=_device,
         ),
-        Option("image", '"host", or a folder that is its root file system (host)', metavar="DIR"),
+        Option("image", '"host", or a root file system: a folder, of a vm also a disk (host)', metavar="PATH"),
         Option("overlay", "let the root be written to, in a layer that is gone with the sandbox"),
         Option("readable", "of the files, only this path, and below (process)", metavar="PATH", repeatable=True),
         Option("writable", "also this path, and below (process)", metavar="PATH", repeatable=True),

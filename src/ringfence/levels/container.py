@@ -99,7 +99,10 @@ class ContainerLevel(Level):
             from ringfence.levels import devices
 
             unmet += devices.container_unmet(spec, privileged=host.privileged)
-        if spec.image != "host":
+        if spec.image_is_disk:
+            reason = "a disk image takes a kernel of its own: the host's is not to read what somebody made up"
+            unmet.append(Unmet("image", spec.image, reason, "use isolation='vm', or unpack it into a folder"))
+        elif spec.image != "host":
             tree.entries(spec.image)  # raises SpecError where it can't be shown
         if spec.user is not None and spec.namespaces.user == "own":
             try:

@@ -54,6 +54,8 @@ def _open_in_image(folder: str, file: str) -> int:
 def _lookup(file: str, name: str, image: str) -> list[int]:
     """The numbers of a line "name:password:number:number:…"."""
     folder = "/" if image == "host" else image
+    if os.path.isfile(folder):
+        raise SpecError(f"user: {name!r} can't be looked up: /{file} is on a disk, which only the guest reads")
     try:
         fd = _open_in_image(folder, file)
     except OSError as error:

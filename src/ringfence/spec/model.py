@@ -56,7 +56,7 @@ class Spec(Value):
     input: all of stdin; None is an empty one. env: the caller's own variables (see `environment`).
     files: what goes into the work directory. collect: patterns of what comes back (`parse.match_pattern`).
     mounts, tmpfs: sorted by target, so that parents come first. image: "host" or the absolute path of a rootfs
-    folder. overlay: whether the root can be written to, in a layer that is gone with the sandbox.
+    folder or of a disk image. overlay: whether the root can be written to, in a layer that is gone with the sandbox.
     user: (uid, gid) inside, a name that the level has to resolve there, or None for the level's default.
     hostname: or None for the level's default. network, limits, namespaces, seccomp: as given.
     capabilities: names, sorted by number. devices: sorted by target.
@@ -210,6 +210,11 @@ class Spec(Value):
             text=bool(text),
             asked=limits.asked | {name for name, was_given in given.items() if was_given},
         )
+
+    @property
+    def image_is_disk(self) -> bool:
+        """Whether the image is a disk image, not a folder."""
+        return self.image != "host" and os.path.isfile(self.image)
 
     def environment(self, home: bytes) -> tuple[tuple[bytes, bytes], ...]:
         """The workload's whole environment: DEFAULT_ENV, HOME=`home`, and over them the caller's own
@@ -376,11 +381,11 @@ def _image(image: Path | None) -> str:
         return "host"
     folder = os.fsdecode(parse.host_path(image, "image"))
     try:
-        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+        mode = os.stat(folder).st_mode
     except OSError as error:
         raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder ({error.strerror})") from None
-    if not is_folder:
-        raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder")
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder nor a disk image")
     folder = os.path.realpath(folder)
     if folder == "/":
         raise SpecError("image: / would show all of the host, its secrets too: use 'host'")

@@ -15,7 +15,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["LayerEnd", "directory_layer", "memory_layer", "overlay", "parse_sizes", "place", "tmpfs"]
+__all__ = [
+    "LayerEnd",
+    "directory_layer",
+    "disk",
+    "disk_shown",
+    "memory_layer",
+    "overlay",
+    "parse_sizes",
+    "place",
+    "tmpfs",
+]
 
 _KINDS = {1: "created", 2: "changed", 3: "deleted"}
 _WHAT = {0: None, ord("f"): "file", ord("d"): "directory", ord("l"): "symlink", ord("o"): "other"}
@@ -58,6 +68,16 @@ def overlay(target: bytes, source: bytes | int | None, *, inside: bool = False, 
 def place(target: bytes, mode: int) -> MountStep:
     """A directory of the layer, which belongs to the command's user."""
     return MountStep(10, target, mode=mode)
+
+
+def disk(device: bytes, without: Iterable[bytes]) -> MountStep:
+    """A guest's: finds the file system on a disk, and makes the names at its top, less those of `without`."""
+    return MountStep(11, b"/", source=device, data=b",".join(sorted(without)))
+
+
+def disk_shown(*, overlay: bool) -> MountStep:
+    """A guest's: shows what is in the folders and files that `disk` made; overlay: with the layer over each folder."""
+    return MountStep(11, b"/", mode=1 if overlay else 0)
 
 
 def parse_sizes(payload: bytes) -> dict[bytes, tuple[int, int]]:

@@ -56,7 +56,7 @@ class VmLevel(Level):
             "wall_time": "the caller's clock",
             "output": "the channel",
             "hostname": "the guest's own kernel",
-            "image": "9p share of the host's userland, or an erofs disk",
+            "image": "9p share of the host's userland, an erofs disk of a folder, or a raw or qcow2 disk",
             "user": "the guest's own kernel",
             "mounts": "9p shares",
             "capabilities": "the guest's own kernel",
@@ -110,6 +110,13 @@ class VmLevel(Level):
                 resolve(spec.user, spec.image)
             except SpecError as error:
                 unmet.append(Unmet("user", spec.user, str(error), "give a uid, or a user of the image"))
+        if spec.image_is_disk:
+            from ringfence.images import disk
+
+            try:
+                disk.inspect(spec.image)
+            except SpecError as error:
+                unmet.append(Unmet("image", spec.image, str(error), "give a raw or qcow2 image that is one file"))
         if spec.limits.cpus is not None and spec.limits.cpus > _MOST_CPUS:
             unmet.append(Unmet("cpus", spec.limits.cpus, f"a guest has at most {_MOST_CPUS} CPUs", "ask for fewer"))
         if not host.privileged:

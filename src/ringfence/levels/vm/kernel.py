@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 _KIND = "kernels"
-# The entry that `find` takes: a link, so that a newer kernel replaces it at once.
+# The entry that `find` takes: a link, so that a newer kernel replaces it at once. Another one for each choice of
+# modules: versions of ringfence that want different ones don't take each other's kernel.
 _CURRENT = "current"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -87,7 +88,7 @@ def find(cache_dir: str | None = None) -> GuestKernel | None:
 
     Raises SpecError where the cache folder can't be trusted or $RINGFENCE_KERNEL names no file.
     """
-    key = _key_of_file(named) if (named := _named()) else _CURRENT
+    key = _key_of_file(named) if (named := _named()) else current()
     folder = _cache.find(_KIND, key, cache_dir)
     return _load(os.path.realpath(folder)) if folder else None
 
@@ -121,6 +122,11 @@ def prepare(cache_dir: str | None = None, *, refresh: bool = False, progress: Pr
     )
 
 
+def current() -> str:
+    """The name of the link to the kernel that `find` takes."""
+    return f"{_CURRENT}-{_sets_digest()}"
+
+
 def _named() -> str | None:
     path = os.environ.get("RINGFENCE_KERNEL")
     if path and not os.path.isfile(path):
@@ -133,7 +139,8 @@ def _key_of_file(path: str) -> str:
     import hashlib
 
     about = os.stat(path)
-    of = (path, about.st_size, about.st_mtime_ns, about.st_ino, os.environ.get("RINGFENCE_KERNEL_MODULES"))
+    named = os.environ.get("RINGFENCE_KERNEL_MODULES")
+    of = (path, about.st_size, about.st_mtime_ns, about.st_ino, named, _sets_digest())
     return f"file-{hashlib.sha256(repr(of).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
 
 
@@ -173,11 +180,11 @@ def _from_package(cache_dir: str | None, progress: Progress | None) -> str:
             vmlinuz,
             tree,
             source=f"package {image.name} {image.version}",
-            required=tuple(modules.SETS),
+            required=modules.REQUIRED,
         )
         shutil.rmtree(scratch)
 
-    key = f"{image.name}_{image.version.replace(':', '%3a')}"
+    key = f"{image.name}_{image.version.replace(':', '%3a')}-{_sets_digest()}"
     return _cache.obtain(_KIND, key, fill, cache_dir=cache_dir, progress=progress)
 
 
@@ -193,7 +200,7 @@ def _from_host(cache_dir: str | None, progress: Progress | None) -> str:
     def fill(folder: str) -> None:
         _tell(progress, f"preparing the guest's kernel from {path}")
         tree = _DirectoryTree(f"/lib/modules/{release}")
-        _write(folder, image, tree, source=f"the host's own {path}", required=tuple(modules.SETS))
+        _write(folder, image, tree, source=f"the host's own {path}", required=modules.REQUIRED)
 
     return _cache.obtain(_KIND, f"host-{_key_of_file(path)}", fill, cache_dir=cache_dir, progress=progress)
 
@@ -304,6 +311,8 @@ _FORESEEN = frozenset(
         "crc32c_generic",
         "lz4_decompress",
         "zstd_decompress",
+        "failover",
+        "net_failover",
     ]
 )
 
@@ -351,6 +360,12 @@ def _write(folder: str, image: bytes, tree: _ModuleTree, *, source: str, require
     _cache.write(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode())
 
 
+def _sets_digest() -> str:
+    import hashlib
+
+    return hashlib.sha256(repr(sorted(modules.SETS.items())).encode()).hexdigest()[:8]
+
+
 def _names_asked_for(kept: dict[str, bytes]) -> set[str]:
     asked = {modules.canonical(name) for name in modules.every(modules.SETS)}
     return asked.union(*(modules.requires(module) for module in kept.values()))
@@ -377,9 +392,10 @@ def _load(folder: str) -> GuestKernel:
 def _point(folder: str) -> None:
     """Make `folder` the current kernel."""
     parent, name = os.path.split(folder)
-    link = os.path.join(parent, f"{_CURRENT}.{os.getpid()}-{os.urandom(4).hex()}")
+    place = os.path.join(parent, current())
+    link = f"{place}.{os.getpid()}-{os.urandom(4).hex()}"
     os.symlink(name, link)
-    os.replace(link, os.path.join(parent, _CURRENT))
+    os.replace(link, place)
 
 
 def _tell(progress: Progress | None, text: str) -> None:

@@ -48,6 +48,7 @@ def arguments(
     channel_fd: int,
     shares: Sequence[tuple[str, Path, bool]] = (),
     disks: Sequence[Path] = (),
+    disk_format: str = "raw",
     sets: Sequence[str] = (),
     console_fd: int | None = None,
     append: str = "",
@@ -61,10 +62,11 @@ def arguments(
     kernel: an uncompressed vmlinux; None, and initramfs too, for a guest whose state comes by QMP.
     memory_bytes: the guest's whole memory, rounded up to a MiB. cpus: 1 and more. accel: "kvm" or "tcg".
     channel_fd: a connected stream socket that QEMU inherits: the other end of the port.
-    shares: (tag, folder, writable) of 9p shares. disks: raw images; /dev/vda, vdb, ... in this
-    order, read-only. sets: module sets to load besides those that shares and disks need. console_fd: a
-    writable file descriptor that QEMU inherits and that gets the guest's console, to debug a boot (a pipe has
-    to be read, or the guest stops); None: there is no console. append: more of the kernel's command line.
+    shares: (tag, folder, writable) of 9p shares. disks: /dev/vda, vdb, ... in this
+    order, read-only; all of disk_format, "raw" or "qcow2". sets: module sets to load besides those that shares
+    and disks need. console_fd: a writable file descriptor that QEMU inherits and that gets the guest's console,
+    to debug a boot (a pipe has to be read, or the guest stops); None: there is no console. append: more of the
+    kernel's command line.
     memory: (file, whether what the guest writes gets there) in which the guest's memory is. qmp_fd: a connected socket
     for QMP. tsc_khz: None is as measured, 0 leaves it out.
 
@@ -129,7 +131,7 @@ def arguments(
             # locking: many guests share one image, which nobody writes.
             _options(f"driver=file,node-name=file{number},filename=", image, ",read-only=on,locking=off"),
             "-blockdev",
-            f"driver=raw,node-name=disk{number},file=file{number},read-only=on",
+            _format(disk_format, number),
             "-device",
             f"virtio-blk-device,drive=disk{number}",
         ]
@@ -150,6 +152,17 @@ def _memory(memory: tuple[str, bool] | None, megabytes: int) -> list[str]:
         "-object",
         f"memory-backend-file,id=memory,size={megabytes}M,mem-path={path},share={'on' if shared else 'off'}",
     ]
+
+
+def _format(format: str, number: int) -> str:
+    """Never probed, as what a guest once wrote to a raw disk could look like another format; and of a qcow2 no other
+    file, whatever its header says.
+    """
+    if format == "raw":
+        return f"driver=raw,node-name=disk{number},file=file{number},read-only=on"
+    # Only JSON can say null.
+    node = f'"node-name":"disk{number}","file":"file{number}"'
+    return f'{{"driver":"qcow2",{node},"read-only":true,"backing":null}}'
 
 
 def kernel_command_line(

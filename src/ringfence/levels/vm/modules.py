@@ -22,11 +22,27 @@ SETS: dict[str, tuple[str, ...]] = {
     "9p": ("9pnet_virtio", "9p"),
     "erofs": ("virtio_blk", "erofs"),
     "overlay": ("overlay",),
+    "net": ("virtio_net",),
+    "ext4": ("ext4",),
+    "xfs": ("xfs",),
+    "btrfs": ("btrfs",),
+    "squashfs": ("squashfs",),
 }
+
+# What only a disk of the user's own takes: larger than all others together, so in an initramfs of its own. A kernel
+# may lack any of them. erofs is among the others, as our own disks are made of it.
+FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "squashfs")
+REQUIRED = tuple(name for name in SETS if name not in FILE_SYSTEMS)
 
 # Soft dependencies name crypto algorithms, not modules; modules.alias, which depmod writes, would tell. The
 # generic implementations run on every CPU.
-_ALGORITHMS = {"crc32c": "crc32c_generic", "crc32": "crc32_generic"}
+_ALGORITHMS = {
+    "crc32c": "crc32c_generic",
+    "crc32": "crc32_generic",
+    "xxhash64": "xxhash_generic",
+    "sha256": "sha256_generic",
+    "blake2b-256": "blake2b_generic",
+}
 
 _SIGNATURE_MARK = b"~Module signature appended~\n"
 _SIGNATURE_HEADER = 12

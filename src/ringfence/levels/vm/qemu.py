@@ -145,6 +145,7 @@ def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = 
             for tag, writable in {share.tag: share.writable for share in spec.shares}.items()
         ],
         disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
+        disk_format=spec.disk_format,
         sets=spec.sets,
         qemu=QEMU,
         memory=None if memory is None else (f"/proc/self/fd/{_MEMORY_FD}", boots),

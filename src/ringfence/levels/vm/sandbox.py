@@ -73,9 +73,15 @@ class VmSandbox(Sandbox):
         self._before: messages.Exited | None = None
         self._vmm_before: cgroups.Usage | None = None
         self._layer = Layer()
-        shares, disks = [], []
+        shares, disks, disk_format = [], [], "raw"
         if spec.image == "host":
             shares.append(Share(tag="image", source=None, writable=False))
+        elif spec.image_is_disk:
+            from ringfence.images import disk
+
+            given = disk.inspect(spec.image)
+            disks.append(given.path)
+            disk_format = given.format
         else:
             from ringfence.levels.vm import images
 
@@ -86,12 +92,13 @@ class VmSandbox(Sandbox):
         memory = machine_memory(memory)
         self._machine = Machine(
             kernel=self._kernel.vmlinux,
-            initramfs=initramfs.build(self._kernel, core_path()),
+            initramfs=(initramfs.for_disks if spec.image_is_disk else initramfs.build)(self._kernel, core_path()),
             memory_bytes=memory,
             cpus=max(1, math.ceil(limits.cpus or 1)),
             accelerator=self.accelerator,
             shares=tuple(shares),
             disks=tuple(disks),
+            disk_format=disk_format,
             # The guest's user is QEMU's on the host, so that both see the same owners in a share.
             user=self._user if max(self._user) < ids.CONTAINER_IDS else _USER,
             cpu_weight=limits.cpu_weight,
@@ -379,7 +386,11 @@ class VmSandbox(Sandbox):
                 requested=spec.image if "image" in spec.asked else None,
                 effective=f"{spec.image}, {'below an overlay' if spec.overlay else 'read-only'};"
                 " its own /tmp, /dev and /proc; /run and /home empty",
-                mechanism="9p, read-only" if spec.image == "host" else "erofs disk",
+                mechanism="9p, read-only"
+                if spec.image == "host"
+                else f"a {machine.disk_format} disk, read-only"
+                if spec.image_is_disk
+                else "erofs disk",
             ),
         ]
         found += self._layer.applied(spec, "as the guest tells")

@@ -108,7 +108,7 @@ def key_of(machine: Machine, cache_dir: str | None = None) -> str:
         _host_cpu(),
         _content(machine.kernel),
         _content(machine.initramfs),
-        [os.stat(disk).st_size for disk in machine.disks],
+        _disk_bytes(machine),
     )
     return hashlib.sha256(repr(of).encode()).hexdigest()[:32]
 
@@ -145,7 +145,16 @@ def _host_cpu() -> list[str]:
 
 def _blank(machine: Machine) -> Machine:
     """The machine without what is one spec's own: who QEMU is, and how much of the host it may use."""
-    return machine.replace(user=(0, 0), cpu_weight=None, cpuset=None)
+    return machine.replace(user=(0, 0), cpu_weight=None, cpuset=None, disk_format="raw")
+
+
+def _disk_bytes(machine: Machine) -> list[int]:
+    """How large the guest sees each disk: all that it knows of one before it is restored."""
+    if machine.disk_format == "raw":
+        return [os.stat(disk).st_size for disk in machine.disks]
+    from ringfence.images.disk import inspect
+
+    return [inspect(disk).size_bytes for disk in machine.disks]
 
 
 # ---- finding and making ----
@@ -256,11 +265,11 @@ def _make(machine: Machine, host: Host, state: State, folder: str) -> None:
 
     deadline = time.monotonic_ns() + _MAKE_LIMIT_NS
     disks = []
-    for number, disk in enumerate(machine.disks):
+    for number, size in enumerate(_disk_bytes(machine)):
         # Blank: what is on a spec's disk is never seen by a kernel that others will run.
         blank = os.path.join(folder, f"disk{number}")
         with open(blank, "xb") as file:
-            file.truncate(os.stat(disk).st_size)
+            file.truncate(size)
         os.chmod(blank, 0o644)
         disks.append(blank)
     memory_fd = memory.create("ringfence-making", machine.memory_bytes)

@@ -47,6 +47,14 @@ def guest_tree(spec: Spec, user: tuple[int, int], memory_bytes: int) -> tuple[li
 
 def _skeleton(spec: Spec) -> tuple[list[MountStep], list[MountStep]]:
     """What a root is made of before anything is mounted in it, and the mounts: of the image and of the devices."""
+    devices = device_steps(lambda path: path)  # of the guest's own devtmpfs
+    # The host's own is one of its secrets, and not shown.
+    own, own_mounted = identity_steps() if spec.image != "host" else ([], [])
+    made = [*own, *(one for one in devices if one.kind != BIND)]
+    bound = [*own_mounted, *(one for one in devices if one.kind == BIND)]
+    if spec.image_is_disk:
+        steps = [*own_directories(), layers.disk(b"/dev/vda", tree.OWN_NAMES), *made]
+        return steps, [layers.disk_shown(overlay=spec.overlay), *bound]
     steps = [*own_directories(), messages.directory(_IMAGE)]
     if spec.image == "host":
         entries = tree.host_entries()
@@ -66,11 +74,7 @@ def _skeleton(spec: Spec) -> tuple[list[MountStep], list[MountStep]]:
             shown.append(layers.overlay(at, _IMAGE + at, inside=True))
         else:
             shown.append(messages.bind(at, _IMAGE + at, RDONLY | NOSUID | NODEV | INSIDE))
-    devices = device_steps(lambda path: path)  # of the guest's own devtmpfs
-    # The host's own is one of its secrets, and not shown.
-    made, mounted = identity_steps() if spec.image != "host" else ([], [])
-    steps += [*made, *(step for step in devices if step.kind != BIND)]
-    return steps, [*shown, *mounted, *(step for step in devices if step.kind == BIND)]
+    return steps + made, shown + bound
 
 
 # What a machine shows of the host's folders is in two devices, whatever their number: a microvm has few.

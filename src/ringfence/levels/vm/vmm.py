@@ -56,6 +56,7 @@ class Machine(Value):
     """A virtual machine, as any VMM takes it.
 
     kernel, initramfs, disks: host paths. memory_bytes: the guest's whole memory. accelerator: "kvm" or "tcg".
+    disk_format: of all disks, "raw" or "qcow2".
     user: (uid, gid) of the VMM in its jail, which own the shared files there. cpu_weight, cpuset: of the host's CPUs,
     for the VMM as a whole, or None.
     """
@@ -65,6 +66,7 @@ class Machine(Value):
         "cpu_weight",
         "cpus",
         "cpuset",
+        "disk_format",
         "disks",
         "initramfs",
         "kernel",
@@ -80,6 +82,7 @@ class Machine(Value):
     accelerator: str
     shares: tuple[Share, ...]
     disks: tuple[str, ...]
+    disk_format: str
     user: tuple[int, int]
     cpu_weight: int | None
     cpuset: tuple[int, ...] | None
@@ -96,6 +99,7 @@ class Machine(Value):
         shares: tuple[Share, ...],
         disks: tuple[str, ...],
         user: tuple[int, int],
+        disk_format: str = "raw",
         cpu_weight: int | None = None,
         cpuset: tuple[int, ...] | None = None,
         sets: tuple[str, ...] = (),
@@ -108,6 +112,7 @@ class Machine(Value):
             accelerator=accelerator,
             shares=shares,
             disks=disks,
+            disk_format=disk_format,
             user=user,
             cpu_weight=cpu_weight,
             cpuset=cpuset,
