@@ -602,6 +602,160 @@ def test_flows_are_bounded() -> None:
     in_world(bounded)
 
 
+def bounded_together(world: World) -> None:
+    """Several sandboxes share the bound, and each has a few flows whatever the others take: the caller goes on."""
+    code = """
+import socket, time
+ones = []
+for _ in range(60):
+    one = socket.socket()
+    one.settimeout(0.7)
+    try: one.connect(("203.0.113.80", 80))
+    except OSError: break
+    ones.append(one)
+print(len(ones), flush=True)
+time.sleep(6)
+"""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    found: list[int] = []
+
+    def one() -> None:
+        found.append(int(rf.run(["python3", "-c", code], isolation="container", network="nat", text=True).stdout))
+
+    threads = [threading.Thread(target=one) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+            time.sleep(1.5)
+        # All is taken now: there is room for what the caller itself does.
+        assert len(os.listdir("/proc/self/fd")) < 200
+        assert rf.run(["true"], isolation="container").ok
+        for thread in threads:
+            thread.join()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(found) <= 32 + 2 * 8 and min(found) >= 8, found
+
+
+def test_flows_of_all_sandboxes_are_bounded_together() -> None:
+    in_world(bounded_together)
+
+
+def publishes_in_vain(world: World) -> None:
+    """Inside every port that a connection could come from is taken: the caller's CPU isn't used up by trying."""
+    code = """
+import os, resource, socket, sys, time
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+first, last = map(int, open("/proc/sys/net/ipv4/ip_local_port_range").read().split())
+held = []
+while first <= last and (len(held) < 4000 or os.fork() == 0 and not held.clear()):
+    held.append(socket.socket())
+    held[-1].bind(("127.0.0.1", first))
+    first += 1
+open(str(first), "w").close()
+time.sleep(8)
+"""
+    network = rf.Network("nat", publish={18084: 80})
+    results: list[rf.Result] = []
+    runs = threading.Thread(
+        target=lambda: results.append(rf.run(["python3", "-c", code], isolation="container", network=network))
+    )
+    runs.start()
+    time.sleep(4)
+    began = time.process_time()
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", 18084), timeout=5) as one, pytest.raises(ConnectionResetError):
+            one.recv(1)
+    time.sleep(1)
+    spent = time.process_time() - began
+    runs.join()
+    equal((results[0].stderr, results[0].exit_code), (b"", 0))
+    assert spent < 0.5, f"{spent} s of CPU"
+
+
+def test_a_published_port_that_leads_nowhere() -> None:
+    in_world(publishes_in_vain)
+
+
+def goes_on_or_fails(world: World) -> None:
+    """An operating system's error for a while costs what it hits. What nobody thought of ends the run, and is told."""
+    from ringfence.levels.network import loop
+
+    code = """
+import socket, time
+query = b"\\x12\\x34\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\3web\\7example\\0\\0\\1\\0\\1"
+dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(4):
+    dns.sendto(query, ("192.0.0.1", 53))
+    time.sleep(0.5)
+print(socket.create_connection(("203.0.113.80", 80), timeout=5).recv(100).decode().strip())
+"""
+    real, failing = loop.Loop.watch, threading.Event()
+
+    def watch(self: loop.Loop, *arguments: Any) -> None:
+        if failing.is_set():
+            raise OSError(28, "max_user_watches")
+        real(self, *arguments)
+
+    loop.Loop.watch = watch  # type: ignore[assignment]
+    network = allow("web.example:80", "203.0.113.80:80")
+    try:
+        timer = threading.Timer(0.3, failing.set), threading.Timer(1.6, failing.clear)
+        for one in timer:
+            one.start()
+        result = rf.run(["python3", "-c", code], isolation="container", network=network, text=True)
+        for one in timer:
+            one.join()
+    finally:
+        loop.Loop.watch = real  # type: ignore[method-assign]
+    equal((result.stdout, result.stderr), ("203.0.113.80 80\n", ""))
+
+    turn = loop.Loop.turn
+
+    def fails(self: loop.Loop, timeout_s: float | None) -> None:
+        turn(self, timeout_s)
+        raise ValueError("nobody thought of this")
+
+    loop.Loop.turn = fails  # type: ignore[method-assign]
+    try:
+        began = time.monotonic()
+        with pytest.raises(rf.ProtocolError, match="gateway failed: ValueError: nobody thought of this"):
+            rf.run(["python3", "-c", code + "time.sleep(60)"], isolation="container", network=network)
+        assert time.monotonic() - began < 20
+    finally:
+        loop.Loop.turn = turn  # type: ignore[method-assign]
+    equal(world.client("tcp 203.0.113.80 80", network="nat"), ["203.0.113.80 80"])
+
+
+def test_a_gateway_goes_on_or_its_run_fails() -> None:
+    in_world(goes_on_or_fails)
+
+
+OPERATIONS = """
+import socket, struct
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.settimeout(3)
+for opcode in (0, 2, 4, 5):
+    head = struct.pack("!HHHHHH", 7, opcode << 11 | 0x100, 1, 0, 0, 0)
+    one.sendto(head + b"\\3web\\7example\\0\\0\\1\\0\\1", ("192.0.0.1", 53))
+    print(one.recv(512)[3] & 15)
+"""
+
+
+def only_questions(world: World) -> None:
+    """The host's servers see the host's address: a workload doesn't have them change a zone."""
+    world.asked()
+    for network in (rf.Network(), allow("web.example:80")):
+        result = rf.run(["python3", "-c", OPERATIONS], isolation="container", network=network, text=True)
+        equal((result.stdout.split(), result.stderr), (["0", "4", "4", "4"], ""))
+        equal(world.asked(), ["web.example"])
+
+
+def test_only_questions_are_passed_on() -> None:
+    in_world(only_questions)
+
+
 # ---- bandwidth ----
 
 TRANSFER = """
@@ -622,6 +776,9 @@ def keeps_to_its_bandwidth(world: World) -> None:
         count, seconds = result.stdout.split()
         equal(count, str(1 << 20))
         assert least <= float(seconds) <= most, (rate, seconds)
+    began = time.process_time()
+    rf.run(["python3", "-c", TRANSFER], network=rf.Network("nat", bandwidth=512 << 10), text=True)
+    assert time.process_time() - began < 1.0  # while there is always more to send
 
 
 def test_bandwidth() -> None:

@@ -16,7 +16,7 @@ from cgroup_parts import FakeKernel, directories_of, member, v2_layout
 
 from ringfence.errors import KernelError
 from ringfence.linux import cgroups, disks
-from ringfence.linux.cgroups import NO_LIMITS, InForce, IoLimits, Limits, Usage, base, files
+from ringfence.linux.cgroups import NO_LIMITS, InForce, IoLimits, Limits, Usage, base, files, v1
 
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 DISK = disks.disk_of(b"/tmp").device or (0, 0)
@@ -128,6 +128,39 @@ class TestVersion1:
             cgroup.kill()
             child.wait()
         assert cgroup.usage().oom_kills == 0
+        assert cgroup.remove()
+
+    def test_a_change_that_fails_half_way_is_undone(self, real: base.Manager, monkeypatch: pytest.MonkeyPatch) -> None:
+        cgroup = real.create(live=True)
+        assert isinstance(cgroup, v1.V1Cgroup)
+        unlimited = cgroup._number("memory", v1._MEMORY)
+        real_set = cgroup._set_memory
+
+        def set_memory(name: str, value: int) -> int | None:
+            if name == v1._MEMORY_AND_SWAP and value >= 0:
+                raise KernelError("write", (name,), errno.EIO)
+            return real_set(name, value)
+
+        monkeypatch.setattr(cgroup, "_set_memory", set_memory)
+        with pytest.raises(KernelError, match="EIO"):
+            cgroup.update(Limits(memory_bytes=64 << 20, pids=9))
+        assert in_force(cgroup) == {}
+        assert cgroup._number("memory", v1._MEMORY) == unlimited
+        assert cgroup.remove()
+
+    def test_a_limit_that_cannot_be_set_again_is_not_told_as_in_force(
+        self, real: base.Manager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cgroup = real.create(Limits(pids=50, memory_bytes=64 << 20), live=True)
+
+        def fails(value: int | None) -> None:
+            raise KernelError("write", ("pids.max",), errno.EIO)
+
+        monkeypatch.setattr(cgroup, "_limit_pids", fails)
+        with pytest.raises(KernelError, match="EIO") as caught:
+            cgroup.update(Limits(pids=20))
+        assert caught.value.__notes__ == ["what was before can't be set again either: pids"]
+        assert in_force(cgroup) == {"pids": None, "memory": 64 << 20}
         assert cgroup.remove()
 
     def test_what_it_was_made_without_cannot_be_changed(self, real: base.Manager) -> None:

@@ -168,3 +168,32 @@ def test_any_bytes_behind_a_good_question_are_addresses_or_none(tail: bytes, kin
     assert answer is not None
     assert all(len(one) == (4 if kind == dns.A else 16) for one in answer.addresses)
     dns.parse_response(tail, 7, "a.example", kind)
+
+
+@pytest.mark.parametrize("data", [query("a.b", flags=opcode << 11) for opcode in (1, 2, 4, 5, 6, 15)])
+def test_what_is_no_question_is_refused(data: bytes) -> None:
+    """Such as NOTIFY and UPDATE, which a server takes from the host's own address."""
+    assert not dns.is_plain(data)
+    answer = dns.build_refusal(data)
+    id, flags, *counts = struct.unpack("!HHHHHH", answer)
+    assert (id, flags & 0xF80F, counts) == (7, 0x8000 | struct.unpack_from("!H", data, 2)[0] & 0x7800 | 4, [0] * 4)
+
+
+def test_a_plain_question() -> None:
+    assert dns.is_plain(query("a.b")) and dns.is_plain(query("a.b", counts="1001"))
+    for counts in ("0000", "2000", "1100", "1010"):
+        assert not dns.is_plain(query("a.b", counts=counts))
+        assert dns.build_refusal(query("a.b", counts=counts))[3] & 15 == dns.NOT_IMPLEMENTED
+    assert not dns.is_plain(query("a.b", flags=0x8000)) and not dns.build_refusal(query("a.b", flags=0x8000))
+    assert not dns.is_plain(b"short") and not dns.build_refusal(b"short")
+
+
+def test_a_truncated_answer_without_an_address_is_not_that_there_is_none() -> None:
+    cut = bytearray(response("a.b", dns.A))
+    cut[2] |= 2
+    answer = dns.parse_response(bytes(cut), 7, "a.b", dns.A)
+    assert answer is not None and (answer.code, answer.addresses) == (dns.SERVER_FAILURE, [])
+    cut = bytearray(response("a.b", dns.A, record(wire("a.b"), dns.A, ONE), count=9))
+    cut[2] |= 2
+    answer = dns.parse_response(bytes(cut), 7, "a.b", dns.A)
+    assert answer is not None and (answer.code, answer.addresses) == (0, [ONE])

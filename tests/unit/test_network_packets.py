@@ -38,12 +38,28 @@ def test_what_is_no_syn() -> None:
         assert packets.parse_syn(one) is None
 
 
+def test_what_a_syn_carries_is_left_out() -> None:
+    """By TCP Fast Open, up to 64 KiB: a connection that is being opened holds no more than headers."""
+    for source, destination in ((A4, B4), (A6, B6)):
+        found, plain = (packets.parse_syn(syn(source, destination, data=data)) for data in (bytes(60000), b""))
+        assert found is not None and plain is not None
+        assert found.data == plain.data == syn(source, destination)
+    whole = bytearray(syn(A4, B4, data=bytes(40)))
+    for words, fits in ((15, True), (4, False)):  # its options are kept, and may not pass its end
+        whole[32] = words << 4
+        kept = packets.parse_syn(bytes(whole))
+        assert (kept is not None) == fits
+        assert kept is None or len(kept.data) == 20 + 4 * words
+    whole[32] = 15 << 4
+    assert packets.parse_syn(bytes(whole[:60])) is None
+
+
 def test_a_reset_acknowledges_the_syn() -> None:
     found = packets.parse_syn(syn(A4, B4, data=b"early"))
     assert found is not None
     answer = packets.reset(found)
     assert answer[12:20] == B4 + A4
-    assert struct.unpack_from("!HHII", answer, 20) == (443, 40000, 0, 77 + 1 + 5)
+    assert struct.unpack_from("!HHII", answer, 20) == (443, 40000, 0, 77 + 1)
     assert answer[33] == 0x14
 
 
@@ -82,5 +98,20 @@ def test_a_bucket_lets_through_its_rate() -> None:
             bucket.take(min(room, 1500))
             moved += min(room, 1500)
         else:
-            now += bucket.wait_s()
+            now += bucket.wait_s(now)
     assert 2_000_000 <= moved <= 2_060_000
+
+
+def test_a_bucket_is_not_emptied_byte_by_byte() -> None:
+    """Who always has more to send has a turn each few milliseconds, not one for every byte that becomes free."""
+    for rate in (1000, 20_000, 1_000_000, 100_000_000):
+        bucket, now, turns, moved = Bucket(rate, 0.0), 0.0, 0, 0
+        while now < 2.0:
+            if room := bucket.room(now):
+                bucket.take(room)
+                moved += room
+                turns += 1
+            now += max(0.001, bucket.wait_s(now))
+        assert 1.4 * rate <= moved <= 3.1 * rate
+        assert turns <= 2 * 500 + 2, (rate, turns)
+        assert moved / turns >= min(1000, rate)

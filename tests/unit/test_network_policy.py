@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.levels.network.policy import Policy, is_private, is_special
-from ringfence.spec import Network
+from ringfence.levels.network.rules import network_unmet
+from ringfence.spec import Network, Spec
 
 PORTS = st.integers(1, 65535)
 ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6)).map(lambda one: one.packed)
@@ -29,12 +30,15 @@ SPECIAL = [
     *("240.0.0.1", "255.255.255.255", "100.100.100.200", "168.63.129.16", "192.0.0.192"),
     *("::", "::1", "fe80::1", "febf::1", "fec0::1", "ff02::1", "fd00:ec2::254", "::ffff:127.0.0.1", "::ffff:8.8.8.8"),
     *("::127.0.0.1", "64:ff9b::169.254.169.254", "64:ff9b::7f00:1", "64:ff9b:1::a9fe:a9fe", "2002:7f00:1::1"),
-    "2002:a9fe:a9fe::1",
+    *("2002:a9fe:a9fe::1", "fd20:ce::254", "fd00:c1::a9fe:a9fe", "fd00:42::42", "fd00:ec2::23", "fd00:ec2::253"),
+    *("fd00:100::100:200", "fd00:a9fe:a9fe::1"),
+    *("64:ff9b:1:a9fe:a9:fe00::", "64:ff9b:1::808:808", "64:ff9b:1:ffff::1", "2001:0:a9fe:a9fe::1", "2001::1"),
 ]
 PRIVATE = ["10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.1.1", "100.64.0.1", "192.0.0.1", "198.18.0.1"]
 PRIVATE += ["fc00::1", "fd12::1", "64:ff9b::10.0.0.1", "2002:c0a8:101::1"]
 PUBLIC = ["8.8.8.8", "1.1.1.1", "203.0.113.80", "100.128.0.1", "172.32.0.1", "169.253.1.1", "198.20.0.1", "128.0.0.1"]
-PUBLIC += ["2001:db8::80", "2606:4700::1111", "64:ff9b::8.8.8.8", "2002:808:808::1"]
+PRIVATE += ["fd20:ce::253", "fd00:ec3::254", "fd00:42::41"]
+PUBLIC += ["2001:1::1", "64:ff9b:2::1", "2001:db8::80", "2606:4700::1111", "64:ff9b::8.8.8.8", "2002:808:808::1"]
 
 
 @pytest.mark.parametrize("address", SPECIAL)
@@ -68,7 +72,7 @@ def test_a_name_does_not_open_a_private_address(address: str) -> None:
 
 
 def test_a_rule_names_an_address_in_any_spelling() -> None:
-    for rule in ("127.0.0.1:80", "127.0.0.1/32:80", "[::ffff:127.0.0.1]:80"):
+    for rule in ("127.0.0.1:80", "127.0.0.1/32:80", "[::ffff:7f00:1]:80"):
         assert policy(rule).permits(packed("127.0.0.1"), 80, 0.0)
         assert policy(rule).names(packed("127.0.0.1"), 80)
         assert not policy(rule).permits(packed("127.0.0.1"), 81, 0.0)
@@ -128,3 +132,21 @@ def test_only_names_on_the_list_open_anything(address: bytes, port: int, listed:
         )
     else:
         assert name not in listed
+
+
+IN_VAIN = [
+    *("[::1]:80", "127.0.0.2:80", "127.0.0.0/8:80", "192.0.0.1:80", "192.0.0.2:*", "0.0.0.0:80", "[::]:80"),
+    *("[fdd5:7266:6e65:7400::1]:53", "[::1/128]:80", "[::ffff:7f00:9]:80"),
+]
+WORKS = [
+    *("127.0.0.1:80", "127.0.0.1/32:80", "[::ffff:7f00:1]:80", "*:80", "x.example:80", "*.example:80", "host7:80"),
+    *("192.0.0.192:80", "0.0.0.0/0:*", "[::/0]:80", "169.254.169.254:80", "[fd00::1]:80", "10.0.0.0/8:1"),
+]
+
+
+def test_a_rule_that_would_open_nothing_is_refused() -> None:
+    for rule in (*IN_VAIN, *WORKS):
+        spec = Spec.make(["true"], isolation="container", network=Network("nat", allow=[rule]))
+        unmet = network_unmet(spec)
+        assert [(one.rule, one.requested) for one in unmet] == [("allow", rule)] * (rule in IN_VAIN), rule
+        assert all("127.0.0.1:PORT" in one.help for one in unmet)

@@ -348,3 +348,12 @@ def test_no_network_in_front_of_any_profile() -> None:
     assert bpf.answer(program, NATIVE, number("mount")) == bpf.ALLOW
     for arch, one in ((pyseccomp.Arch.X86, 102), (NATIVE, bpf.X32_BIT | 41)):
         assert bpf.answer(program, arch, one) == bpf.KILL_PROCESS
+
+
+def test_conditions_on_more_calls_than_a_search_reaches() -> None:
+    """A conditional jump reaches 255 instructions: a profile that needs more is refused, and not with a traceback."""
+    each = [rule(name, args=[{"index": 0, "value": 5, "op": "SCMP_CMP_EQ"}]) for name in NAMES]
+    assert len(each) > 250
+    with pytest.raises(Unmet, match="calls have conditions"):
+        compiled(denying(*each))
+    assert compiled(denying(*each[:100]))

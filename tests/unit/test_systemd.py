@@ -9,6 +9,8 @@ import errno
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from ringfence.errors import KernelError
 from ringfence.linux import cgroups
 from ringfence.linux.cgroups import Limits, base, home, systemd, v2
 from ringfence.linux.dbus import Bus, BusError, Variant, marshal, unmarshal
+from support.sandboxes import SOURCES, need_root
 
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 
@@ -317,3 +320,67 @@ def test_whom_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/tmp/bus", True),
         ("/run/user/5/bus", True),
     ]
+
+
+class TestAPeerThatMeansNoGood:
+    def test_an_array_of_what_takes_no_room(self) -> None:
+        for signature in ("a()", "a(())", "a((()()))"):
+            with pytest.raises(BusError, match="takes no room"):
+                unmarshal(signature, struct.pack("<II", 8, 0) + bytes(8))
+
+    def test_a_trickle_doesn_t_go_on_for_ever(self, tmp_path: Path) -> None:
+        path = str(tmp_path / "bus")
+        ended = threading.Event()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+
+            def trickle() -> None:
+                one, _ = listener.accept()
+                with one:
+                    try:
+                        while not ended.wait(0.02):
+                            one.send(b"x")
+                    except OSError:
+                        pass
+
+            thread = threading.Thread(target=trickle, daemon=True)
+            thread.start()
+            began = time.monotonic()
+            with pytest.raises(TimeoutError):
+                Bus(path, hello=False, timeout_s=0.5)
+            assert time.monotonic() - began < 5
+            ended.set()
+            thread.join()
+
+    def test_a_peer_of_another_pid_namespace(self, tmp_path: Path) -> None:
+        """For which the numbers of our processes are those of others."""
+        need_root()
+        code = "import sys; from ringfence.linux.dbus import Bus; Bus(sys.argv[1], hello=False)"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp_path / "bus"))
+            listener.listen()
+            done = subprocess.run(
+                ["unshare", "--pid", "--fork", sys.executable, "-c", code, str(tmp_path / "bus")],
+                env={**os.environ, "PYTHONPATH": str(SOURCES)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        assert "is of another PID namespace" in done.stderr
+
+
+def test_a_process_that_proc_does_not_show_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hidepid others' processes aren't there for us: they would be moved into a leaf of ours."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            assert home.is_ours(other.pid)
+
+            def hidden(path: str, mode: str = "r") -> None:
+                raise FileNotFoundError(errno.ENOENT, "hidden", path)
+
+            monkeypatch.setattr(home, "open", hidden, raising=False)
+            assert not home.is_ours(other.pid)
+        finally:
+            other.kill()
+    assert home.is_ours(other.pid)

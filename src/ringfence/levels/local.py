@@ -262,6 +262,7 @@ class LocalSandbox(Sandbox):
                 self.take(frame)
             if channel.at_end or time.monotonic_ns() > deadline:
                 raise ProtocolError("init did not set up the sandbox")
+        network.on_failure = self.kill
         network.start()
 
     # ---- running ----
@@ -301,6 +302,8 @@ class LocalSandbox(Sandbox):
             )
         finally:
             pipes.close()
+        if self.network is not None:
+            self.network.check()
         if outcome.exited is None and outcome.started is None:
             raise ProtocolError("the sandbox ended before the command was started")
         if self._listener is not None:

@@ -6,9 +6,11 @@ checked against the bounds of its message before it is used.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
+import time
 
 from ringfence.errors import RingfenceError
 
@@ -159,7 +161,10 @@ class _Reader:
                 raise BusError("an array that passes the end of its message")
             found = []
             while self.at < end:
+                before = self.at
                 found.append(self.value(one[1:], depth + 1))
+                if self.at == before:
+                    raise BusError("an array of what takes no room")
             return found
         return tuple(self.values(one[1:-1], depth + 1))
 
@@ -182,19 +187,24 @@ def unmarshal(signature: str, data: bytes, order: str = "<") -> tuple[Any, ...]:
 class Bus:
     """A connection to a socket on which a bus, or systemd itself, answers. A context manager.
 
-    hello: whether it is a bus, which has to be greeted. timeout_s: for each step. Only a peer that runs as this user,
-    or as root, is spoken to. Raises BusError, OSError.
+    hello: whether it is a bus, which has to be greeted. timeout_s: for connecting, and for each call as a whole. Only a
+    peer that runs as this user, or as root, in this PID namespace, is spoken to. Raises BusError, OSError.
     """
 
     def __init__(self, path: str, *, hello: bool, timeout_s: float = 5.0) -> None:
         self._serial = 0
         self._rest = bytearray()
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(timeout_s)
             self._socket.connect(path)
             credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            _, uid, _ = struct.unpack("iII", credentials)
+            pid, uid, _ = struct.unpack("iII", credentials)
+            if pid == 0:
+                # For one outside of our PID namespace the numbers of our processes are other processes'.
+                raise BusError(f"{path} is of another PID namespace")
             if uid not in (0, os.geteuid()):
                 raise BusError(f"{path} belongs to uid {uid}")
             self._authenticate()
@@ -232,6 +242,7 @@ class Bus:
     ) -> tuple[Any, ...]:
         """Calls a method and waits for its answer. Raises BusError, OSError (TimeoutError)."""
         self._serial += 1
+        self._deadline = time.monotonic() + self._timeout_s
         body = marshal(signature, values)
         given = {_PATH: path, _INTERFACE: interface, _MEMBER: member, _DESTINATION: destination, _SIGNATURE: signature}
         fields = [(code, Variant(_FIELD_TYPES.get(code, "s"), value)) for code, value in given.items() if value]
@@ -249,6 +260,11 @@ class Bus:
             raise BusError(text, str(found.get(_ERROR_NAME, "")))
 
     def _fill(self, most: int) -> None:
+        # However little comes at a time.
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, "it doesn't answer in time")
+        self._socket.settimeout(left_s)
         data = self._socket.recv(most)
         if not data:
             raise BusError("it hung up")

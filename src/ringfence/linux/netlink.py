@@ -6,6 +6,7 @@ whole start of a container. Sources: rtnetlink(7), include/uapi/linux/netfilter/
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -82,7 +83,10 @@ def any_ip_route(source: bytes) -> bytes:
 
 
 def route_type(sock: socket.socket, packed: bytes) -> int | None:
-    """The kind of the route to an address (RTN_* of rtnetlink(7)) in the socket's namespace; None without one."""
+    """The kind of the route to an address (RTN_* of rtnetlink(7)) in the socket's namespace; None without one.
+
+    Raises OSError where the kernel doesn't say.
+    """
     family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
     body = struct.pack("=BBBBBBBBI", family, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0) + attribute(1, packed)
     # By its number an answer that came too late for its question isn't taken for one to another address.
@@ -91,7 +95,14 @@ def route_type(sock: socket.socket, packed: bytes) -> int | None:
     while True:
         answer = sock.recv(_RECEIVE_BYTES)
         if _HEADER.unpack_from(answer)[3] == sequence:
-            return next((data[7] for kind, data in _messages(answer) if kind == _NEWROUTE), None)
+            for kind, data in _messages(answer):
+                if kind == _NEWROUTE and len(data) > 7:
+                    return data[7]
+                code = -struct.unpack_from("=i", data)[0] if kind == _ERROR and len(data) >= 4 else 0
+                if code in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+                    return None
+                raise OSError(code or errno.EBADMSG, os.strerror(code or errno.EBADMSG))
+            raise OSError(errno.EBADMSG, os.strerror(errno.EBADMSG))
 
 
 def list_addresses(sock: socket.socket) -> list[bytes]:

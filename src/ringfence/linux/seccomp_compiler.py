@@ -6,6 +6,7 @@ The program is tried against the profile at the boundaries of every condition be
 from __future__ import annotations
 
 import errno
+import struct
 
 from ringfence.errors import SpecError, Unmet
 from ringfence.linux import seccomp
@@ -57,11 +58,20 @@ def compile(profile: Profile) -> bytes:
             checks[number] = _block(about, profile.default)
     last = max(rules, default=0)
     program = _newer_calls(seccomp.exported(filter), {native: last}, profile.default, library)
-    program = seccomp.condensed(program, checks, native)
+    program = _condensed(program, checks, native)
     if profile.architectures:
         program = _beside(program, _foreign(library, native, profile), native)
     _try(bpf.bounded(program), profile, rules, native, last)
     return program
+
+
+def _condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:
+    try:
+        return seccomp.condensed(program, checks, arch)
+    except struct.error:
+        # A conditional jump reaches no further than 255 instructions.
+        reason = f"its search is too large for a filter: {len(checks)} calls have conditions"
+        raise Unmet("seccomp", None, reason, "allow some of them without conditions") from None
 
 
 def _filter(library: Any, default: int) -> Any:

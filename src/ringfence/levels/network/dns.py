@@ -93,6 +93,22 @@ def parse_query(data: bytes) -> Query | None:
     return Query(id, flags, name if network == _INTERNET else "", kind, data[_HEADER.size : at + 4])
 
 
+def is_plain(data: bytes) -> bool:
+    """Whether it is one question of the kind that any resolver is asked, as far as its header says."""
+    if len(data) < _HEADER.size:
+        return False
+    _, flags, questions, answers, authorities, _ = _HEADER.unpack_from(data)
+    return not flags & (_RESPONSE | _OPCODE) and (questions, answers, authorities) == (1, 0, 0)
+
+
+def build_refusal(data: bytes) -> bytes:
+    """What a server says that has no such operation; b"" to what is no request at all."""
+    if len(data) < _HEADER.size or data[2] & 0x80:
+        return b""
+    id, flags, *_ = _HEADER.unpack_from(data)
+    return _HEADER.pack(id, _RESPONSE | flags & (_OPCODE | _RECURSE) | _RECURSES | NOT_IMPLEMENTED, 0, 0, 0, 0)
+
+
 def build_response(query: Query, code: int, addresses: list[bytes], ttl_s: int = 0) -> bytes:
     """An answer to a query, in as many records as a client without EDNS takes."""
     flags = _RESPONSE | query.flags & (_OPCODE | _RECURSE) | _RECURSES | code
@@ -146,7 +162,11 @@ def parse_response(data: bytes, id: int, name: str, kind: int) -> Answer | None:
         elif network == _INTERNET and record == kind and length == (4 if kind == A else 16):
             found.setdefault(owner[0], []).append((data[at : at + length], ttl_s))
         at += length
-    return _follow(name, aliases, found, flags & _RCODE)
+    answer = _follow(name, aliases, found, flags & _RCODE)
+    if flags & _TRUNCATED and answer.code == NO_ERROR and not answer.addresses:
+        # What was left out may be what was asked for: it isn't that there is none.
+        return Answer(SERVER_FAILURE, [], 0)
+    return answer
 
 
 def _follow(

@@ -20,6 +20,8 @@ OUT, BACK = 0, 1  # from the sandbox, and to it
 # One connection's share of a turn of the loop.
 _READS = 4
 _LEAST_BURST_BYTES = 16 << 10
+_LEAST_MOVE_BYTES = 1500
+_MOST_TURNS_A_SECOND = 500
 
 
 class Bucket:
@@ -29,21 +31,24 @@ class Bucket:
         self.rate = bytes_per_second
         # 50 ms of it at once, so that a turn of the loop moves enough.
         self._most = max(bytes_per_second // 20, min(_LEAST_BURST_BYTES, bytes_per_second))
+        # Less than this isn't worth a turn: a sender that always has more would have one for every few bytes.
+        self._least = max(1, min(self._most, max(_LEAST_MOVE_BYTES, bytes_per_second // _MOST_TURNS_A_SECOND)))
         self._tokens = float(self._most)
         self._at = now
 
     def room(self, now: float) -> int:
         self._tokens = min(self._most, self._tokens + (now - self._at) * self.rate)
         self._at = now
-        return int(self._tokens)
+        return int(self._tokens) if self._tokens >= self._least else 0
 
     def take(self, count: int) -> None:
         """May go below nothing, by a datagram: later ones wait for it."""
         self._tokens -= count
 
-    def wait_s(self) -> float:
-        """Until a turn makes sense again."""
-        return max(0.001, (min(self._most, 1500) - self._tokens) / self.rate)
+    def wait_s(self, now: float) -> float:
+        """Until there is room again."""
+        self.room(now)
+        return max(0.001, (self._least - self._tokens) / self.rate)
 
 
 def abort(sock: socket.socket) -> None:
@@ -56,14 +61,15 @@ def abort(sock: socket.socket) -> None:
 
 
 class _Half:
-    """One direction."""
+    """One direction. held_bytes: what is kept of it in memory, of which `pending` may be a part."""
 
-    __slots__ = ("direction", "ended", "pending", "sink", "source")
+    __slots__ = ("direction", "ended", "held_bytes", "pending", "sink", "source")
 
     def __init__(self, source: socket.socket, sink: socket.socket, direction: int) -> None:
         self.source, self.sink = source, sink
         self.direction = direction
         self.pending = memoryview(b"")
+        self.held_bytes = 0
         self.ended = False
 
 
@@ -77,11 +83,14 @@ class Connection:
         self._over = over
         self.inside, self.outside = inside, outside
         self._halves = (_Half(inside, outside, OUT), _Half(outside, inside, BACK))
-        for sock in (inside, outside):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop.watch(inside, lambda events: self._event(0, events))
-        loop.watch(outside, lambda events: self._event(1, events))
-        self._interest()
+        try:
+            for sock in (inside, outside):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            loop.watch(inside, lambda events: self._event(0, events))
+            loop.watch(outside, lambda events: self._event(1, events))
+            self._interest()
+        except OSError:
+            self.close(broken=True)
 
     def _event(self, side: int, events: int) -> None:
         try:
@@ -93,7 +102,7 @@ class Connection:
             if error.errno not in (errno.EAGAIN, errno.EINTR):
                 self.close(broken=True)
                 return
-        self._interest()
+        self.resume()
 
     def _read(self, half: _Half) -> None:
         buffer = self._loop.buffer
@@ -114,14 +123,20 @@ class Connection:
             except BlockingIOError:
                 sent = 0
             if sent < count:
-                half.pending = memoryview(bytes(buffer[sent:count]))
-                self._loop.held_bytes += count - sent
+                self._hold(half, memoryview(bytes(buffer[sent:count])), count - sent)
 
     def _write(self, half: _Half) -> None:
         if half.pending:
-            sent = half.sink.send(half.pending)
-            half.pending = half.pending[sent:]
-            self._loop.held_bytes -= sent
+            rest = half.pending[half.sink.send(half.pending) :]
+            if 2 * len(rest) <= half.held_bytes:
+                # A view keeps all that it is a view of. Each byte is copied once more at most.
+                self._hold(half, memoryview(bytes(rest)), len(rest))
+            else:
+                half.pending = rest
+
+    def _hold(self, half: _Half, pending: memoryview, held_bytes: int) -> None:
+        self._loop.held_bytes += held_bytes - half.held_bytes
+        half.pending, half.held_bytes = pending, held_bytes
 
     def _interest(self) -> None:
         if all(half.ended and not half.pending for half in self._halves):
@@ -134,20 +149,24 @@ class Connection:
                 if self._loop.room(reads.direction) > 0:
                     wanted |= select.EPOLLIN
                 else:
-                    self._loop.paused(self.resume)
+                    self._loop.paused(reads.direction, self.resume)
             if writes.pending:
                 wanted |= select.EPOLLOUT
             self._loop.want(sock, wanted)
 
     def resume(self) -> None:
-        """The loop has room again."""
+        """Waits for what makes sense now. One that can't wait for anything any more is broken off."""
         if self.inside.fileno() >= 0:
-            self._interest()
+            try:
+                self._interest()
+            except OSError:
+                self.close(broken=True)
 
     def close(self, *, broken: bool = False) -> None:
         if self.inside.fileno() < 0:
             return
-        self._loop.held_bytes -= sum(len(half.pending) for half in self._halves)
+        for half in self._halves:
+            self._hold(half, memoryview(b""), 0)
         for sock in (self.inside, self.outside):
             self._loop.forget(sock)
             if broken:

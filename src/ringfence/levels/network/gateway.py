@@ -28,7 +28,7 @@ from ringfence.linux import netlink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ringfence.levels.network.inside import Inside
     from ringfence.levels.network.policy import Policy
@@ -45,6 +45,9 @@ _ACCEPT_S = 10.0
 _DATAGRAM_IDLE_S = 120.0
 _SWEEP_S = 5.0
 _JOIN_S = 5.0
+# What each sandbox may have whatever the others take.
+_LEAST_FLOWS = 8
+_PAUSE_S = 0.01
 _NONBLOCKING = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 # Which error a workload gets for ours.
@@ -82,8 +85,14 @@ class _Datagrams:
         self.key, self.outside, self.used = key, outside, used
 
 
+# Of this process. They share its descriptors.
+_gateways: list[Gateway] = []
+
+
 class Gateway:
-    """published: [(a listening socket of the host's, the port inside)]. All that is handed in is closed at the end."""
+    """published: [(a listening socket of the host's, the port inside)]. All that is handed in is closed at the end.
+    on_failure: called where the gateway can't go on, which is then over; failure: why, or None.
+    """
 
     def __init__(
         self,
@@ -91,7 +100,10 @@ class Gateway:
         policy: Policy,
         published: Sequence[tuple[socket.socket, int]],
         bytes_per_second: int | None,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
+        self.failure: BaseException | None = None
+        self._on_failure = on_failure
         self._inside = inside
         self._policy = policy
         self._published = published
@@ -106,13 +118,23 @@ class Gateway:
         self._joining: dict[socket.socket, tuple[socket.socket, float]] = {}
         self._connections: set[Connection] = set()
         self._datagrams: dict[_Key, _Datagrams] = {}
-        # A flow takes two descriptors of the caller's process: at most a quarter of what it may have.
+        # A flow takes two descriptors of the caller's process: all of them at most a quarter of what it may have.
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.most_flows = max(16, min(1024, soft // 8 if soft > 0 else 1024))
-        self._resolver = Resolver(policy, lambda one, call: self._loop.watch(one, lambda _: call()), self._loop.forget)
-        self._watch_all()
+        self._resolver = Resolver(
+            policy,
+            lambda one, call: self._loop.watch(one, lambda _: call()),
+            self._loop.forget,
+            lambda: not self._full(),
+        )
         self._thread = threading.Thread(target=self._run, name="ringfence-network", daemon=True)
-        self._thread.start()
+        _gateways.append(self)
+        try:
+            self._watch_all()
+            self._thread.start()
+        except BaseException:
+            self._end()
+            raise
 
     def _watch_all(self) -> None:
         watch = self._loop.watch
@@ -128,6 +150,17 @@ class Gateway:
     # ---- the thread ----
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            # By the thread itself: whoever closed its sockets while it runs would have it use others' numbers.
+            self._end()
+        if self.failure is not None and self._on_failure is not None:
+            self._on_failure()
+
+    def _serve(self) -> None:
         sweep = time.monotonic() + _SWEEP_S
         while not self._ending:
             deadline = self._resolver.next_deadline()
@@ -136,32 +169,35 @@ class Gateway:
             now = time.monotonic()
             self._loop.turn(None if deadline is None else max(0.0, deadline - now))
             now = time.monotonic()
-            self._resolver.tick(now)
-            if now >= sweep:
-                self._sweep(now)
-                sweep = now + _SWEEP_S
+            try:
+                self._resolver.tick(now)
+                if now >= sweep:
+                    sweep = now + _SWEEP_S
+                    self._sweep(now)
+            except OSError:
+                time.sleep(_PAUSE_S)  # as with any flow (`Loop`): what is left is looked at the next time
 
     def _sweep(self, now: float) -> None:
         for key, pending in list(self._pending.items()):
             if pending.deadline <= now:
                 self._give_up(key, None)
-        for inside, (outside, deadline) in list(self._joining.items()):
+        for inside, (_, deadline) in list(self._joining.items()):
             if deadline <= now:
-                del self._joining[inside]
-                self._loop.forget(inside)
-                inside.close()
-                abort(outside)
+                self._end_joining(inside)
         for flow in [one for one in self._datagrams.values() if one.used + _DATAGRAM_IDLE_S <= now]:
             self._end_datagrams(flow)
 
-    def close(self) -> None:
-        """Ends every flow and the thread."""
+    def close(self) -> bool:
+        """Ends the thread, and every flow with it. Whether it did: one that hangs does so once it goes on."""
         self._ending = True
         try:
             self._waker.send(b"x")
         except OSError:
             pass  # closed before
         self._thread.join(_JOIN_S)
+        return not self._thread.is_alive()
+
+    def _end(self) -> None:
         self._resolver.close()
         for pending in self._pending.values():
             pending.outside.close()
@@ -196,10 +232,13 @@ class Gateway:
         self._release()
 
     def _release(self) -> None:
+        if self in _gateways:
+            _gateways.remove(self)
         for one in (self._routes, self._wake, self._waker):
             one.close()
         self._loop.close()
         self._inside.close()
+        self._inside.supply.close()
 
     def published(self) -> tuple[tuple[int, int], ...]:
         """(port of the host, port inside), the first as the kernel has it."""
@@ -226,9 +265,13 @@ class Gateway:
             return None
         return (address, port) if kind in (None, netlink.RTN_UNICAST) else None
 
+    def _flows(self) -> int:
+        own = (self._pending, self._joining, self._connections, self._datagrams)
+        return sum(len(one) for one in own) + self._resolver.sockets
+
     def _full(self) -> bool:
-        flows = (self._pending, self._joining, self._connections, self._datagrams)
-        return sum(len(one) for one in flows) >= self.most_flows
+        """Whether there is no room for another flow among those of all gateways, of which each may have a few."""
+        return self._flows() >= _LEAST_FLOWS and sum(one._flows() for one in tuple(_gateways)) >= self.most_flows
 
     # ---- TCP, from the sandbox ----
 
@@ -266,7 +309,11 @@ class Gateway:
         except OSError:
             return
         self._pending[key] = _Pending(syn, outside, time.monotonic() + _CONNECT_S)
-        self._loop.watch(outside, lambda _: self._connected(key, outside), select.EPOLLOUT)
+        try:
+            self._loop.watch(outside, lambda _: self._connected(key, outside), select.EPOLLOUT)
+        except OSError:
+            self._give_up(key, None)
+            raise
         code = outside.connect_ex((_shown(target[0]), target[1]))
         if code not in (0, errno.EINPROGRESS):
             self._give_up(key, code)
@@ -301,7 +348,7 @@ class Gateway:
         self._inside.inject(syn.source, answer)
 
     def _accept(self, listener: socket.socket) -> None:
-        while True:
+        for _ in range(_PACKETS):
             try:
                 inside, peer = listener.accept()
             except BlockingIOError:
@@ -320,12 +367,14 @@ class Gateway:
             self._connect(inside, pending.outside)
 
     def _connect(self, inside: socket.socket, outside: socket.socket) -> None:
-        self._connections.add(Connection(self._loop, inside, outside, self._connections.discard))
+        made = Connection(self._loop, inside, outside, self._connections.discard)
+        if inside.fileno() >= 0:
+            self._connections.add(made)
 
     # ---- TCP, to the sandbox ----
 
     def _publish(self, listener: socket.socket, port: int) -> None:
-        while True:
+        for _ in range(_PACKETS):
             try:
                 outside, _ = listener.accept()
             except BlockingIOError:
@@ -341,21 +390,32 @@ class Gateway:
                 return
             inside.setblocking(False)
             self._joining[inside] = (outside, time.monotonic() + _ACCEPT_S)
-            self._loop.watch(inside, lambda _, inside=inside: self._joined(inside), select.EPOLLOUT)  # type: ignore[misc]
-            inside.connect_ex(("127.0.0.1", port))
+            try:
+                self._loop.watch(inside, lambda _, inside=inside: self._joined(inside), select.EPOLLOUT)  # type: ignore[misc]
+                code = inside.connect_ex(("127.0.0.1", port))
+            except OSError as error:
+                code = error.errno or errno.EIO
+            if code not in (0, errno.EINPROGRESS):
+                # A socket that isn't connecting is ready for ever, and never connected.
+                self._end_joining(inside)
+
+    def _end_joining(self, inside: socket.socket) -> None:
+        outside, _ = self._joining.pop(inside)
+        self._loop.forget(inside)
+        inside.close()
+        abort(outside)
 
     def _joined(self, inside: socket.socket) -> None:
         """A published port's connection has arrived, or nobody listens there."""
         code = inside.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not code and not _is_connected(inside):
             return
+        if code:
+            self._end_joining(inside)
+            return
         outside, _ = self._joining.pop(inside)
         self._loop.forget(inside)
-        if code:
-            inside.close()
-            abort(outside)
-        else:
-            self._connect(inside, outside)
+        self._connect(inside, outside)
 
     # ---- UDP ----
 
@@ -364,7 +424,7 @@ class Gateway:
             if self._loop.room(OUT) <= 0:
                 # What comes meanwhile stays in the socket's buffer, as far as it fits in.
                 self._loop.want(sock, 0)
-                self._loop.paused(lambda: self._loop.want(sock, select.EPOLLIN))
+                self._loop.paused(OUT, lambda: self._loop.want(sock, select.EPOLLIN))
                 return
             try:
                 data, control, _, peer = sock.recvmsg(_PACKET_BYTES, 64)
@@ -411,7 +471,11 @@ class Gateway:
             self._refuse_datagram(key, _ERRORS.get(code, "network"), data)
             return None
         flow = self._datagrams[key] = _Datagrams(key, outside, time.monotonic())
-        self._loop.watch(outside, lambda _: self._from_outside(flow))
+        try:
+            self._loop.watch(outside, lambda _: self._from_outside(flow))
+        except OSError:
+            self._end_datagrams(flow)
+            raise
         return flow
 
     def _make_room(self) -> bool:

@@ -35,7 +35,8 @@ class Loop:
         self._calls: dict[int, Callable[[int], None]] = {}
         self._interest: dict[int, int] = {}
         self._buckets = None if bytes_per_second is None else tuple(Bucket(bytes_per_second, now) for _ in (OUT, BACK))
-        self._paused: set[Callable[[], None]] = set()
+        # By direction.
+        self._paused: tuple[set[Callable[[], None]], ...] = (set(), set())
         self.held_bytes = 0
 
     # ---- sockets ----
@@ -63,7 +64,10 @@ class Loop:
 
     def forget(self, sock: socket.socket) -> None:
         """Before it is closed."""
-        self.want(sock, 0)
+        try:
+            self.want(sock, 0)
+        except OSError:
+            pass  # closing it takes it out as well
         fd = sock.fileno()
         self._calls.pop(fd, None)
         self._interest.pop(fd, None)
@@ -81,30 +85,35 @@ class Loop:
         if self._buckets is not None:
             self._buckets[direction].take(count)
 
-    def paused(self, resume: Callable[[], None]) -> None:
-        """Somebody waits for room; called once there may be some."""
-        self._paused.add(resume)
+    def paused(self, direction: int, resume: Callable[[], None]) -> None:
+        """Somebody waits for room in a direction; called once there is some."""
+        self._paused[direction].add(resume)
 
     # ---- the clock ----
 
     def turn(self, timeout_s: float | None) -> None:
         """Waits for events, and hands them out."""
-        if self._paused and self._buckets is not None:
-            wait = min(bucket.wait_s() for bucket in self._buckets)
-            timeout_s = wait if timeout_s is None else min(wait, timeout_s)
+        if self._buckets is not None:
+            now = time.monotonic()
+            waits = [self._buckets[one].wait_s(now) for one in (OUT, BACK) if self._paused[one]]
+            timeout_s = min([*waits, *(() if timeout_s is None else (timeout_s,))], default=None)
         for fd, events in self._epoll.poll(timeout_s):
             call = self._calls.get(fd)
-            if call is None:
-                continue  # an earlier event of this turn has closed it
-            try:
-                call(events)
-            except OSError:
-                # Descriptors or memory are short, say. The flow is left as it is, and others go on.
-                time.sleep(_PAUSE_S)
-        if self._paused:
-            waiting, self._paused = self._paused, set()
-            for resume in waiting:
-                resume()
+            if call is not None:  # else an earlier event of this turn has closed it
+                self._guarded(call, events)
+        for direction in (OUT, BACK):
+            if self._paused[direction] and self.room(direction) > 0:
+                waiting = list(self._paused[direction])
+                self._paused[direction].clear()
+                for resume in waiting:
+                    self._guarded(resume)
+
+    def _guarded(self, call: Callable[..., None], *arguments: int) -> None:
+        try:
+            call(*arguments)
+        except OSError:
+            # Descriptors or memory are short, say. The flow is left as it is, and others go on.
+            time.sleep(_PAUSE_S)
 
     def close(self) -> None:
         self._epoll.close()

@@ -71,10 +71,18 @@ def _header_bytes(packet: bytes) -> int:
 
 
 def parse_syn(packet: bytes) -> Segment | None:
-    """A TCP packet that asks for a new connection; None for every other one."""
+    """A TCP packet that asks for a new connection; None for every other one. What it carries beside (by TCP Fast Open,
+    up to 64 KiB) is left out: its sender sends it again.
+    """
     at = _header_bytes(packet)
     if not at or len(packet) < at + 20 or packet[at + 13] & _FLAGS != _SYN:
         return None
+    end = at + (packet[at + 12] >> 4) * 4
+    if not at + 20 <= end <= len(packet):
+        return None
+    if end < len(packet):
+        where, length = (2, end) if packet[0] >> 4 == 4 else (4, end - at)
+        packet = packet[:where] + struct.pack("!H", length) + packet[where + 2 : end]
     source_port, port, sequence = struct.unpack_from("!HHI", packet, at)
     size = 4 if packet[0] >> 4 == 4 else 16
     first = 12 if size == 4 else 8
@@ -94,9 +102,7 @@ def with_checksum(packet: bytes) -> bytes:
 
 def reset(syn: Segment) -> bytes:
     """What a host without a listener answers to a SYN."""
-    length = len(syn.data) - _header_bytes(syn.data)
-    carried = length - (syn.data[_header_bytes(syn.data) + 12] >> 4) * 4
-    acknowledged = (syn.sequence + 1 + max(0, carried)) & 0xFFFFFFFF
+    acknowledged = (syn.sequence + 1) & 0xFFFFFFFF
     segment = struct.pack("!HHIIBBHHH", syn.port, syn.source_port, 0, acknowledged, 5 << 4, 0x14, 0, 0, 0)
     value = checksum(_pseudo(syn.destination, syn.source, _TCP, len(segment)) + segment)
     return _ip(syn.destination, syn.source, _TCP, segment[:16] + struct.pack("!H", value) + segment[18:])

@@ -25,10 +25,19 @@ HOST_LOOPBACK = ipaddress.ip_address("127.0.0.1").packed
 
 _ANY_PORT = 0
 
-# Where a cloud's instances ask for their own credentials, beside 169.254.0.0/16.
+# Where a cloud's instances ask for their own credentials, beside 169.254.0.0/16 and fe80::/10: Alibaba (twice), Azure,
+# Oracle (twice), Google, Scaleway, Linode.
 _METADATA = frozenset(
-    ipaddress.ip_address(one).packed for one in ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
+    ipaddress.ip_address(one).packed
+    for one in (
+        *("100.100.100.200", "fd00:100::100:200", "168.63.129.16", "192.0.0.192", "fd00:c1::a9fe:a9fe"),
+        *("fd20:ce::254", "fd00:42::42", "fd00:a9fe:a9fe::1"),
+    )
 )
+# Whole prefixes: those of Amazon's services (metadata, credentials of containers and pods, DNS, time), and those of
+# addresses that stand for an IPv4 one in more ways than can be told: local NAT64 (RFC 8215), Teredo (RFC 4380).
+_METADATA_PREFIX = b"\xfd\0\x0e\xc2"
+_OPAQUE_PREFIXES = (b"\0\x64\xff\x9b\0\1", b"\x20\1\0\0")
 
 
 def is_special(packed: bytes) -> bool:
@@ -41,6 +50,8 @@ def is_special(packed: bytes) -> bool:
         return packed[0] in (0, 127) or packed[0] >= 224 or packed[:2] == b"\xa9\xfe"
     if packed[:8] == bytes(8):
         # ::, ::1, IPv4-compatible and IPv4-mapped ones, SIIT: none of them belongs on a wire.
+        return True
+    if packed[:4] == _METADATA_PREFIX or packed.startswith(_OPAQUE_PREFIXES):
         return True
     embedded = _embedded(packed)
     if embedded is not None and is_special(embedded):
@@ -65,8 +76,8 @@ def is_private(packed: bytes) -> bool:
 
 
 def _embedded(packed: bytes) -> bytes | None:
-    """The IPv4 address that an IPv6 one stands for: NAT64 (RFC 6052, RFC 8215) and 6to4 (RFC 3056)."""
-    if packed[:12] == b"\0\x64\xff\x9b" + bytes(8) or packed[:6] == b"\0\x64\xff\x9b\0\1":
+    """The IPv4 address that an IPv6 one stands for: NAT64 (RFC 6052) and 6to4 (RFC 3056)."""
+    if packed[:12] == b"\0\x64\xff\x9b" + bytes(8):
         return packed[12:]
     return packed[2:6] if packed[:2] == b"\x20\x02" else None
 

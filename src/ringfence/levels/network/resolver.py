@@ -96,16 +96,25 @@ class _Waiting:
 
 
 class Resolver:
-    """Answers the workload's queries. `watch` and `forget` (un)register a socket with the gateway's loop."""
+    """Answers the workload's queries. `watch` and `forget` (un)register a socket with the gateway's loop; `may` says
+    whether there is room for one more.
+    """
 
-    def __init__(self, policy: Policy, watch: Watch, forget: Forget) -> None:
+    def __init__(self, policy: Policy, watch: Watch, forget: Forget, may: Callable[[], bool] = lambda: True) -> None:
         self._policy = policy
+        self._may = may
+        self.sockets = 0
         self._watch, self._forget = watch, forget
         self._waiting: dict[object, _Waiting] = {}
 
     def pass_on(self, query: bytes, reply: Reply) -> None:
         """For a sandbox without an allow-list: any query, to a server that answers, and its answer."""
         if not 2 < len(query) <= _MOST_QUERY_BYTES:
+            return
+        if not dns.is_plain(query):
+            # The host's server sees the host's address: it isn't asked to change zones or to tell others.
+            if answer := dns.build_refusal(query):
+                reply(answer)
             return
         if len(self._waiting) >= _MOST_WAITING:
             # The oldest gives way: it is the least likely to get an answer yet.
@@ -159,7 +168,7 @@ class Resolver:
     def _try(self, waiting: _Waiting) -> None:
         """Sends the question to the next server. A socket for each try: its port is as hard to guess as the id."""
         self._drop(waiting)
-        while waiting.tries < _TRIES:
+        while waiting.tries < _TRIES and self._may():
             known = servers()
             server = known[waiting.tries % len(known)]
             waiting.tries += 1
@@ -171,8 +180,9 @@ class Resolver:
             except OSError:
                 continue
             waiting.socket = one
-            self._watch(one, lambda: self._readable(waiting))
+            self.sockets += 1
             try:
+                self._watch(one, lambda: self._readable(waiting))
                 one.connect(
                     socket.getaddrinfo(server, _PORT, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0][4]
                 )
@@ -217,6 +227,7 @@ class Resolver:
     def _drop(self, waiting: _Waiting) -> None:
         one, waiting.socket = waiting.socket, None
         if one is not None:
+            self.sockets -= 1
             self._forget(one)
             one.close()
 

@@ -29,7 +29,7 @@ def network_unmet(spec: Spec) -> list[Unmet]:
         return []
     if network.mode == "nat":
         if spec.namespaces.net == "own":
-            return []
+            return _in_vain(spec) if network.allow else []
         reason = "its gateway is the way out of a network namespace that it has made itself"
         return [Unmet("network", "nat", reason, "leave namespaces.net out")]
     reason = "it would have the host's own network, where nothing stands between it and the world"
@@ -39,6 +39,32 @@ def network_unmet(spec: Spec) -> list[Unmet]:
         "bandwidth": network.bandwidth_bytes_per_second,
     }
     return [Unmet(rule, value, reason, "use network mode 'nat'") for rule, value in asked.items() if value is not None]
+
+
+def _in_vain(spec: Spec) -> list[Unmet]:
+    """Rules that name what a packet never leaves the sandbox for: its own addresses and its gateway's."""
+    import ipaddress
+
+    from ringfence.levels.network import inside
+
+    own = [inside.ADDRESS4, inside.GATEWAY4, inside.ADDRESS6, inside.GATEWAY6]
+    found = []
+    for rule in spec.network.allow or ():
+        if not rule.host[-1:].isdigit() and ":" not in rule.host:
+            continue  # a name, or any
+        try:
+            where = ipaddress.ip_network(rule.host)
+        except ValueError:
+            continue  # a name that ends with a digit
+        first = getattr(where[0], "ipv4_mapped", None) or where[0]
+        if first == ipaddress.ip_address("127.0.0.1") and where.num_addresses == 1:
+            continue  # the host's loopback, by the gateway's address
+        single = where.num_addresses == 1 and (first.packed in own or first.is_unspecified)
+        if single or (first.is_loopback and where.is_loopback) or (first.is_loopback and where.num_addresses == 1):
+            reason = "it is an address of the sandbox's own, which no packet leaves for: the rule would open nothing"
+            help = "a service of the host's loopback is opened by '127.0.0.1:PORT', and is at host.ringfence.internal"
+            found.append(Unmet("allow", str(rule), reason, help))
+    return found
 
 
 class NetworkFiles:

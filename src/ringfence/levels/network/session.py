@@ -6,7 +6,7 @@ import os
 import socket
 import weakref
 
-from ringfence.errors import CannotEnforce, KernelError, Unmet
+from ringfence.errors import CannotEnforce, KernelError, ProtocolError, Unmet
 from ringfence.levels.network.gateway import Gateway
 from ringfence.levels.network.inside import Inside, Supply
 from ringfence.levels.network.policy import Policy
@@ -15,7 +15,7 @@ from ringfence.result import Applied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from ringfence.spec.network import Network
 
@@ -38,6 +38,8 @@ class NetworkSession:
         self._published: list[tuple[socket.socket, int]] = []
         self._gateway: Gateway | None = None
         self._inside: Inside | None = None
+        # Called by the gateway's thread.
+        self.on_failure: Callable[[], None] | None = None
         self.supply = Supply()
         try:
             self._publish()
@@ -81,7 +83,14 @@ class NetworkSession:
             raise CannotEnforce(self._isolation, [Unmet("network", "nat", reason, help)]) from error
         policy = Policy(self._network.allow)
         published, self._published = self._published, []
-        self._gateway = Gateway(self._inside, policy, published, self._network.bandwidth_bytes_per_second)
+        rate = self._network.bandwidth_bytes_per_second
+        self._gateway = Gateway(self._inside, policy, published, rate, self.on_failure)
+
+    def check(self) -> None:
+        """Raises ProtocolError where the gateway could not go on, so that the sandbox had no network from then on."""
+        if self._gateway is not None and self._gateway.failure is not None:
+            failure = self._gateway.failure
+            raise ProtocolError(f"the sandbox's gateway failed: {type(failure).__name__}: {failure}") from failure
 
     def applied(self, asked: Iterable[str]) -> list[Applied]:
         """What is in force: the namespace's side read back from the kernel, the rest by this process's gateway."""
@@ -89,7 +98,7 @@ class NetworkSession:
         if inside is None or gateway is None:
             return []
         requested = "nat" if "network" in asked else None
-        how = f"a gateway outside ({gateway.most_flows} flows at most); inside: {inside.applied}"
+        how = f"a gateway outside ({gateway.most_flows} flows of all sandboxes at most); inside: {inside.applied}"
         found = [Applied(rule="network", requested=requested, effective="nat", mechanism=how)]
         v6 = "through the host, as far as it has it" if inside.ipv6 else "not there: this kernel has none"
         found.append(Applied(rule="IPv6", requested=None, effective=v6, mechanism="a gateway outside"))
@@ -113,9 +122,8 @@ class NetworkSession:
     def close(self) -> None:
         """Ends every flow. May be called twice."""
         gateway, self._gateway = self._gateway, None
-        if gateway is not None:
-            gateway.close()
-        self._release()
+        if gateway is None or gateway.close():
+            self._release()
 
     def _release(self) -> None:
         if self._inside is not None:

@@ -42,6 +42,15 @@ __all__ = ["CPU_PERIOD_US", "Cgroup", "Manager", "layout", "read_layout"]
 # The kernel's own default period of the CPU quota, microseconds.
 CPU_PERIOD_US = 100_000
 
+# Controller to rules.
+_RULES_OF = {
+    "memory": ("memory", "swap"),
+    "cpu": ("cpus", "cpu_weight"),
+    "cpuset": ("cpuset",),
+    "pids": ("pids",),
+    "io": ("io_read", "io_write", "io_read_ops", "io_write_ops"),
+}
+
 _FIRST_WAIT_S = 0.0002
 _LONGEST_WAIT_S = 0.02
 # From the write to the last task being stopped; one in uninterruptible sleep is waited for.
@@ -157,20 +166,33 @@ class Cgroup(abc.ABC):
         Raises KernelError, and all is as before then: ENOTSUP where it was made without the controller (`live` has all
         that are usable), EBUSY where more memory is in use than it is to have.
         """
-        before = self.limits
+        before, told = self.limits, dict(self._in_force)
         try:
             self.limit(limits)
-        except BaseException:
+        except BaseException as error:
             self.limits = before
-            for name in sorted(limits.controllers()):
-                try:
-                    self._set_limits(name, before)
-                except KernelError:
-                    continue  # a controller that it never had; the first error is the one to tell
+            lost = [name for name in sorted(limits.controllers()) if not self._put_back(name, before)]
+            self._in_force = told
+            for rule in [one for name in lost for one in _RULES_OF[name] if one in told]:
+                told[rule] = told[rule].replace(effective=None)
+            if lost:
+                error.add_note(f"what was before can't be set again either: {', '.join(lost)}")
             raise
         finally:
             self._changed = True
         return self.in_force
+
+    def _put_back(self, controller: str, before: Limits) -> bool:
+        """Whether all that a controller limits is as it was. The first error is the one to tell."""
+        for rule in _RULES_OF[controller]:
+            if not rule.startswith("io_"):
+                # As if it were in force: that it was set may not have been noted, and what isn't in force isn't undone.
+                self._in_force.setdefault(rule, InForce(rule=rule, requested=0, effective=None, mechanism=""))
+        try:
+            self._set_limits(controller, before)
+        except KernelError as error:
+            return error.errno in (errno.ENOTSUP, errno.ENOENT)  # it was made without that controller
+        return True
 
     def _note(
         self, rule: str, requested: int | float | tuple[int, ...] | None, effective: object, mechanism: str

@@ -134,8 +134,19 @@ def is_ours(pid: int) -> bool:
                 # The command's name, in parentheses, can have spaces and parentheses itself.
                 pid = int(file.read().rpartition(b")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
-            return True  # gone, so it is in nobody's way
+            return _is_gone(pid)  # and in nobody's way
     return pid == own
+
+
+def _is_gone(pid: int) -> bool:
+    """That /proc doesn't show a process doesn't mean that there is none: proc(5), hidepid."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _not_writable(path: bytes) -> str:
