@@ -29,13 +29,13 @@ from ringfence.levels.limits import cgroup_limits
 from ringfence.levels.local import LocalSandbox
 from ringfence.levels.process import ProcessSandbox
 from ringfence.levels.state import state
-from ringfence.spec import Limits, Spec
+from ringfence.spec import Limits, Mount, Spec
 from ringfence.wire import frames, messages
 from ringfence.wire.launcher import probe_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     from ringfence.wire.messages import Started
@@ -199,8 +199,15 @@ class _Container(_Cut, ContainerSandbox):
     pass
 
 
-def _start(isolation: str, argv: Sequence[str], cut: Callable[[Request], None] | None, **options: Any) -> Started:
-    spec = Spec.make(argv, isolation=isolation, limits=_LIMITS)
+def _start(
+    isolation: str,
+    argv: Sequence[str],
+    cut: Callable[[Request], None] | None,
+    rules: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Started:
+    """rules: more of the spec. options: of the sandbox itself."""
+    spec = Spec.make(argv, isolation=isolation, **({"limits": _LIMITS} | dict(rules or {})))
     base: type[_Cut] = _Process if isolation == "process" else _Container
     kind: type[_Cut] = type(base.__name__, (base,), {"cut": staticmethod(cut) if cut is not None else None})
     with kind(spec, host(), state(), **options) as sandbox:
@@ -262,6 +269,9 @@ def _takes(isolation: str, argv: Sequence[str]) -> dict[str, Callable[[], int]]:
     def single_mounts() -> int:
         return _timed(lambda: _start(isolation, argv, None, extra=lambda _: []))
 
+    def more(**rules: Any) -> Callable[[], int]:
+        return lambda: _timed(lambda: _start(isolation, argv, None, rules))
+
     def through_run() -> int:
         return _timed(lambda: run(argv, isolation=isolation, limits=_LIMITS, check=True))
 
@@ -284,6 +294,9 @@ def _takes(isolation: str, argv: Sequence[str]) -> dict[str, Callable[[], int]]:
             lambda: _start(isolation, argv, None, extra=lambda _: [])
         )
         found["with its network namespace made then"] = unstocked
+        found["with an overlay over the whole root"] = more(overlay=True)
+        found["with limits.disk"] = more(limits=_LIMITS.replace(disk="64M"))
+        found["with a mount of the spec's own"] = more(mounts=[Mount("/usr/share", "/data")])
     found["rf.run, made anew"] = anew
     found["rf.run, made ahead"] = ahead
     return found
