@@ -250,9 +250,14 @@ def test_spin_burns_cpu(probe: str) -> None:
 
 
 def test_spin_children(probe: str) -> None:
-    before = cpu_seconds()
-    assert output(probe, "spin-children", "3", "0.5") == b"ready 3\n"
-    assert cpu_seconds() - before > 0.4
+    used = 0.0
+    for seconds in (0.5, 2, 8):  # on a busy machine they get less of it
+        before = cpu_seconds()
+        assert output(probe, "spin-children", "3", str(seconds)) == b"ready 3\n"
+        used = cpu_seconds() - before
+        if used > 0.4:
+            return
+    raise AssertionError(used)
 
 
 def test_hog(probe: str) -> None:
