@@ -14,6 +14,7 @@ from ringfence.cli.main import REFUSED
 from ringfence.errors import SpecError, StartError
 from ringfence.result import TerminationReason
 from ringfence.spec import ISOLATIONS, NAMESPACES, Device, File, Limits, Mount, Network, Seccomp, Spec, Tmpfs
+from ringfence.wire.launcher import launcher
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def main(argv: Sequence[str]) -> int:
     # Everything that can be wrong is found before stdin is read, which may take as long as its writer likes.
     spec = _spec(given)
     folder = _folder(given)
+    launcher()  # it gets itself ready beside the look at this host, and the imports, that the check takes
     check_spec(spec)
     if not given["no-stdin"]:
         spec = spec.replace(input=_stdin())
