@@ -7,6 +7,7 @@
 
 `run` does the work; `Limits`, `Mount`, `Network` and their like say under which rules; a `Result` tells how it ended,
 what it used, and what was in force. `Sandbox` stays and takes several commands, `Pool` keeps sandboxes waiting.
+`inspect` tells what any live process is, `survey` all of this host's.
 Everything that is raised derives from `RingfenceError`.
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "Device",
     "File",
     "Host",
+    "Inspection",
     "KernelError",
     "Limits",
     "Mount",
@@ -58,7 +60,9 @@ __all__ = [
     "WorkloadFailed",
     "compare",
     "host",
+    "inspect",
     "run",
+    "survey",
 ]
 
 __version__ = "0.1.0"
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ringfence.comparison import Comparison, compare
+    from ringfence.observe import Inspection, inspect, survey
     from ringfence.pool import Pool
     from ringfence.sandbox import Sandbox
 
@@ -78,6 +83,10 @@ def __getattr__(name: str) -> Any:
         from ringfence import comparison
 
         return getattr(comparison, name)
+    if name in ("Inspection", "inspect", "survey"):
+        from ringfence import observe
+
+        return getattr(observe, name)
     if name == "Sandbox":
         from ringfence.sandbox import Sandbox
 

@@ -22,6 +22,8 @@ __all__ = ["COMMANDS", "REFUSED", "leave", "main"]
 COMMANDS = {
     "run": ("ringfence.cli.run", "run a command as a process, in a container or in a virtual machine"),
     "compare": ("ringfence.cli.compare", "run a command at every level, and show what each isolates and costs"),
+    "inspect": ("ringfence.cli.inspect", "show what a live process is, whoever made it, and what is weak about it"),
+    "ps": ("ringfence.cli.ps", "list what runs here, as virtual machines, containers and processes"),
     "doctor": ("ringfence.cli.doctor", "show what this host can enforce, level by level, and what would help"),
     "setup": ("ringfence.cli.setup", "get what the levels need: QEMU, a kernel for guests, libseccomp"),
     "bench": ("ringfence.cli.bench", "measure how long starts take, against other tools"),

@@ -1,0 +1,316 @@
+"""`rf.inspect(pid)`: all that the kernel tells of how a live process is confined, and a verdict in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ringfence._value import Value
+from ringfence.errors import KernelError
+from ringfence.observe import judge
+from ringfence.observe.groups import Bounds, bounds
+from ringfence.observe.proc import MountEntry, Proc, pids
+from ringfence.observe.vmm import Monitor, monitor
+from ringfence.spec.boundary import CAPABILITIES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["Host", "Inspection", "Namespace", "examine", "inspect", "reference"]
+
+_SETS = ("effective", "permitted", "inheritable", "bounding", "ambient")
+_STATUS = ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")
+# Membership in one of these is a way to root, or to all data.
+_POWERFUL_GROUPS = ("docker", "podman", "lxd", "incus", "libvirt", "disk", "kvm", "sudo", "wheel", "shadow", "root")
+_SOCKET = "socket:["
+
+
+class Namespace(Value):
+    """name: "mnt", "pid", ... inode: None where this caller may not see it. shared: with the host (its first process as
+    this caller sees it); None where that can't be told. others: how many other processes are in it, and the lowest of
+    their pids; (0, None) where it is the process's alone or wasn't looked for.
+    """
+
+    __slots__ = ("first_other", "inode", "name", "others", "shared")
+    name: str
+    inode: int | None
+    shared: bool | None
+    others: int
+    first_other: int | None
+
+    def __init__(
+        self, *, name: str, inode: int | None, shared: bool | None, others: int = 0, first_other: int | None = None
+    ) -> None:
+        self._set(name=name, inode=inode, shared=shared, others=others, first_other=first_other)
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {name: getattr(self, name) for name in self._fields}
+
+
+class Host(Value):
+    """What processes are compared with. namespaces: of the first process of this /proc, or, where that may not be
+    looked at, of this caller (`of_caller`). mounts: the same one's. root: identity of its root.
+    """
+
+    __slots__ = ("mounts", "namespaces", "of_caller", "own_mounts", "sockets")
+    namespaces: dict[str, int]
+    of_caller: bool
+    mounts: tuple[MountEntry, ...]
+    own_mounts: tuple[MountEntry, ...]
+    sockets: frozenset[int]
+
+    def __init__(
+        self,
+        *,
+        namespaces: dict[str, int],
+        of_caller: bool,
+        mounts: tuple[MountEntry, ...],
+        own_mounts: tuple[MountEntry, ...],
+        sockets: frozenset[int],
+    ) -> None:
+        self._set(namespaces=namespaces, of_caller=of_caller, mounts=mounts, own_mounts=own_mounts, sockets=sockets)
+
+
+class Inspection(Value):
+    """A live process, as the kernel told of it at one moment. What this caller may not read is None.
+
+    pid, parent: as this caller counts. name: of its program (comm). argv, exe: its command line and program.
+    kind: "process", "container" or "vm". maker: what seems to have made it, or "". verdict: one sentence. weak: what
+    makes it weaker than its kind could be, the worst first. namespaces: all eight. uid_map, gid_map: (first inside,
+    first outside, count). uids: real, effective, saved, file system, as this caller counts. groups: of those that it
+    is in, the ones that are a way to more, by name. capabilities: the five sets by name. capabilities_on_host: whether
+    they count on the host, as its user namespace is the host's. seccomp: "none", "strict" or "filter"; filters: how
+    many. label: of its security module. landlock: None, as the kernel tells nobody of it. root: of its file tree: "the
+    host's", or of what kind. mounts: those of note, in words. sockets: those of the host's network that it holds though
+    its own is another. bounds: its cgroups. monitor: where it is a VMM. partial: what this caller may not see.
+    """
+
+    __slots__ = (
+        *("argv", "bounds", "capabilities", "capabilities_on_host", "exe", "filters", "gid_map", "groups", "kind"),
+        *("label", "landlock", "maker", "monitor", "mounts", "name", "namespaces", "no_new_privs", "parent", "partial"),
+        *("pid", "resident_bytes", "root", "seccomp", "sockets", "uid_map", "uids", "verdict", "weak"),
+    )
+    pid: int
+    parent: int
+    name: str
+    argv: tuple[str, ...]
+    exe: str | None
+    kind: str
+    maker: str
+    verdict: str
+    weak: tuple[str, ...]
+    namespaces: tuple[Namespace, ...]
+    uids: tuple[int, ...]
+    uid_map: tuple[tuple[int, int, int], ...]
+    gid_map: tuple[tuple[int, int, int], ...]
+    groups: tuple[str, ...]
+    capabilities: dict[str, tuple[str, ...]]
+    capabilities_on_host: bool | None
+    no_new_privs: bool | None
+    seccomp: str | None
+    filters: int | None
+    label: str | None
+    landlock: bool | None
+    root: str | None
+    mounts: tuple[str, ...]
+    sockets: int | None
+    bounds: Bounds
+    resident_bytes: int | None
+    monitor: Monitor | None
+    partial: tuple[str, ...]
+
+    def __init__(self, **fields: Any) -> None:
+        self._set(**fields)
+
+    def namespace(self, name: str) -> Namespace:
+        return next(one for one in self.namespaces if one.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        found = {name: getattr(self, name) for name in self._fields}
+        found["namespaces"] = [one.to_json() for one in self.namespaces]
+        found["bounds"] = self.bounds.to_json()
+        found["monitor"] = None if self.monitor is None else self.monitor.to_json()
+        return found
+
+
+def inspect(pid: int) -> Inspection:
+    """What a live process is, whoever made it: its namespaces, ids, capabilities, filter, cgroup, files, and a verdict.
+
+    pid: as this caller counts. Root sees all of it; another user all of its own processes and part of others'
+    (`partial`). Raises KernelError where there is no such process, or it ends meanwhile.
+    """
+    return examine(pid, reference(), company=True)
+
+
+def reference() -> Host:
+    """The host, as this caller sees it."""
+    with Proc(os.getpid()) as own:
+        own_mounts = tuple(own.mounts() or ())
+        namespaces, mounts = own.namespaces(), own_mounts
+    of_caller = True
+    try:
+        with Proc(1) as first:
+            found = first.namespaces()
+            if found.keys() >= namespaces.keys():
+                of_caller, namespaces, mounts = False, found, tuple(first.mounts() or own_mounts)
+            sockets = _network_sockets(first) if not of_caller else frozenset[int]()
+    except KernelError:  # no process 1 here
+        sockets = frozenset()
+    return Host(namespaces=namespaces, of_caller=of_caller, mounts=mounts, own_mounts=own_mounts, sockets=sockets)
+
+
+def examine(pid: int, host: Host, *, company: bool = False, proc: str = "/proc") -> Inspection:
+    """As `inspect`, with a host that was looked at before. company: whether to count who shares its namespaces."""
+    with Proc(pid, proc) as process:
+        found = _facts(process, host)
+        if not found["status_read"]:
+            raise KernelError("read", [f"{proc}/{pid}/status"], errno.ESRCH, "it ended meanwhile")
+    del found["status_read"]
+    if company:
+        found["namespaces"] = _with_company(pid, found["namespaces"], proc)
+    found |= judge.judge(found)
+    return Inspection(**found)
+
+
+def _facts(process: Proc, host: Host) -> dict[str, Any]:
+    status = process.status()
+    partial = []
+    own = process.namespaces()
+    if not own:
+        partial.append("namespaces")
+    namespaces = tuple(
+        Namespace(
+            name=name,
+            inode=own.get(name),
+            shared=None if name not in own or name not in host.namespaces else own[name] == host.namespaces[name],
+        )
+        for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
+    )
+    shared = {one.name: one.shared for one in namespaces}
+    exe = process.link("exe")
+    descriptors = process.descriptors()
+    if descriptors is None:
+        partial.append("descriptors")
+    mounts = process.mounts()
+    if mounts is None:
+        partial.append("mounts")
+    argv = process.argv()
+    uids = tuple(int(word) for word in status.get("Uid", "").split())
+    resident = status.get("VmRSS", "").split()[:1]
+    seccomp = status.get("Seccomp")
+    filters = status.get("Seccomp_filters")
+    label = process.text("attr/current")
+    return {
+        "status_read": bool(status),
+        "pid": process.pid,
+        "parent": int(status.get("PPid", "0")),
+        "name": status.get("Name", ""),
+        "argv": argv,
+        "exe": exe,
+        "namespaces": namespaces,
+        "uids": uids,
+        "uid_map": process.id_map("uid_map"),
+        "gid_map": process.id_map("gid_map"),
+        "groups": _powerful(status),
+        "capabilities": {
+            name: _names(int(status.get(field, "0"), 16)) for name, field in zip(_SETS, _STATUS, strict=True)
+        },
+        "capabilities_on_host": shared["user"],
+        "no_new_privs": _flag(status.get("NoNewPrivs")),
+        "seccomp": {"0": "none", "1": "strict", "2": "filter"}.get(seccomp or ""),
+        "filters": int(filters) if filters is not None else None,
+        "label": label.rstrip("\n\0") or None if label is not None else None,
+        "landlock": None,
+        "root": _root(mounts, shared["mnt"], process),
+        "mounts": judge.mounts_of_note(mounts or [], host.mounts) if shared["mnt"] is False else (),
+        "sockets": _foreign_sockets(descriptors, shared["net"], host),
+        "bounds": bounds(process, host.own_mounts),
+        "resident_bytes": int(resident[0]) * 1024 if resident else None,
+        "monitor": monitor(argv, exe, descriptors, process.threads()),
+        "partial": tuple(partial),
+    }
+
+
+def _names(mask: int) -> tuple[str, ...]:
+    found = [name for number, name in enumerate(CAPABILITIES) if mask >> number & 1]
+    return (*found, *(f"CAP_{number}" for number in range(len(CAPABILITIES), 64) if mask >> number & 1))
+
+
+def _flag(text: str | None) -> bool | None:
+    return None if text is None else text == "1"
+
+
+def _powerful(status: dict[str, str]) -> tuple[str, ...]:
+    """The groups of note that it is in, by their names on this host."""
+    import grp
+
+    numbers = {int(word) for word in status.get("Groups", "").split()}
+    numbers |= {int(word) for word in status.get("Gid", "").split()[1:2]}
+    found = []
+    for name in _POWERFUL_GROUPS:
+        try:
+            if grp.getgrnam(name).gr_gid in numbers:
+                found.append(name)
+        except KeyError:
+            continue
+    return tuple(found)
+
+
+def _root(mounts: list[MountEntry] | None, shared: bool | None, process: Proc) -> str | None:
+    """What its file tree begins with, in words."""
+    path = process.link("root")
+    if shared and path is not None:
+        return "the host's" if path == "/" else f"the host's, below {path} (chroot)"
+    if mounts is None:
+        return None
+    # The last one on a place is the one that is seen.
+    top = next((entry for entry in reversed(mounts) if entry.point == "/"), None)
+    if top is None:
+        return "none of its mounts (chroot)"
+    writable = "writable" if top.writable else "read-only"
+    below = f", {top.root} of it" if top.root not in ("/", "") else ""
+    return f"its own: {top.kind} ({top.source}{below}), {writable}"
+
+
+def _network_sockets(process: Proc) -> frozenset[int]:
+    """The inodes of the IP and packet sockets of its network namespace."""
+    found = set()
+    for name in ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"):
+        for line in (process.text(f"net/{name}") or "").splitlines()[1:]:
+            words = line.split()
+            at = 8 if name == "packet" else 9
+            if len(words) > at and words[at].isdecimal():
+                found.add(int(words[at]))
+    return frozenset(found)
+
+
+def _foreign_sockets(descriptors: dict[int, str] | None, shared: bool | None, host: Host) -> int | None:
+    """How many sockets of the host's network it holds though it is in another network namespace."""
+    if shared is not False:
+        return 0 if shared else None
+    if descriptors is None:
+        return None
+    held = {int(link[len(_SOCKET) : -1]) for link in descriptors.values() if link.startswith(_SOCKET)}
+    return len(held & host.sockets)
+
+
+def _with_company(pid: int, namespaces: tuple[Namespace, ...], proc: str) -> tuple[Namespace, ...]:
+    """With whom it shares those that aren't the host's."""
+    wanted = {(one.name, one.inode) for one in namespaces if one.shared is False}
+    others: dict[tuple[str, int | None], list[int]] = {}
+    for other in pids(proc) if wanted else []:
+        if other == pid:
+            continue
+        try:
+            with Proc(other, proc) as process:
+                for pair in wanted & set(process.namespaces().items()):
+                    others.setdefault(pair, []).append(other)
+        except KernelError:
+            continue  # it ended meanwhile
+    return tuple(
+        one.replace(others=len(found), first_other=found[0]) if (found := others.get((one.name, one.inode))) else one
+        for one in namespaces
+    )
