@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import ringfence as rf
+from ringfence.api import level
+from ringfence.spec import Spec
 from support import leaks
 from support.sandboxes import (
     EXITED_0,
@@ -19,6 +21,7 @@ from support.sandboxes import (
     applied,
     ended,
     need_cgroup,
+    need_level,
     need_root,
     output,
     python,
@@ -77,7 +80,6 @@ def test_a_process_has_no_tmpfs_no_size_and_no_overlay() -> None:
     assert refused("process", mounts=[rf.Tmpfs("/data")]) == ["tmpfs"]
     assert refused("process", limits=rf.Limits(disk="1M")) == ["disk"]
     assert refused("process", overlay=True) == ["overlay"]
-    assert refused("vm", overlay=True) == ["overlay"]  # of the host's userland
 
 
 # ---- limits.disk ----
@@ -174,11 +176,14 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("disk", [None, "64M"])
-def test_root_inside_changes_the_hosts_userland_and_the_host_does_not_see_it(disk: str | None) -> None:
+@pytest.mark.parametrize(("isolation", "disk"), [("container", None), ("container", "64M"), ("vm", "64M")])
+def test_root_inside_changes_the_hosts_userland_and_the_host_does_not_see_it(isolation: str, disk: str | None) -> None:
     need_root()
     before = {path: os.lstat(path) for path in ("/etc", "/usr/bin", "/opt", "/etc/services", "/etc/hostname")}
-    result = rf.run(["sh", "-c", AS_OF_PACKAGES], overlay=True, user=0, files=PROBE_FILE, limits=rf.Limits(disk=disk))
+    limits = rf.Limits(disk=disk)
+    result = rf.run(
+        ["sh", "-c", AS_OF_PACKAGES], isolation=isolation, overlay=True, user=0, files=PROBE_FILE, limits=limits
+    )
     assert output(result) == b"replaced\nnew\n"
     assert result.changes is not None
     found = {one.path: (one.kind, one.what) for one in result.changes}
@@ -193,6 +198,16 @@ def test_root_inside_changes_the_hosts_userland_and_the_host_does_not_see_it(dis
     assert applied(result)["overlay"].effective is True
 
 
+def test_where_a_guest_has_no_overlay_over_the_hosts_userland() -> None:
+    need_root()
+    need_level("vm")
+    mount = rf.Mount("/usr/share", "/m")
+    assert refused("vm", overlay=True, user=0, mounts=[mount]) == ["overlay"]
+    spec, host = Spec.make(["true"], isolation="vm", overlay=True), rf.host()
+    assert [one.rule for one in level("vm").unmet(spec, host.replace(privileged=False))] == ["overlay"]
+    assert level("vm").unmet(spec, host) == []
+
+
 def test_without_an_overlay_nothing_is_told() -> None:
     result = rf.run(["true"])
     assert result.changes is None
@@ -205,7 +220,8 @@ def test_the_default_user_is_kept_out_by_modes() -> None:
     assert (result.exit_code, result.stdout) == (1, b"EACCES open\n")
 
 
-def test_secrets_stay_hidden_under_an_overlay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolation", SIZED)
+def test_secrets_stay_hidden_under_an_overlay(isolation: str) -> None:
     """Root's files are root's inside here, so their modes hide nothing: masks do, of known places and private files."""
     need_root()
     private = Path(f"/etc/rf-test-{os.getpid()}")
@@ -217,11 +233,13 @@ def test_secrets_stay_hidden_under_an_overlay(tmp_path: Path) -> None:
         (private / "folder").mkdir(mode=0o700)
         (private / "folder" / "f").write_text("secret")
         script = f"cat {private}/key /etc/shadow {private}/open; ls -A {private}/folder /etc/ssh /etc/ssl/private"
-        result = rf.run(["sh", "-c", script], overlay=True, user=0)
+        result = rf.run(["sh", "-c", script], isolation=isolation, overlay=True, user=0)
         assert b"secret" not in result.stdout + result.stderr
         assert result.stdout.startswith(b"open")
         assert Path("/etc/shadow").stat().st_size > 0
-        assert result.stdout.decode().split()[1:] == [f"{private}/folder:", "/etc/ssh:", "/etc/ssl/private:"]
+        # A guest sees that the folder is there, and that nobody but root may look into it.
+        hidden = [f"{private}/folder:"] if isolation == "container" else []
+        assert result.stdout.decode().split()[1:] == [*hidden, "/etc/ssh:", "/etc/ssl/private:"]
     finally:
         shutil.rmtree(private)
 

@@ -90,8 +90,8 @@ def test_the_image_is_made_once(rootfs: Path, tmp_path: Path) -> None:
     path = images.erofs_disk(str(rootfs), cache, progress=said.append)
     assert len(said) == 1
     about = os.stat(path)
-    assert about.st_size % 4096 == 0
-    assert about.st_size > 10_000
+    assert about.st_size == 64 << 20  # a class of sizes, so that one template serves several images
+    assert 10_000 < about.st_blocks * 512 < 1 << 20  # the rest is a hole
     # The superblock's magic number, at 1024.
     assert Path(path).read_bytes()[1024:1028] == b"\xe2\xe1\xf5\xe0"
     assert images.erofs_disk(str(rootfs) + "/", cache, progress=said.append) == path
@@ -106,10 +106,14 @@ def test_the_image_is_made_once(rootfs: Path, tmp_path: Path) -> None:
     assert images.erofs_disk(str(rootfs), cache, progress=said.append) == path
     assert len(said) == 2
     assert b"damage" not in Path(path).read_bytes()[4990:5010]
+    os.truncate(path, 8192)
+    assert images.erofs_disk(str(rootfs), cache, progress=said.append) == path
+    assert len(said) == 3
+    assert os.stat(path).st_size == 64 << 20
 
     append(rootfs / "bin/tool")
     assert images.erofs_disk(str(rootfs), cache, progress=said.append) != path
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 @needs_mkfs
@@ -144,6 +148,28 @@ def test_only_the_newest_images_of_a_folder_are_kept(rootfs: Path, tmp_path: Pat
     other.mkdir()
     images.erofs_disk(str(other), cache)
     assert [os.path.exists(path) for path in made] == [False, False, True, True, True]
+
+
+@needs_mkfs
+def test_all_images_together_are_bounded(rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder whose image was made longest ago goes first; what was made just now stays, however large it is."""
+    cache = str(tmp_path / "cache")
+    made = []
+    for number in range(3):
+        folder = tmp_path / f"folder{number}"
+        folder.mkdir()
+        (folder / "f").write_bytes(os.urandom(500_000))
+        made.append(images.erofs_disk(str(folder), cache))
+        monkeypatch.setattr(images, "MOST_CACHED_BYTES", 1_200_000)
+    assert [os.path.exists(path) for path in made] == [False, True, True]
+    monkeypatch.setattr(images, "MOST_CACHED_BYTES", 1000)
+    last = images.erofs_disk(str(rootfs), cache)
+    assert [os.path.exists(path) for path in [*made, last]] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("size", "found"), [(1, 64 << 20), (64 << 20, 64 << 20), ((64 << 20) + 1, 128 << 20)])
+def test_a_disk_has_one_of_few_sizes(size: int, found: int) -> None:
+    assert images.size_class(size) == found
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -400,6 +400,16 @@ class ContainerSandbox(LocalSandbox):
             raise SpecError(f"overlay: the file system of {os.fsdecode(path)} can't map ids")
         return fd
 
+    def roots_own(self, path: bytes) -> int:
+        """A file system without what is mounted below it, on which what is the host's root's is root's inside, and all
+        else nobody's.
+        """
+        root = b"0 %d 1" % self._base
+        fd = self.keep_fd(mounts.clone_tree(path, recursive=False, follow=False))
+        if not mounts.set_idmap(fd, self.keep_fd(self.state.launcher.user_namespace(root, root))):
+            raise SpecError(f"overlay: the file system of {os.fsdecode(path)} can't map ids")
+        return fd
+
     def as_it_is(self, path: bytes) -> bytes | int:
         """A file system with all that is mounted below it, where ids on disk are nobody's inside: what only its owner
         may read stays so, to root inside too.

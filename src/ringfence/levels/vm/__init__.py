@@ -125,8 +125,9 @@ class VmLevel(Level):
             guest = kernel.find()
             unmet += filter.unmet(spec, host, kernel=guest.release if guest is not None else "")
         if spec.overlay and spec.image == "host":
-            reason = "a guest sees the host's files through a share, where they are nobody's: they couldn't be changed"
-            unmet.append(Unmet("overlay", True, reason, "use a rootfs folder as image, or isolation='container'"))
+            from ringfence.levels.vm import userland
+
+            unmet += userland.overlay_unmet(spec, host)
         if len(spec.mounts) > _MOST_MOUNTS:
             reason = f"a guest takes at most {_MOST_MOUNTS} mounts"
             unmet.append(Unmet("mounts", requested(spec, "mounts"), reason, "mount their parent"))

@@ -22,19 +22,23 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 _FILE = "disk.erofs"
-_FORMAT = 1
-_BLOCK = 4096
+_FORMAT = 2
+# Sizes are powers of two from here on, as a template of a guest serves any image whose disk has the size of its own: a
+# guest knows no more of a disk before it is restored. What is added is a hole.
+_LEAST_BYTES = 64 << 20
 # Images of one folder that are kept: the newest, and two that a guest may be about to start from.
 _KEPT = 3
 
 MAX_ENTRIES = 2_000_000
 MAX_BYTES = 64 << 30
+# Of all images in the cache together, on disk.
+MOST_CACHED_BYTES = 16 << 30
 
 _MAKE_SECONDS = 1800
 
 
 def erofs_disk(folder: str, cache_dir: str | None = None, *, progress: Progress | None = None) -> str:
-    """Path of the folder's erofs image, for a guest to mount read-only. Its size is a multiple of 4 KiB.
+    """Path of the folder's erofs image, for a guest to mount read-only. Its size is a power of two.
 
     Owners, modes, times, links and devices are the folder's; holes are filled; extended attributes are left
     out, and with them file capabilities, which no_new_privs voids anyway. The first time it takes about a
@@ -52,8 +56,7 @@ def erofs_disk(folder: str, cache_dir: str | None = None, *, progress: Progress 
         image = os.path.join(scratch, _FILE)
         _make(folder, image)
         with open(image, "r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.truncate((size + _BLOCK - 1) // _BLOCK * _BLOCK)
+            file.truncate(size_class(file.seek(0, os.SEEK_END)))
         if tree_digest(folder) != before:
             raise SpecError(f"image: {folder} changed while it was read; try again when nothing writes to it")
 
@@ -63,7 +66,29 @@ def erofs_disk(folder: str, cache_dir: str | None = None, *, progress: Progress 
     if (made := _cache.find(kind, before[:32], cache_dir)) is None:
         made = _cache.obtain(kind, before[:32], fill, cache_dir=cache_dir, progress=progress)
         _cache.forget_old(kind, _KEPT, cache_dir)
+        _forget_folders(kind, cache_dir)
     return os.path.join(made, _FILE)
+
+
+def size_class(size_bytes: int) -> int:
+    """How large the disk of an image of that size is."""
+    return max(_LEAST_BYTES, 1 << (size_bytes - 1).bit_length())
+
+
+def _forget_folders(kept: str, cache_dir: str | None) -> None:
+    """Remove the images of the folders whose image was made longest ago, until all take at most MOST_CACHED_BYTES."""
+    kinds = []
+    with os.scandir(os.path.join(_cache.root(cache_dir), "erofs")) as found:
+        for one in found:
+            kind = f"erofs/{one.name}"
+            listed = _cache.entries(kind, cache_dir)
+            kinds.append((kind == kept, max((used for _, _, used in listed), default=0), kind, listed))
+    total = 0
+    for _, _, kind, listed in sorted(kinds, reverse=True):
+        total += sum(size for _, size, _ in listed)
+        if total > MOST_CACHED_BYTES and kind != kept:
+            for key, _, _ in listed:
+                _cache.remove(kind, key, cache_dir)
 
 
 def tree_digest(folder: str) -> str:

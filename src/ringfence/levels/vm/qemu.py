@@ -8,6 +8,7 @@ import os
 from ringfence._value import Value
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.vm import machine
+from ringfence.levels.vm.userland import owned_userland
 from ringfence.levels.vm.vmm import Machine, Vmm
 from ringfence.spec import Limits, Spec
 from ringfence.wire import messages
@@ -62,7 +63,7 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
             continue
         at = b"/vm/" + share.path.encode()
         if share.source is None:
-            steps += [messages.directory(at), *jail.userland(at)]
+            steps += [messages.directory(at), *(owned_userland(jail, at) if share.owned else jail.userland(at))]
             continue
         kept = NOSUID | NODEV | NOEXEC | (0 if share.writable else RDONLY)
         steps += jail.host_mount(share.source, at, kept, must=share.writable)

@@ -75,7 +75,7 @@ class VmSandbox(Sandbox):
         self._layer = Layer()
         shares, disks, disk_format = [], [], "raw"
         if spec.image == "host":
-            shares.append(Share(tag="image", source=None, writable=False))
+            shares.append(Share(tag="image", source=None, writable=False, owned=spec.overlay))
         elif spec.image_is_disk:
             from ringfence.images import disk
 
@@ -90,6 +90,7 @@ class VmSandbox(Sandbox):
         limits = spec.limits
         memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
         memory = machine_memory(memory)
+        shown = self._user if max(self._user) < ids.CONTAINER_IDS else _USER
         self._machine = Machine(
             kernel=self._kernel.vmlinux,
             initramfs=(initramfs.for_disks if spec.image_is_disk else initramfs.build)(self._kernel, core_path()),
@@ -99,8 +100,9 @@ class VmSandbox(Sandbox):
             shares=tuple(shares),
             disks=tuple(disks),
             disk_format=disk_format,
-            # The guest's user is QEMU's on the host, so that both see the same owners in a share.
-            user=self._user if max(self._user) < ids.CONTAINER_IDS else _USER,
+            # The guest's user is QEMU's on the host, so that both see the same owners in a share. But never root where
+            # root's files are root's: it reads for whoever is in the guest (userland.py).
+            user=_USER if spec.overlay and spec.image == "host" and 0 in self._user else shown,
             cpu_weight=limits.cpu_weight,
             cpuset=limits.cpuset,
             sets=("overlay",) if spec.overlay else (),

@@ -34,17 +34,19 @@ class Share(Value):
     """A folder (or single file) that the guest finds in what it mounts by `tag`, at `name`; "" is the whole of it.
 
     A tag is one device of the machine, whatever number of shares it has. source: a host path, or None for the host's
-    userland as a container sees it. writable: the same for all shares of a tag.
+    userland as a container sees it. writable: the same for all shares of a tag. owned: of the host's userland, whether
+    root's files are root's there; else they are nobody's.
     """
 
-    __slots__ = ("name", "source", "tag", "writable")
+    __slots__ = ("name", "owned", "source", "tag", "writable")
     tag: str
     name: str
     source: bytes | None
     writable: bool
+    owned: bool
 
-    def __init__(self, *, tag: str, name: str = "", source: bytes | None, writable: bool) -> None:
-        self._set(tag=tag, name=name, source=source, writable=writable)
+    def __init__(self, *, tag: str, name: str = "", source: bytes | None, writable: bool, owned: bool = False) -> None:
+        self._set(tag=tag, name=name, source=source, writable=writable, owned=owned)
 
     @property
     def path(self) -> str:
