@@ -42,6 +42,7 @@ struct init {
     int signals, go;
     struct rf_launch launch;
     int cgroup_dir; /* the guest's cgroup of the commands, or -1 */
+    int tap;        /* until it was asked for, or -1 */
     bool planned, leaving, announced, unreaped; /* unreaped: there may be more zombies */
     uint64_t uncounted_ns; /* CPU time that doesn't count to the limit */
     struct rf_channel channel;
@@ -402,6 +403,8 @@ static int check_plan(const struct init *s, struct rf_error *e) {
         return rf_fail_errno(e, EPROTO, "protocol", "plan", "it would change a namespace of the host's");
     if (!guest && (!(p->flags & RF_P_NO_NEW_PRIVS) || ((own & CLONE_NEWNS) && !(p->flags & RF_P_ENTER))))
         return rf_fail_errno(e, EPROTO, "protocol", "plan", "a command without its restrictions");
+    /* What makes a tap needs power over the network namespace, and the tap has to be given away. */
+    if (p->tun_fd >= 0 && (guest || !s->launch.own_network || p->sockets_fd < 0)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a tap of somebody else's");
     /* Else it would be root's, or one that killing by the uid doesn't reach. */
     const struct rf_launch *l = &s->launch;
     if (l->has_kill_uid && (!p->has_ids || p->uid != l->kill_uid - (l->uid_map ? l->slot_base : 0)))
@@ -409,7 +412,7 @@ static int check_plan(const struct init *s, struct rf_error *e) {
     if (p->capabilities && !guest && !(own & CLONE_NEWUSER)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "capabilities on the host");
     bool answers = p->seccomp_flags & (RF_S_NOTIFY | RF_S_AUDIT);
     if (guest ? answers != (p->answers.len > 0) : p->answers.len > 0 || (p->seccomp_flags & RF_S_AUDIT)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "answers for a listener");
-    if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
+    if (!guest && (p->realtime_ns || p->entropy || p->has_guest_limits || p->has_card)) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest can do this");
     for (unsigned i = 0; !guest && i < p->nmounts; i++)
         if (p->mounts[i].kind == RF_DISK) return rf_fail_errno(e, EPROTO, "protocol", "plan", "only a guest has a disk");
     if (!guest && p->cpu_limit_ns && p->cpu_fd < 0) return rf_fail_errno(e, EPROTO, "protocol", "plan", "a CPU time limit, and nothing to read it by");
@@ -446,7 +449,9 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     }
     if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);
     if (p->loopback && !s->launch.network_ready && rf_loopback_up(e) < 0) return -1;
-    if (p->sockets_fd >= 0) rf_sockets_any_port();
+    if (p->sockets_fd >= 0 || p->has_card) rf_sockets_any_port();
+    if (p->has_card && rf_card_up(&p->card, e) < 0) return -1;
+    if (p->tun_fd >= 0 && (s->tap = rf_tap_make(p->tun_fd, e)) < 0) return -1; /* the node may be root's on the host */
     if (rf_init_ids(&s->launch, &s->go, e) < 0) return -1;
     if (p->flags & RF_P_ENTER) {
         s->layer.uid = p->uid;
@@ -626,7 +631,7 @@ static int wait_and_serve(struct init *s) {
             if (info.ssi_signo == SIGTERM && s->where == RF_IN_PROCESS) return -1;
     }
     if (wait[1].revents || s->unreaped) reap_ready(s);
-    if (wait[2].revents && rf_sockets_serve(s->plan.sockets_fd) == 0) close_fd(&s->plan.sockets_fd);
+    if (wait[2].revents && rf_sockets_serve(s->plan.sockets_fd, &s->tap) == 0) close_fd(&s->plan.sockets_fd);
     if (wait[0].revents && !read_channel(s)) return -1;
     finish_commands(s);
     return s->leaving ? -1 : 0;
@@ -636,7 +641,7 @@ int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l,
     struct init *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (s == MAP_FAILED) return 1;
     s->where = where;
-    s->cgroup_dir = s->layer.fd = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = -1;
+    s->tap = s->cgroup_dir = s->layer.fd = s->listen.fd = s->transfer.fd = s->plan.cpu_fd = s->plan.landlock_fd = s->plan.sockets_fd = s->plan.tun_fd = -1;
     s->go = go;
     if (l) s->launch = *l;
     s->channel.fd = channel_fd;

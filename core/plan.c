@@ -85,6 +85,22 @@ static int parse_guest_limits(const struct rf_attr *a, struct rf_plan *p) {
     return 0;
 }
 
+/* The gateway's MAC, then address and gateway of IPv4, and of IPv6 where there is any. */
+static int parse_card(const struct rf_attr *a, struct rf_plan *p) {
+    struct rf_card *c = &p->card;
+    const size_t v4 = sizeof c->mac + sizeof c->address + sizeof c->gateway, v6 = sizeof c->address6 + sizeof c->gateway6;
+    if (a->length != v4 && a->length != v4 + v6) return -1;
+    p->has_card = true;
+    memcpy(c->mac, a->data, 6);
+    memcpy(c->address, a->data + 6, 4);
+    memcpy(c->gateway, a->data + 10, 4);
+    c->ipv6 = a->length > v4;
+    if (!c->ipv6) return 0;
+    memcpy(c->address6, a->data + v4, 16);
+    memcpy(c->gateway6, a->data + v4 + 16, 16);
+    return 0;
+}
+
 /* An id to become or to kill. -1 is none: to setresuid(2) it means "as it is", which here is root. */
 static int attr_id(const struct rf_attr *a, uint32_t *id) { return rf_attr_u32(a, id) < 0 || *id == UINT32_MAX ? -1 : 0; }
 
@@ -109,7 +125,9 @@ static int plan_attr(const struct rf_attr *a, const int *fds, unsigned nfds, str
     case 18: return parse_guest_limits(a, p);
     case 19: return parse_seccomp(a, p);
     case 20: return rf_attr_u64(a, &p->realtime_at_ns);
+    case 22: return attr_fd(a, fds, nfds, &p->tun_fd);
     case 23: return attr_fd(a, fds, nfds, &p->sockets_fd);
+    case 24: return parse_card(a, p);
     case 27: p->give_back = true; return a->length ? -1 : 0;
     default: return -1;
     }
@@ -120,7 +138,7 @@ static bool repeats(uint16_t tag) { return tag == 3 || tag == 7 || tag == 9; }
 
 int rf_plan_parse(const uint8_t *payload, size_t n, const int *fds, unsigned nfds, struct rf_plan *p, struct rf_error *e) {
     memset(p, 0, sizeof *p);
-    p->landlock_fd = p->cpu_fd = p->sockets_fd = -1;
+    p->landlock_fd = p->cpu_fd = p->sockets_fd = p->tun_fd = -1;
     struct rf_reader r = {payload, payload + n};
     struct rf_attr a;
     uint64_t seen = 0;

@@ -151,6 +151,13 @@ struct rf_mount {
 
 struct rf_rlimit { uint32_t resource; uint64_t soft, hard; };
 
+/* What a guest's network card is told: whose frames come to it, and addresses. */
+struct rf_card {
+    uint8_t mac[6]; /* the gateway's */
+    uint8_t address[4], gateway[4], address6[16], gateway6[16];
+    bool ipv6;
+};
+
 struct rf_plan {
     const char *hostname, *workdir;
     bool loopback, has_ids, give_back;
@@ -163,6 +170,9 @@ struct rf_plan {
     struct rf_listen *listen;          /* a guest's, or NULL */
     int landlock_fd, cpu_fd;
     int sockets_fd; /* on which requests for sockets come, or -1 */
+    int tun_fd;     /* the folder of the node tun, or -1 */
+    bool has_card;
+    struct rf_card card;
     int cgroup_fds[RF_CGROUPS_MAX];
     unsigned ncgroups, nmounts, nrlimits;
     struct rf_rlimit rlimits[RF_RLIMITS_MAX];
@@ -377,10 +387,16 @@ pid_t rf_clone_elsewhere(int proc, const struct rf_launch *l, struct rf_error *e
 /* ---- sockets.c: sockets of a sandbox's network namespace, for those who stay outside --------------------------- */
 
 /* Serves what has come on `fd`, a packet each: u32 domain, type, protocol. The answer is i32 errno, and with 0 the new
- * socket. 0 at the end of `fd`. */
-int rf_sockets_serve(int fd);
+ * socket; AF_UNSPEC asks for the tap instead, which is given away then. 0 at the end of `fd`. */
+int rf_sockets_serve(int fd, int *tap);
 /* Lets every user of this network namespace, which is ours alone, listen on every port. */
 void rf_sockets_any_port(void);
+
+/* card.c: a tap in this process's network namespace. `dir`: the folder of the node tun. Its descriptor, or -1. */
+#define RF_TAP "tap0"
+int rf_tap_make(int dir, struct rf_error *e);
+/* In a guest: gives eth0 its addresses and routes, and brings it up. */
+int rf_card_up(const struct rf_card *c, struct rf_error *e);
 
 /* Brings up lo of this process's network namespace. */
 int rf_loopback_up(struct rf_error *e);

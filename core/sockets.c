@@ -18,12 +18,14 @@ static int answer(int fd, int passed) {
     return sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? -1 : 0;
 }
 
-int rf_sockets_serve(int fd) {
+int rf_sockets_serve(int fd, int *tap) {
     struct request r;
     ssize_t n = recv(fd, &r, sizeof r, MSG_DONTWAIT | MSG_TRUNC);
     if (n < 0) return errno == EAGAIN || errno == EINTR;
     if (n != (ssize_t)sizeof r) return 0;
-    int made = socket((int)r.domain, (int)r.type | SOCK_CLOEXEC, (int)r.protocol);
+    int made;
+    if (r.domain == AF_UNSPEC && *tap >= 0) made = *tap, *tap = -1;
+    else made = socket((int)r.domain, (int)r.type | SOCK_CLOEXEC, (int)r.protocol);
     int sent = answer(fd, made);
     if (made >= 0) close(made);
     return sent == 0;

@@ -105,6 +105,13 @@ def _guest() -> messages.Plan:
     plan.flags(enter=True)
     plan.seccomp(_RETURN_ALLOW)
     plan.seccomp_flags(notify=True, audit=True, answers=_RETURN_ALLOW * 2)
+    plan.card(b"\2rf\0\0\1", [(bytes(4), bytes(4)), (bytes(16), bytes(16))])
+    return plan
+
+
+def _jail() -> messages.Plan:
+    plan = _container()
+    plan.tap(10)
     return plan
 
 
@@ -137,7 +144,13 @@ def _put(path: bytes, data: bytes, mode: int = 0o644) -> bytes:
 
 def seeds() -> dict[str, bytes]:
     """{"harness/name": input}."""
-    plans = {"container": _container(), "process": _process(), "guest": _guest(), "layered": _layered()}
+    plans = {
+        "container": _container(),
+        "process": _process(),
+        "guest": _guest(),
+        "layered": _layered(),
+        "jail": _jail(),
+    }
     streams = _execute(streams=True) + frames.encode(Type.STDIN, b"hello", id=1) + messages.signal(15, id=1)
     found = {f"plan/{name}": bytes([len(plan.fds)]) + _payload(plan.encode()) for name, plan in plans.items()}
     found |= {

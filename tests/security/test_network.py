@@ -1,5 +1,5 @@
-"""The network of a container, against servers in a world of their own (support.world). Each way around an allow-list
-has its positive control: without the list it works.
+"""The network of a container and of a guest, against servers in a world of their own (support.world). Each way around
+an allow-list has its positive control: without the list it works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 import ringfence as rf
 from support import leaks
-from support.sandboxes import SOURCES, need, python
+from support.sandboxes import SOURCES, need, need_level, python
 from support.world import CLIENT, HOST_ADDRESS, HOST_PORTS, UNPRIVILEGED, World, equal, in_world
 
 USERS = pytest.mark.parametrize("user", [0, UNPRIVILEGED], ids=["root", "unprivileged"])
@@ -32,6 +32,11 @@ NO, NO6 = "EHOSTUNREACH", "EACCES"
 def root() -> None:
     """Network namespaces of the tests' own are made as root; what runs in them isn't always."""
     need("root", os.geteuid() == 0)
+
+
+def need_tap() -> None:
+    need("/dev/net/tun", os.path.exists("/dev/net/tun"))
+    need_level("vm")
 
 
 def allow(*rules: str, **options: Any) -> rf.Network:
@@ -55,7 +60,9 @@ def reaches_the_world(world: World) -> None:
     equal(found, wanted)
     rules = {one.rule: one for one in result.applied}
     equal((rules["network"].requested, rules["network"].effective), ("nat", "nat"))
-    assert "192.0.0.2" in rules["network"].mechanism and "nftables" in rules["network"].mechanism
+    own = {"container": "::2 on lo, no route out", "vm": "::1 on lo, tap0 to the guest alone, no route out"}
+    mechanism = rules["network"].mechanism
+    assert own[world.isolation] in mechanism and "nftables" in mechanism, mechanism
     equal(world.client(*steps[:5], network="nat", user=0), wanted[:5])
 
 
@@ -76,8 +83,7 @@ back = b""
 while data := one.recv(1 << 20): back += data
 print(first.decode().strip(), len(back), back == sent)
 """
-    limits = rf.Limits(wall_time=60) if os.geteuid() == 0 else None
-    result = rf.run(["python3", "-c", code], network="nat", text=True, limits=limits)
+    result = world.start(["python3", "-c", code], network="nat")
     equal((result.stdout, result.stderr), (f"203.0.113.80 80 {8 << 20} True\n", ""))
 
 
@@ -92,7 +98,7 @@ import socket
 ones = [socket.create_connection(("203.0.113.80", 80), timeout=20) for _ in range(60)]
 print(len({one.recv(100) for one in ones}))
 """
-    equal(rf.run(["python3", "-c", code], network="nat", text=True).stdout, "1\n")
+    equal(world.start(["python3", "-c", code], network="nat").stdout, "1\n")
 
 
 def test_many_connections_at_once() -> None:
@@ -401,16 +407,20 @@ def kernel_without(world: World) -> None:
     reason = r"this kernel refuses NFT_MSG_NEWRULE in a network namespace \(ENOENT\)"
     try:
         with pytest.raises(rf.CannotEnforce, match=reason):
-            rf.run(["true"], network="nat")
+            world.start(["true"], network="nat")
     finally:
         expression.tproxy = tproxy  # type: ignore[method-assign]
         inside._rules.cache_clear()
-    equal(world.client("tcp 203.0.113.80 80", network="nat"), ["203.0.113.80 80"])
+    if world.isolation == "container":
+        equal(world.client("tcp 203.0.113.80 80", network="nat"), ["203.0.113.80 80"])
 
 
 @USERS
-def test_a_kernel_without_a_part_of_it(user: int) -> None:
-    in_world(kernel_without, user=user)
+@pytest.mark.parametrize("isolation", ["container", "vm"])
+def test_a_kernel_without_a_part_of_it(user: int, isolation: str) -> None:
+    if isolation == "vm":
+        need_tap()
+    in_world(kernel_without, user=user, isolation=isolation)
 
 
 # ---- published ports ----
@@ -429,7 +439,8 @@ peer.recv(1)
 def _ask(port: int, text: bytes, deadline: float) -> bytes:
     while True:
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as one:
+            # A guest that hasn't booted yet answers late.
+            with socket.create_connection(("127.0.0.1", port), timeout=deadline - time.monotonic()) as one:
                 one.sendall(text)
                 if found := one.recv(100):
                     return found
@@ -439,11 +450,11 @@ def _ask(port: int, text: bytes, deadline: float) -> bytes:
         time.sleep(0.02)
 
 
-def serves(where: str, network: rf.Network) -> None:
+def serves(world: World, where: str, network: rf.Network) -> None:
     answers: list[bytes] = []
-    asks = threading.Thread(target=lambda: answers.append(_ask(18080, b"hello", time.monotonic() + 20)))
+    asks = threading.Thread(target=lambda: answers.append(_ask(18080, b"hello", time.monotonic() + 40)))
     asks.start()
-    result = rf.run(["python3", "-c", SERVER, where], network=network, text=True)
+    result = world.start(["python3", "-c", SERVER, where], network=network)
     asks.join()
     equal((answers, result.stderr, result.exit_code), ([b"inside: hello"], "", 0))
     equal([one.effective for one in result.applied if one.rule == "publish"], [((18080, 80),)])
@@ -451,19 +462,20 @@ def serves(where: str, network: rf.Network) -> None:
 
 def publishes(world: World) -> None:
     network = rf.Network("nat", allow=(), publish={18080: 80})
-    serves("0.0.0.0", network)
-    serves("127.0.0.1", network)
+    serves(world, "0.0.0.0", network)
+    # A guest's 127.0.0.1 is behind its own kernel: what is to be reached from outside listens at its address.
+    serves(world, {"container": "127.0.0.1", "vm": "192.0.0.2"}[world.isolation], network)
     # The port is free again, and one that is taken is told before anything is started.
     taken = "port 18080 of the host can't be opened: Address already in use"
     with socket.create_server(("127.0.0.1", 18080)), pytest.raises(rf.CannotEnforce, match=taken):
-        rf.run(["true"], network=network)
+        world.start(["true"], network=network)
     # Another sandbox doesn't get at it.
-    threading.Thread(target=lambda: rf.run(["python3", "-c", SERVER, "0.0.0.0"], network=network, limits=None)).start()
+    other = threading.Thread(target=lambda: world.start(["python3", "-c", SERVER, "0.0.0.0"], network=network))
+    other.start()
     steps = ["tcp 127.0.0.1 18080", "tcp 192.0.0.1 18080", f"tcp {HOST_ADDRESS} 18080", "tcp 192.0.0.2 80"]
     equal(world.client(*steps, network="nat"), ["ECONNREFUSED", NO, NO, "ECONNREFUSED"])
-    equal(_ask(18080, b"x", time.monotonic() + 20), b"inside: x")
-    while threading.active_count() > 1:
-        time.sleep(0.01)
+    equal(_ask(18080, b"x", time.monotonic() + 40), b"inside: x")
+    other.join()
 
 
 @USERS
@@ -540,7 +552,7 @@ def test_a_name_server_that_does_not_answer() -> None:
 
 
 def stays(world: World) -> None:
-    with rf.Sandbox(isolation="container", network=allow("web.example:80")) as sandbox:
+    with rf.Sandbox(isolation=world.isolation, network=allow("web.example:80")) as sandbox:
         for step, wanted in (("page web.example 80", "203.0.113.80 80"), ("tcp 203.0.113.80 80", "203.0.113.80 80")):
             result = sandbox.run(["python3", "-c", CLIENT, step], text=True)
             equal((result.stdout, result.stderr), (wanted + "\n", ""))
@@ -554,7 +566,7 @@ def by_command_line(world: World) -> None:
     options = ["--network", "nat", "--allow", "web.example:80", "--publish", "18083:80", "--bandwidth", "10M"]
     command = ["python3", "-c", CLIENT, "page web.example 80", "tcp 203.0.113.81 80"]
     done = subprocess.run(
-        [sys.executable, "-m", "ringfence", "run", *options, "--", *command],
+        [sys.executable, "-m", "ringfence", "run", "-i", world.isolation, *options, "--", *command],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
@@ -589,7 +601,7 @@ print(len([one for one in ones if one not in first and said(one)]))
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
         before = time.process_time()
-        result = rf.run(["python3", "-c", code], network="nat", text=True)
+        result = world.start(["python3", "-c", code], network="nat")
         spent = time.process_time() - before
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -772,7 +784,7 @@ print(count, time.monotonic() - begin)
 
 def keeps_to_its_bandwidth(world: World) -> None:
     for rate, least, most in ((None, 0.0, 1.0), (1 << 20, 0.85, 3.0)):
-        result = rf.run(["python3", "-c", TRANSFER], network=rf.Network("nat", bandwidth=rate), text=True)
+        result = world.start(["python3", "-c", TRANSFER], network=rf.Network("nat", bandwidth=rate))
         count, seconds = result.stdout.split()
         equal(count, str(1 << 20))
         assert least <= float(seconds) <= most, (rate, seconds)
@@ -794,9 +806,10 @@ from ringfence.wire.launcher import launcher
 code = "import socket, time; one = socket.create_connection(('203.0.113.80', 80)); time.sleep(600)"
 rf.run(["true"])
 print(launcher().pid, flush=True)
-for run in ((["python3", "-c", code], rf.Network("nat", publish={18081: 80})), (["true"], None), (["true"], None)):
+true = ["true"], None, "container"
+for run in ((["python3", "-c", code], rf.Network("nat", publish={18081: 80}), sys.argv[1]), true, true):
     try:
-        rf.run(run[0], network=run[1])
+        rf.run(run[0], network=run[1], isolation=run[2])
     except rf.ProtocolError:
         pass  # without its launcher; the next run has another one, which removes what the first one had to
 """
@@ -827,13 +840,13 @@ def _host_network() -> tuple[object, ...]:
 def leaves_nothing(world: World) -> None:
     before, network = _namespaces(), _host_network()
     for whom in ("caller", "launcher"):
-        caller = python(KILLED)
+        caller = python(KILLED, world.isolation)
         try:
             assert caller.stdout is not None
             launcher = int(caller.stdout.readline())
             assert leaks.settled(lambda: not _listens(18081), 20) is False
             equal(_host_network(), network)
-            time.sleep(0.3)  # with a connection under way
+            time.sleep(0.3 if world.isolation == "container" else 4)  # with a connection under way
         finally:
             os.kill(caller.pid if whom == "caller" else launcher, signal.SIGKILL)
         caller.wait(20)
@@ -854,10 +867,70 @@ def ends_with_the_sandbox(world: World) -> None:
     """At a limit, with connections under way; `support.world` looks what is left."""
     code = "import socket, time; one = socket.create_connection(('203.0.113.80', 80)); time.sleep(600)"
     before = _host_network()
-    result = rf.run(["python3", "-c", code], network="nat", limits=rf.Limits(wall_time=1))
+    result = world.start(["python3", "-c", code], network="nat", limits=rf.Limits(wall_time=1))
     equal(str(result.termination_reason), "wall_time")
     equal(_host_network(), before)
 
 
 def test_it_ends_with_the_sandbox() -> None:
     in_world(ends_with_the_sandbox)
+
+
+# ---- guests ----
+
+
+def judged(world: World) -> None:
+    """All that holds for a container, with the same guests throughout."""
+    for one in (
+        reaches_the_world,
+        allow_list_by_name,
+        around_by_address,
+        around_by_dns,
+        around_by_rebinding,
+        rules_of_all_kinds,
+        closed_places,
+    ):
+        one(world)
+
+
+# Each of these boots guests; an unprivileged caller's have the same code behind them.
+GUESTS_USERS = pytest.mark.parametrize(
+    "user", [0, pytest.param(UNPRIVILEGED, marks=pytest.mark.long)], ids=["root", "unprivileged"]
+)
+
+
+@GUESTS_USERS
+def test_a_guest_is_judged_as_a_container_is(user: int) -> None:
+    need_tap()
+    in_world(judged, user=user, isolation="vm")
+
+
+def test_a_guest_of_an_unprivileged_caller() -> None:
+    need_tap()
+    in_world(reaches_the_world, user=UNPRIVILEGED, isolation="vm")
+
+
+def in_and_out(world: World) -> None:
+    moves_bytes(world)
+    keeps_to_its_bandwidth(world)
+    publishes(world)
+
+
+@GUESTS_USERS
+def test_a_guests_bytes_bandwidth_and_published_ports(user: int) -> None:
+    need_tap()
+    in_world(in_and_out, user=user, isolation="vm")
+
+
+@GUESTS_USERS
+def test_nothing_is_left_of_a_guests_network_after_a_kill(user: int) -> None:
+    need_tap()
+    in_world(leaves_nothing, user=user, isolation="vm")
+
+
+@pytest.mark.long
+@USERS
+@pytest.mark.parametrize("body", [many_at_once, dead_server, stays, by_command_line, bounded, ends_with_the_sandbox])
+def test_what_else_a_guests_network_does(body: Any, user: int) -> None:
+    need_tap()
+    in_world(body, user=user, isolation="vm")

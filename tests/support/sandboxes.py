@@ -40,6 +40,7 @@ PROMISES = frozenset(
         "libseccomp",
         "newuidmap",
         "vm level",
+        "/dev/net/tun",
         "cgroup v1",
         "a second CPU",
         "a disk below the work directories",

@@ -4,8 +4,11 @@ and behind it another one that stands for the internet (`support.internet`). Not
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -80,20 +83,37 @@ def equal(found: object, wanted: object) -> None:
 
 
 class World:
-    """What a test's function gets."""
+    """What a test's function gets. isolation: the level that it is about."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, isolation: str = "container") -> None:
         self._log = log
+        self.isolation = isolation
+        # A guest for each user: to boot one for each call would take minutes.
+        self._guests: dict[int | None, rf.Sandbox] = {}
 
     def client(self, *steps: str, **options: Any) -> list[str]:
-        """The lines that CLIENT prints for these steps, in a container."""
+        """The lines that CLIENT prints for these steps inside."""
+        if self.isolation == "vm" and options.keys() <= {"network", "user"}:
+            return self._ask_guest(steps, **options)
         return self.run(*steps, **options)[0]
 
     def run(self, *steps: str, **options: Any) -> tuple[list[str], rf.Result]:
+        return _lines(self.start(["python3", "-I", "-c", CLIENT, *steps], **options))
+
+    def start(self, argv: list[str], **options: Any) -> rf.Result:
         options.setdefault("limits", rf.Limits(wall_time=60) if os.geteuid() == 0 else None)
-        result = rf.run(["python3", "-I", "-c", CLIENT, *steps], isolation="container", text=True, **options)
-        assert result.ok and not result.stderr, (result.describe(), result.stdout, result.stderr)
-        return result.stdout.splitlines(), result
+        return rf.run(argv, isolation=self.isolation, text=True, **options)
+
+    def _ask_guest(self, steps: tuple[str, ...], *, network: rf.Network | str, user: int | None = None) -> list[str]:
+        if user not in self._guests:
+            self._guests[user] = rf.Sandbox(isolation="vm", network=rf.Network(), user=user)
+        guest = self._guests[user]
+        _change_policy(guest, network if isinstance(network, rf.Network) else rf.Network(network))
+        return _lines(guest.run(["python3", "-I", "-c", CLIENT, *steps], text=True))[0]
+
+    def close(self) -> None:
+        for guest in self._guests.values():
+            guest.close()
 
     def unconfined(self, *steps: str) -> list[str]:
         """The same from the host: the positive control."""
@@ -107,6 +127,22 @@ class World:
         names = self._log.read_text().split()
         self._log.write_text("")
         return names
+
+
+def _lines(result: rf.Result) -> tuple[list[str], rf.Result]:
+    assert result.ok and not result.stderr, (result.describe(), result.stdout, result.stderr)
+    return result.stdout.splitlines(), result
+
+
+def _change_policy(guest: rf.Sandbox, network: rf.Network) -> None:
+    """Has the gateway of a guest that is there already judge by another list, as one of a new guest would."""
+    from ringfence.levels.network.policy import Policy
+
+    assert not network.publish and network.bandwidth_bytes_per_second is None
+    gateway: Any = guest._open._vmm.jail.network._gateway  # type: ignore[union-attr]
+    gateway._policy = gateway._resolver._policy = Policy(network.allow)
+    for flow in list(gateway._datagrams.values()):
+        flow.used = 0.0  # what is idle for long ends
 
 
 def _serve_host() -> None:
@@ -144,7 +180,40 @@ def _connect(internet: subprocess.Popen[bytes]) -> None:
     assert internet.stdout.readline() == b"serving\n"
 
 
-def main(path: str, function: str, user: str) -> None:
+@functools.cache
+def _prepared(uid: int) -> str:
+    """A cache folder of the user's own, with what the caller of these tests has prepared for guests. All worlds of this
+    process share it, and so the templates that are made in the first.
+    """
+    from ringfence import _cache
+    from ringfence.levels.vm import initramfs, kernel
+    from ringfence.wire.launcher import core_path
+
+    cache = tempfile.mkdtemp(prefix="guests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    guest = kernel.find()
+    if guest is not None:
+        entries = [os.path.dirname(guest.vmlinux), os.path.dirname(initramfs.build(guest, core_path()))]
+        for entry in entries:
+            # A copy: what is removed with the folder must not be the cache's own.
+            shutil.copytree(entry, os.path.join(cache, os.path.relpath(entry, _cache.root())))
+        os.symlink(os.path.basename(entries[0]), os.path.join(cache, "kernels", kernel.current()))
+    for path, folders, files in os.walk(cache):
+        for name in ("", *folders, *files):
+            os.chown(os.path.join(path, name), uid, uid, follow_symlinks=False)
+    return cache
+
+
+def _open_tun() -> None:
+    """Everybody may make a tap in a network namespace of his own, as on most hosts."""
+    if os.path.exists("/dev/net/tun"):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "tmpfs", folder], check=True)
+            subprocess.run(["mknod", "-m", "666", f"{folder}/tun", "c", "10", "200"], check=True)
+            subprocess.run(["mount", "--move", folder, "/dev/net"], check=True)
+
+
+def main(path: str, function: str, user: str, isolation: str) -> None:
     """In the namespaces that stand for the host: builds the rest, and calls the function of that file."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -162,13 +231,18 @@ def main(path: str, function: str, user: str) -> None:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         ) as internet:
             try:
+                _open_tun()
                 _connect(internet)
                 _serve_host()
                 uid = int(user)
                 call = "from support import world; import sys; world.call(*sys.argv[1:])"
                 done = subprocess.run(
-                    [sys.executable, "-c", call, path, function, str(log)],
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": folder},
+                    [sys.executable, "-c", call, path, function, str(log), isolation],
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(sys.path),
+                        "HOME": folder,
+                    },
                     user=uid,
                     group=uid,
                     extra_groups=[],
@@ -179,7 +253,7 @@ def main(path: str, function: str, user: str) -> None:
     sys.exit(done.returncode)
 
 
-def call(path: str, function: str, log: str) -> None:
+def call(path: str, function: str, log: str, isolation: str) -> None:
     """As the user of the test: calls the function, and looks what it left."""
     spec = importlib.util.spec_from_file_location("scenario", path)
     assert spec is not None and spec.loader is not None
@@ -187,15 +261,19 @@ def call(path: str, function: str, log: str) -> None:
     spec.loader.exec_module(module)
     rf.run(["true"], isolation="container")  # what the first run opens stays as long as this process
     before, threads = leaks.snapshot(), threading.active_count()
-    getattr(module, function)(World(Path(log)))
+    world = World(Path(log), isolation)
+    try:
+        getattr(module, function)(world)
+    finally:
+        world.close()
     assert threading.active_count() == threads, threading.enumerate()
     found = leaks.leaked(before)
     assert not found, f"left behind: {found}"
     print("it held", flush=True)
 
 
-def in_world(function: Callable[[World], None], *, user: int = 0) -> None:
-    """Calls a test file's function in a world of its own. user: who it runs as there."""
+def in_world(function: Callable[[World], None], *, user: int = 0, isolation: str = "container") -> None:
+    """Calls a test file's function in a world of its own. user: who it runs as there. isolation: for `World`."""
     path = function.__code__.co_filename
     code = "import sys; from support import world; world.main(*sys.argv[1:])"
     command = [
@@ -211,10 +289,14 @@ def in_world(function: Callable[[World], None], *, user: int = 0) -> None:
         code,
     ]
     done = subprocess.run(
-        [*command, path, function.__name__, str(user)],
+        [*command, path, function.__name__, str(user), isolation],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(one for one in sys.path if one)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(one for one in sys.path if one),
+            "RINGFENCE_CACHE": _prepared(user),
+        },
         timeout=240,
         check=False,
     )

@@ -7,6 +7,7 @@ more memory than the protocol's bounds. The C parsers have their fuzz harnesses 
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import select
@@ -24,6 +25,7 @@ from ringfence.wire import frames, layers, messages
 from ringfence.wire.channel import Channel, send_packet
 from ringfence.wire.frames import Type
 from ringfence.wire.launcher import Launcher
+from support.sandboxes import need
 
 LIMIT_SECONDS = 20.0
 CLONE_VM = 0x100
@@ -438,6 +440,9 @@ PLANS = {
     "two strings": frames.attribute(1, b"a\0b\0"),
     "descriptor that did not come": frames.u32(8, 0),
     "descriptor for sockets that did not come": frames.u32(23, 0),
+    "descriptor for a tap that did not come": frames.u32(22, 0),
+    "half a network card": frames.attribute(24, bytes(13)),
+    "a network card with half of IPv6": frames.attribute(24, bytes(30)),
     "empty filter": frames.attribute(6),
     "cut filter": frames.attribute(6, bytes(9)),
     "long filter": frames.attribute(6, bytes(8 * 4097)),
@@ -464,6 +469,7 @@ PLANS = {
     "the host's loopback": frames.attribute(2),
     "the host's mounts": frames.u32(12, 2),
     "the host's clock": frames.u64(16, 1),
+    "a guest's network card": frames.attribute(24, bytes(14)),
     "a guest's limits": frames.attribute(18, struct.pack("<QQQ", 1 << 30, 0, 0)),
     "a CPU limit that nothing tells": frames.u64(10, 10**9),
 }
@@ -483,16 +489,16 @@ def test_init_refuses_a_malformed_plan_and_starts_nothing(launcher: Launcher, na
 _NEWNS = 0x00020000
 
 
-def own_network() -> bytes:
-    """LAUNCH of an init whose network namespace belongs to its user namespace."""
+def own_network(*, own: bool = True) -> bytes:
+    """LAUNCH of an init whose network namespace belongs to its user namespace. own: and is never one of the stock."""
     uid, gid = (1996488704, 1996488704) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
     maps = b"0 %d 1\n" % uid, b"0 %d 1\n" % gid
     # Without mounts of its own, which would need a tree to enter.
     flags = NAMESPACES & ~_NEWNS
-    return messages.launch(clone_flags=flags, uid_map=maps[0], gid_map=maps[1], own_network=True)
+    return messages.launch(clone_flags=flags, uid_map=maps[0], gid_map=maps[1], own_network=own)
 
 
-def supplied(launcher: Launcher, request: bytes) -> tuple[socket.socket, Talk]:
+def supplied(launcher: Launcher, request: bytes, *, tap: int = -1) -> tuple[socket.socket, Talk]:
     """Our end of the socket on which an init hands over others, once it has its plan."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(LIMIT_SECONDS)
@@ -500,6 +506,8 @@ def supplied(launcher: Launcher, request: bytes) -> tuple[socket.socket, Talk]:
     plan = messages.Plan()
     plan.flags()
     plan.sockets(theirs.fileno())
+    if tap >= 0:
+        plan.tap(tap)
     init.channel.send(plan.encode(), plan.fds)
     theirs.close()
     return ours, init
@@ -518,6 +526,34 @@ def test_init_hands_over_sockets_of_its_own_network_namespace(launcher: Launcher
                     made.sendto(bytes(20), ("203.0.113.1", 0))  # there is nothing but a lo that is down
         init.execute(b"/nothing")  # it goes on serving
         assert init.refusal().step == "exec"
+
+
+def test_init_hands_over_a_tap_of_its_own_network_namespace_once(launcher: Launcher) -> None:
+    need("/dev/net/tun", os.access("/dev/net/tun", os.R_OK | os.W_OK))
+    folder = os.open("/dev/net", os.O_PATH)
+    ours, init = supplied(launcher, own_network(), tap=folder)
+    os.close(folder)
+    with ours, init:
+        for code in (0, errno.EAFNOSUPPORT):
+            ours.send(bytes(12))
+            data, fds, _, _ = socket.recv_fds(ours, 64, 4)
+            assert (struct.unpack("<i", data), len(fds)) == ((code,), 0 if code else 1)
+            for fd in fds:
+                # TUNGETIFF: whose it is. None of our own namespace has that name.
+                assert fcntl.ioctl(fd, 0x800454D2, bytes(40))[:5] == b"tap0\0"
+                assert "tap0" not in [name for _, name in socket.if_nameindex()]
+                os.close(fd)
+
+
+def test_init_makes_no_tap_where_the_network_namespace_is_not_its_own(launcher: Launcher) -> None:
+    """One of the launcher's stock belongs to the host's user namespace. And without the node there is none at all."""
+    for own, wanted in ((False, ("protocol", "a tap of somebody else's")), (True, ("network card", "/dev/net/tun"))):
+        folder = os.open("/proc", os.O_PATH)
+        ours, init = supplied(launcher, own_network(own=own), tap=folder)
+        os.close(folder)
+        with ours, init:
+            error = init.refusal()
+            assert (error.step, error.detail) == wanted
 
 
 @pytest.mark.parametrize("packet", [b"", b"x", bytes(11), bytes(13), bytes(5000)])

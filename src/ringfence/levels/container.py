@@ -126,7 +126,9 @@ class ContainerLevel(Level):
 
 
 class ContainerSandbox(LocalSandbox):
-    """extra: makes more steps of the file tree, for a VMM. extra_gid: a group of the host's that the command is in."""
+    """extra: makes more steps of the file tree, for a VMM. extra_gid: a group of the host's that the command is in.
+    guest: its network is that of the VMM's guest, who has it by a tap.
+    """
 
     vmm_started: messages.Started | None = None
     _local_dns = False
@@ -143,7 +145,9 @@ class ContainerSandbox(LocalSandbox):
         extra: Callable[[ContainerSandbox], list[MountStep]] | None = None,
         extra_gid: int | None = None,
         stays: bool = False,
+        guest: bool = False,
     ) -> None:
+        self._guest = guest
         self._extra = extra
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
@@ -208,7 +212,7 @@ class ContainerSandbox(LocalSandbox):
         self.common_plan(plan)
         nat = self._network_kind == "nat"
         if nat:
-            self.open_network(plan, local_dns=self._local_dns)
+            self.open_network(plan, local_dns=self._local_dns, guest=self._guest)
         joined = shared.joined
         request = messages.launch(
             clone_flags=shared.clone_flags & ~(namespaces.FLAGS["net"] if self._network_kind == "host" else 0),

@@ -236,11 +236,17 @@ class LocalSandbox(Sandbox):
         if self._unsent is not None and self.channel is None:
             self.start(*self._unsent)
 
-    def open_network(self, plan: messages.Plan, *, local_dns: bool) -> None:
-        """Takes what a network of its own with a way out needs of the host. Only for who asks for one."""
+    def open_network(self, plan: messages.Plan, *, local_dns: bool, guest: bool) -> None:
+        """Takes what a network of its own with a way out needs of the host. Only for who asks for one.
+
+        guest: as for the session.
+        """
         from ringfence.levels.network.session import NetworkSession
 
-        self.network = NetworkSession(self.spec.network, self.spec.isolation, local_dns=local_dns)
+        level = "vm" if guest else self.spec.isolation
+        self.network = NetworkSession(self.spec.network, level, local_dns=local_dns, guest=guest)
+        if guest:
+            plan.tap(self.keep_fd(os.open("/dev/net", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
         plan.sockets(self.network.supply.theirs())
 
     def start_network(self, network: NetworkSession) -> None:

@@ -24,9 +24,12 @@ __all__ = [
     "count_rules",
     "exchange",
     "expression",
+    "host_route",
+    "link_up",
     "list_addresses",
     "log_group",
     "logged",
+    "neighbour",
     "nft_batch",
     "route_type",
     "rule",
@@ -38,11 +41,12 @@ RTN_UNICAST, RTN_LOCAL = 1, 2
 
 _REQUEST, _ACK, _DUMP, _CREATE, _EXCL, _APPEND = 1, 4, 0x300, 0x400, 0x200, 0x800
 _ERROR, _DONE = 2, 3
-_NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 20, 22, 24, 26
+_NEWLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE, _NEWNEIGH = 16, 20, 22, 24, 26, 28
 _HEADER = struct.Struct("=IHHII")
 _NESTED = 0x8000
 _LO = 1  # the loopback interface is the first of every network namespace
-_TABLE_MAIN, _PROTO_STATIC, _SCOPE_HOST = 254, 4, 254
+_TABLE_MAIN, _PROTO_STATIC, _SCOPE_HOST, _SCOPE_LINK = 254, 4, 254, 253
+_IFF_UP, _IFF_NOARP, _NUD_PERMANENT = 1, 0x80, 0x80
 _NODAD = 2
 _RECEIVE_BYTES = 1 << 16
 
@@ -80,6 +84,32 @@ def any_ip_route(source: bytes) -> bytes:
     family = socket.AF_INET if len(source) == 4 else socket.AF_INET6
     body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, _SCOPE_HOST, RTN_LOCAL, 0)
     return _message(_NEWROUTE, _ACK | _CREATE, body + attribute(4, struct.pack("=I", _LO)) + attribute(7, source))
+
+
+def link_up(index: int, mac: bytes, mtu: int, *, ipv6: bool) -> bytes:
+    """Brings an interface up that speaks no ARP. ipv6: the kernel has it; it is to make no address for itself then."""
+    flags = _IFF_UP | _IFF_NOARP
+    quiet = _nested(26, _nested(socket.AF_INET6, attribute(8, b"\1")))  # IFLA_INET6_ADDR_GEN_MODE: none
+    body = (
+        struct.pack("=BBHiII", 0, 0, 0, index, flags, flags) + attribute(1, mac) + attribute(4, struct.pack("=I", mtu))
+    )
+    return _message(_NEWLINK, _ACK, body + (quiet if ipv6 else b""))
+
+
+def neighbour(index: int, packed: bytes, mac: bytes) -> bytes:
+    """Who has an address, for good."""
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    body = struct.pack("=BBHiHBB", family, 0, 0, index, _NUD_PERMANENT, 0, 0) + attribute(1, packed) + attribute(2, mac)
+    return _message(_NEWNEIGH, _ACK | _CREATE, body)
+
+
+def host_route(index: int, packed: bytes, source: bytes) -> bytes:
+    """An address that is right behind an interface, reached from `source`, which is one of ours."""
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    scope = _SCOPE_LINK if len(packed) == 4 else 0
+    head = struct.pack("=BBBBBBBBI", family, len(packed) * 8, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, RTN_UNICAST, 0)
+    body = head + attribute(1, packed) + attribute(4, struct.pack("=I", index)) + attribute(7, source)
+    return _message(_NEWROUTE, _ACK | _CREATE, body)
 
 
 def route_type(sock: socket.socket, packed: bytes) -> int | None:
@@ -188,7 +218,9 @@ class expression:
 
     @classmethod
     def meta(cls, key: int) -> bytes:
-        """Loads register 1. key: 3 mark, 15 family of the network layer, 16 number of the transport protocol."""
+        """Loads register 1. key: 3 mark, 4 index of the interface, 15 family of the network layer, 16 number of the
+        transport protocol.
+        """
         return cls._make(b"meta", cls._u32(1, 1), cls._u32(2, key))
 
     @classmethod

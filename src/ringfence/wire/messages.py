@@ -200,6 +200,14 @@ class Plan:
         """`supply`: on which requests for sockets of the sandbox's network namespace come."""
         self._parts.append(frames.u32(23, self._fd(supply)))
 
+    def tap(self, tun: int) -> None:
+        """A tap in the sandbox's network namespace, to be asked for on `sockets`. tun: the folder of the node tun."""
+        self._parts.append(frames.u32(22, self._fd(tun)))
+
+    def card(self, mac: bytes, addresses: Sequence[tuple[bytes, bytes]]) -> None:
+        """A guest's network card. mac: the gateway's. addresses: (the guest's, the gateway's) of IPv4, and of IPv6."""
+        self._parts.append(frames.attribute(24, mac + b"".join(b"".join(pair) for pair in addresses)))
+
     def encode(self) -> bytes:
         return frames.encode(Type.PLAN, b"".join(self._parts), nfds=len(self.fds))
 

@@ -9,6 +9,7 @@ any protocol, address or trick with routes, and the host's own network needs no 
     dns       messages of DNS, from hostile sides
     packets   IP, TCP, UDP and ICMP headers, as far as the gateway makes or reads them
     inside    what a sandbox's network namespace is given before its command starts
+    tap       what it takes beside where the sandbox is a guest
     resolver  the names that a sandbox may resolve
     gateway   flows, and the thread that moves their bytes
     session   all of it for one sandbox: what a level uses

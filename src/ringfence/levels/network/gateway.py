@@ -392,7 +392,7 @@ class Gateway:
             self._joining[inside] = (outside, time.monotonic() + _ACCEPT_S)
             try:
                 self._loop.watch(inside, lambda _, inside=inside: self._joined(inside), select.EPOLLOUT)  # type: ignore[misc]
-                code = inside.connect_ex(("127.0.0.1", port))
+                code = self._inside.connect(inside, port)
             except OSError as error:
                 code = error.errno or errno.EIO
             if code not in (0, errno.EINPROGRESS):

@@ -14,6 +14,7 @@ import socket
 import struct
 
 from ringfence.errors import KernelError, ProtocolError
+from ringfence.levels.network import tap
 from ringfence.linux import netlink
 from ringfence.linux.netlink import expression
 
@@ -30,11 +31,12 @@ MARK = 0x72660001
 
 _TABLE, _CHAIN = b"ringfence", b"judge"
 _PREROUTING, _PRIORITY_MANGLE = 0, -150
-_META_MARK, _META_FAMILY, _META_PROTOCOL = 3, 15, 16
+_META_MARK, _META_INTERFACE, _META_FAMILY, _META_PROTOCOL = 3, 4, 15, 16
 _IPV4, _IPV6 = b"\2", b"\x0a"
 _TCP, _UDP = b"\6", b"\x11"
 
 _GROUP = 1
+_LO = 1
 _IP_TRANSPARENT, _IP_RECVORIGDSTADDR, _IPV6_TRANSPARENT, _IPV6_RECVORIGDSTADDR = 19, 20, 75, 74
 _ANSWER_LIMIT_S = 10.0
 
@@ -64,6 +66,10 @@ class Supply:
 
     def take(self) -> socket.socket:
         """The socket of the oldest request. Raises KernelError with init's error."""
+        return socket.socket(fileno=self.take_descriptor("socket"))
+
+    def take_descriptor(self, call: str) -> int:
+        """The same for what needn't be a socket."""
         try:
             data, control, _, _ = self._ours.recvmsg(4, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
         except (TimeoutError, ConnectionResetError):
@@ -76,8 +82,8 @@ class Supply:
                 os.close(fd)
             raise ProtocolError("init ended before it handed over a socket")
         if not found:
-            raise KernelError("socket", ["of the sandbox's network namespace"], struct.unpack("=i", data)[0])
-        return socket.socket(fileno=found[0])
+            raise KernelError(call, ["of the sandbox's network namespace"], struct.unpack("=i", data)[0])
+        return found[0]
 
     def make(self, domain: int, kind: int, protocol: int = 0) -> socket.socket:
         self.request(domain, kind, protocol)
@@ -91,16 +97,22 @@ class Supply:
 class Inside:
     """The gateway's sockets in one sandbox's network namespace, all non-blocking.
 
-    syn: on which `netlink.logged` finds each SYN. tcp: listeners, udp: sockets for every address. raw: by address size.
+    guest: whether who sends is a guest, whose VMM has the namespace to itself. syn: on which `netlink.logged` finds
+    each SYN. tcp: listeners, udp: sockets for every address. raw: by address size. tap: a guest's, until it was handed
+    on, or -1.
     """
 
-    def __init__(self, supply: Supply, *, ipv6: bool, local_dns: bool = False) -> None:
+    def __init__(self, supply: Supply, *, ipv6: bool, local_dns: bool = False, guest: bool = False) -> None:
         self.supply = supply
         self.ipv6 = ipv6
+        self.guest = guest
+        self.tap = -1
         self._local_dns = local_dns
         self._wanted = _wanted(ipv6)
         for domain, kind, protocol in self._wanted:
             supply.request(domain, kind, protocol)
+        if guest:
+            supply.request(socket.AF_UNSPEC, 0)
         self.applied = ""
         self._all: list[socket.socket] = []
 
@@ -111,6 +123,8 @@ class Inside:
         """
         for _ in self._wanted:
             self._all.append(self.supply.take())
+        if self.guest:
+            self.tap = self.supply.take_descriptor("tap")
         route, self.syn, *rest = self._all
         for one in (route, self.syn):
             one.settimeout(_ANSWER_LIMIT_S)
@@ -135,20 +149,24 @@ class Inside:
         return one
 
     def _configure(self, route: socket.socket, filters: socket.socket) -> None:
-        addresses = [ADDRESS4] + ([ADDRESS6] if self.ipv6 else [])
+        pairs = [(ADDRESS4, GATEWAY4)] + ([(ADDRESS6, GATEWAY6)] if self.ipv6 else [])
+        addresses = [pair[self.guest] for pair in pairs]
         # The addresses first: a route can only prefer a source that is there.
         netlink.exchange(route, b"".join(map(netlink.address, addresses)), len(addresses), "RTM_NEWADDR")
         netlink.exchange(route, b"".join(map(netlink.any_ip_route, addresses)), len(addresses), "RTM_NEWROUTE")
+        if self.guest:
+            tap.configure(route, pairs)
         # First who takes what the rules log, so that none of it is lost.
         netlink.exchange(filters, netlink.log_group(_GROUP), 2, "NFULNL_MSG_CONFIG")
-        rules, batch = _rules(self.ipv6)
+        rules, batch = _rules(self.ipv6, self.guest)
         netlink.exchange(filters, batch, 1, "NFT_MSG_NEWRULE")
         # Read back, as everything that is told in `applied`.
         held = netlink.list_addresses(route)
         if not set(addresses) <= set(held) or netlink.count_rules(filters, _TABLE) != rules:
             raise ProtocolError("the kernel doesn't have the network that it acknowledged")
         shown = ", ".join(str(ipaddress.ip_address(one)) for one in held if one in addresses)
-        self.applied = f"{shown} on lo, no route out, {rules} nftables rules"
+        behind = f", {tap.NAME} to the guest alone" if self.guest else ""
+        self.applied = f"{shown} on lo{behind}, no route out, {rules} nftables rules"
 
     def _prepare(self, tcp: socket.socket, udp: socket.socket, raw: socket.socket, *, family: int) -> None:
         level, transparent, original, address = (
@@ -169,6 +187,13 @@ class Inside:
         for one in (tcp, udp, raw):
             one.setblocking(False)
 
+    def connect(self, sock: socket.socket, port: int) -> int:
+        """Begins a connection of the gateway's own to a port of the sandbox: the errno, as connect_ex gives it."""
+        if self.guest:
+            # The rules hand what the guest answers to a transparent socket, and to no other.
+            sock.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
+        return sock.connect_ex((str(ipaddress.ip_address(ADDRESS4)) if self.guest else "127.0.0.1", port))
+
     def inject(self, destination: bytes, packet: bytes) -> None:
         """Sends a packet as it is, in the namespace. One that doesn't go is lost, as on any network."""
         raw = self.raw.get(len(destination))
@@ -183,6 +208,12 @@ class Inside:
         for one in self._all:
             one.close()
         self._all.clear()
+        self.tap_was_handed_on()
+
+    def tap_was_handed_on(self) -> None:
+        held, self.tap = self.tap, -1
+        if held >= 0:
+            os.close(held)
 
 
 def _families(ipv6: bool) -> list[int]:
@@ -205,19 +236,28 @@ def _wanted(ipv6: bool) -> list[tuple[int, int, int]]:
 
 
 @functools.cache
-def _rules(ipv6: bool) -> tuple[int, bytes]:
-    """(number of rules, the batch that makes them). Only what stays inside, or goes to our sockets, is accepted."""
+def _rules(ipv6: bool, guest: bool = False) -> tuple[int, bytes]:
+    """(number of rules, the batch that makes them). Only what stays inside, or goes to our sockets, is accepted.
+
+    Of a guest's packets none is for the namespace itself, where only its VMM is, and all have the guest's address.
+    """
     e = expression
     port = struct.pack("!H", _PORT)
     rules = []
-    families = [(_IPV4, 2, GATEWAY4, ((16, b"\x7f"), (16, ADDRESS4)))]
+    families = [(_IPV4, 2, GATEWAY4, ((16, b"\x7f"), (16, ADDRESS4)), (12, ADDRESS4))]
     if ipv6:
-        families.append((_IPV6, 10, GATEWAY6, ((24, ipaddress.ip_address("::1").packed), (24, ADDRESS6))))
+        own6 = (24, ipaddress.ip_address("::1").packed), (24, ADDRESS6)
+        families.append((_IPV6, 10, GATEWAY6, own6, (8, ADDRESS6)))
     judged = struct.pack("=I", MARK)
-    for family, number, gateway, own in families:
+    outside = [e.meta(_META_INTERFACE), e.compare(struct.pack("=I", _LO), equal=False)]
+    for family, number, gateway, own, (at, sender) in families:
         here = [e.meta(_META_FAMILY), e.compare(family)]
-        for offset, value in own:
-            rules.append([*here, e.payload(1, offset, len(value)), e.compare(value), e.verdict(1)])
+        if guest:
+            of_others = [e.payload(1, at, len(sender)), e.compare(sender, equal=False)]
+            rules.append([*here, *outside, *of_others, e.verdict(0)])
+        for offset, value in own[: 1 if guest else 2]:
+            to = [e.payload(1, offset, len(value)), e.compare(value)]
+            rules.append([*here, *outside, *to, e.verdict(0)] if guest else [*here, *to, e.verdict(1)])
         # A SYN that wasn't judged goes to the gateway and no further; it sends it again once it may pass.
         asks = [e.meta(_META_PROTOCOL), e.compare(_TCP), e.payload(2, 13, 1), e.mask(b"\x17"), e.compare(b"\2")]
         rules.append([*here, *asks, e.meta(_META_MARK), e.compare(judged, equal=False)])

@@ -26,15 +26,16 @@ _sessions: weakref.WeakSet[NetworkSession] = weakref.WeakSet()
 
 class NetworkSession:
     """network: of mode "nat". isolation: the level's name, for errors. local_dns: whether names are asked for at the
-    sandbox's own 127.0.0.1, too.
+    sandbox's own 127.0.0.1, too. guest: the sandbox is the jail of a guest's VMM, who has it all by a tap.
 
     Raises CannotEnforce where a port to publish is taken, before anything of the sandbox is started.
     """
 
-    def __init__(self, network: Network, isolation: str, *, local_dns: bool = False) -> None:
+    def __init__(self, network: Network, isolation: str, *, local_dns: bool = False, guest: bool = False) -> None:
         self._network = network
         self._isolation = isolation
         self._local_dns = local_dns
+        self._guest = guest
         self._published: list[tuple[socket.socket, int]] = []
         self._gateway: Gateway | None = None
         self._inside: Inside | None = None
@@ -66,7 +67,8 @@ class NetworkSession:
 
     def request(self) -> None:
         """Asks init for its sockets. It must have the plan by now."""
-        self._inside = Inside(self.supply, ipv6=netlink.has_ipv6(), local_dns=self._local_dns)
+        ipv6 = netlink.has_ipv6()
+        self._inside = Inside(self.supply, ipv6=ipv6, local_dns=self._local_dns, guest=self._guest)
 
     def start(self) -> None:
         """Sets up the namespace by init's sockets, once these begin to come, and starts the gateway.
@@ -91,6 +93,21 @@ class NetworkSession:
         if self._gateway is not None and self._gateway.failure is not None:
             failure = self._gateway.failure
             raise ProtocolError(f"the sandbox's gateway failed: {type(failure).__name__}: {failure}") from failure
+
+    @property
+    def tap(self) -> int:
+        """Of a guest's network, once it was started: what its VMM gets."""
+        assert self._inside is not None
+        return self._inside.tap
+
+    def tap_was_handed_on(self) -> None:
+        """Without the VMM it is gone then."""
+        if self._inside is not None:
+            self._inside.tap_was_handed_on()
+
+    @property
+    def ipv6(self) -> bool:
+        return self._inside is not None and self._inside.ipv6
 
     def applied(self, asked: Iterable[str]) -> list[Applied]:
         """What is in force: the namespace's side read back from the kernel, the rest by this process's gateway."""

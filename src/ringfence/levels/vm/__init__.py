@@ -14,6 +14,7 @@ from ringfence.levels.base import Ability, Level, requested
 from ringfence.levels.limits import cpuset_unmet, limit_abilities
 from ringfence.levels.root import no_host_files
 from ringfence.levels.users import resolve
+from ringfence.levels.vm import card
 from ringfence.levels.vm.sandbox import VmSandbox
 
 TYPE_CHECKING = False
@@ -47,6 +48,8 @@ class VmLevel(Level):
         return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
+        from ringfence.levels.vm import kernel
+
         cgroup = "the guest's cgroup v2"
         found = {
             "memory": f"the guest's memory, and {cgroup} memory.max",
@@ -95,10 +98,8 @@ class VmLevel(Level):
             reason="a virtual machine has a network stack of its own",
             help="use isolation='container'",
         )
-        for rule in ("network=nat", "allow", "publish", "bandwidth"):
-            abilities[rule] = Ability(
-                rule=rule, reason="a guest has no network card yet", help="use network='none', or isolation='container'"
-            )
+        guest = kernel.find()
+        abilities.update(card.abilities(guest.sets if guest is not None else ("net",)))
         return abilities
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
@@ -128,6 +129,7 @@ class VmLevel(Level):
             from ringfence.levels.vm import userland
 
             unmet += userland.overlay_unmet(spec, host)
+        unmet += card.unmet(spec)
         if len(spec.mounts) > _MOST_MOUNTS:
             reason = f"a guest takes at most {_MOST_MOUNTS} mounts"
             unmet.append(Unmet("mounts", requested(spec, "mounts"), reason, "mount their parent"))

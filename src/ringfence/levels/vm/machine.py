@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence.errors import SpecError
+from ringfence.levels.vm import card
 from ringfence.linux.tsc import host_tsc_khz
 
 TYPE_CHECKING = False
@@ -50,6 +51,7 @@ def arguments(
     disks: Sequence[Path] = (),
     disk_format: str = "raw",
     sets: Sequence[str] = (),
+    card_fd: int | None = None,
     console_fd: int | None = None,
     append: str = "",
     qemu: Path = _QEMU,
@@ -63,10 +65,10 @@ def arguments(
     memory_bytes: the guest's whole memory, rounded up to a MiB. cpus: 1 and more. accel: "kvm" or "tcg".
     channel_fd: a connected stream socket that QEMU inherits: the other end of the port.
     shares: (tag, folder, writable) of 9p shares. disks: /dev/vda, vdb, ... in this
-    order, read-only; all of disk_format, "raw" or "qcow2". sets: module sets to load besides those that shares
-    and disks need. console_fd: a writable file descriptor that QEMU inherits and that gets the guest's console,
-    to debug a boot (a pipe has to be read, or the guest stops); None: there is no console. append: more of the
-    kernel's command line.
+    order, read-only; all of disk_format, "raw" or "qcow2". sets: module sets to load besides those that the
+    devices need. card_fd: the tap of a network card, which QEMU inherits; None: there is no card. console_fd: a
+    writable file descriptor that QEMU inherits and that gets the guest's console, to debug a boot (a pipe has to be
+    read, or the guest stops); None: there is no console. append: more of the kernel's command line.
     memory: (file, whether what the guest writes gets there) in which the guest's memory is. qmp_fd: a connected socket
     for QMP. tsc_khz: None is as measured, 0 leaves it out.
 
@@ -78,12 +80,14 @@ def arguments(
         raise SpecError(f"a guest needs at least {MIN_MEMORY_BYTES >> 20} MiB of memory, not {memory_bytes} bytes")
     if cpus < 1:
         raise SpecError(f"a guest needs at least one CPU, not {cpus}")
-    if len(shares) + len(disks) > MAX_DEVICES:
-        raise SpecError(f"a guest takes at most {MAX_DEVICES} shares and disks, not {len(shares) + len(disks)}")
+    devices = len(shares) + len(disks) + (card_fd is not None)
+    if devices > MAX_DEVICES:
+        raise SpecError(f"a guest takes at most {MAX_DEVICES} shares, disks and cards, not {devices}")
+    needed = (("9p", bool(shares)), ("erofs", bool(disks)), ("net", card_fd is not None))
     command_line = kernel_command_line(
         cpus=cpus,
         accel=accel,
-        sets=("boot", *(("9p",) if shares else ()), *(("erofs",) if disks else ()), *sets),
+        sets=("boot", *(name for name, wanted in needed if wanted), *sets),
         console=console_fd is not None,
         append=append,
         tsc_khz=tsc_khz,
@@ -109,6 +113,8 @@ def arguments(
         *("-device", "virtio-serial-device,max_ports=2"),
         *("-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT}"),
     ]
+    if card_fd is not None:
+        argv += card.arguments(card_fd)
     if console_fd is not None:
         argv += ["-add-fd", f"fd={console_fd},set=1", "-chardev", "file,id=console,path=/dev/fdset/1"]
         argv += ["-serial", "chardev:console"]

@@ -93,17 +93,30 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             cpuset=spec.cpuset,
         )
         what = Spec.make(
-            [QEMU], isolation="container", user=f"{spec.user[0]}:{spec.user[1]}", hostname="vmm", limits=limits
+            [QEMU],
+            isolation="container",
+            user=f"{spec.user[0]}:{spec.user[1]}",
+            hostname="vmm",
+            limits=limits,
+            network=spec.card.network if spec.card is not None else None,
         )
         # /dev/kvm belongs to a group, and the jail's ids are nobody's: QEMU gets that group and no other.
         group = os.stat(_KVM).st_gid if spec.accelerator == "kvm" else None
         jail = ContainerSandbox(
-            what, host, state, extra=lambda one: _jail_steps(spec, one, memory), extra_gid=group, stays=stays
+            what,
+            host,
+            state,
+            extra=lambda one: _jail_steps(spec, one, memory),
+            extra_gid=group,
+            stays=stays,
+            guest=spec.card is not None,
         )
         fds = [state.null, errors_of_qemu, errors_of_qemu, theirs.fileno()]
         if memory is not None:
             control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             fds += [control[1].fileno(), memory.memory, *([] if memory.state is None else [memory.state])]
+        if jail.network is not None:
+            fds.append(jail.network.tap)
         request = messages.execute(
             command_line(spec, memory),
             what.environment(b"/work"),
@@ -115,6 +128,9 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
         )
         assert jail.channel is not None
         jail.channel.send(request, fds)
+        if jail.network is not None:
+            jail.channel.flush_blocking()
+            jail.network.tap_was_handed_on()
         return Vmm(channel, jail, errors, control[0] if control is not None else None)
     except BaseException:
         if control is not None:
@@ -129,6 +145,13 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
         if control is not None:
             control[1].close()
         os.close(errors_of_qemu)
+
+
+def _card_fd(memory: Memory | None) -> int:
+    """The card's is the last."""
+    if memory is None:
+        return _CHANNEL_FD + 1
+    return (_MEMORY_FD if memory.state is None else STATE_FD) + 1
 
 
 def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = None) -> list[bytes]:
@@ -148,6 +171,7 @@ def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = 
         disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
         disk_format=spec.disk_format,
         sets=spec.sets,
+        card_fd=_card_fd(memory) if spec.card is not None else None,
         qemu=QEMU,
         memory=None if memory is None else (f"/proc/self/fd/{_MEMORY_FD}", boots),
         qmp_fd=None if memory is None else _QMP_FD,

@@ -17,10 +17,11 @@ from ringfence.levels.ready import kind_of
 from ringfence.levels.state import state
 from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.users import resolve
+from ringfence.levels.vm import card
 from ringfence.levels.vm.agent import TRANSFER_LIMIT_NS, Agent
 from ringfence.levels.vm.start import Guest, Waiting
 from ringfence.levels.vm.template import machine_memory
-from ringfence.levels.vm.tree import HOME, guest_tree, mount_shares
+from ringfence.levels.vm.tree import HOME, HOSTNAME, guest_tree, mount_shares
 from ringfence.levels.vm.vmm import Machine, Share
 from ringfence.linux import ids, seccomp
 from ringfence.result import Applied, Change, Usage
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VmSandbox"]
 
-_HOSTNAME = "ringfence"
 _USER = (1000, 1000)
 _START_LIMIT_NS = 60_000_000_000
 # What the guest's own kernel and init take, on top of what the workload may use.
@@ -106,6 +106,7 @@ class VmSandbox(Sandbox):
             cpu_weight=limits.cpu_weight,
             cpuset=limits.cpuset,
             sets=("overlay",) if spec.overlay else (),
+            card=card.of(spec),
         )
         self._clock = (0, 0)
         self._kind = kind_of(spec, host) if use_template and not stays else None
@@ -207,8 +208,10 @@ class VmSandbox(Sandbox):
             pids=limits.pids or 0,
             cpu_ns=round(quota * _CPU_PERIOD_NS) if quota is not None and quota % 1 else 0,
         )
-        plan.hostname((spec.hostname or _HOSTNAME).encode("ascii"))
+        plan.hostname((spec.hostname or HOSTNAME).encode("ascii"))
         plan.loopback()
+        if self._machine.card is not None:
+            card.put(plan, self._vmm.jail)
         plan.mounts(self._tree())
         plan.ids(*self._user)
         plan.flags(enter=True, no_new_privs=True)
@@ -377,12 +380,7 @@ class VmSandbox(Sandbox):
             Applied(
                 rule="hostname", requested=spec.hostname, effective=started.hostname, mechanism="the guest's own kernel"
             ),
-            Applied(
-                rule="network",
-                requested=spec.network.mode if "network" in spec.asked else None,
-                effective="none",
-                mechanism="no network card",
-            ),
+            *card.applied(self._vmm.jail, spec),
             Applied(
                 rule="files",
                 requested=spec.image if "image" in spec.asked else None,

@@ -144,8 +144,9 @@ def _host_cpu() -> list[str]:
 
 
 def _blank(machine: Machine) -> Machine:
-    """The machine without what is one spec's own: who QEMU is, and how much of the host it may use."""
-    return machine.replace(user=(0, 0), cpu_weight=None, cpuset=None, disk_format="raw")
+    """The machine without what is one spec's own: who QEMU is, how much of the host it may use, what is open to it."""
+    closed = machine.card.closed() if machine.card is not None else None
+    return machine.replace(user=(0, 0), cpu_weight=None, cpuset=None, disk_format="raw", card=closed)
 
 
 def _disk_bytes(machine: Machine) -> list[int]:

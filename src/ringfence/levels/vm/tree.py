@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence.images import tree
+from ringfence.levels.network.rules import RESOLV_CONF, NetworkFiles
 from ringfence.levels.root import device_steps, directories_above, own_directories, private_steps
 from ringfence.levels.vm.identity import identity_steps
 from ringfence.levels.vm.vmm import Share
@@ -16,9 +17,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.spec import Mount, Spec
 
-__all__ = ["HOME", "guest_tree", "mount_shares"]
+__all__ = ["HOME", "HOSTNAME", "guest_tree", "mount_shares"]
 
 HOME = b"/work"
+HOSTNAME = "ringfence"
 _IMAGE = b"/.image"
 
 
@@ -33,8 +35,14 @@ def guest_tree(spec: Spec, user: tuple[int, int], memory_bytes: int) -> tuple[li
         # What is mounted comes after what is made: only that is below the overlay.
         steps.append(layers.overlay(b"/", None))
     steps += shown
+    files = NetworkFiles(spec.image, spec.hostname or HOSTNAME, user) if spec.network.mode == "nat" else None
+    if files is not None:
+        if files.missing:  # below an overlay, as `card.unmet` sees to
+            steps.append(messages.file(b"/etc/resolv.conf", RESOLV_CONF))
+        steps += files.before
     # In a kernel of its own there is nothing of the host's to mask.
     steps += private_steps(user, masks=False)
+    steps += files.after if files is not None else []
     if disk is not None:
         steps.append(layers.place(HOME, 0o700))
     else:

@@ -23,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ringfence.levels.vm.card import Card
     from ringfence.linux.cgroups import Cgroup
 
 __all__ = ["Machine", "Share", "Vmm"]
@@ -60,11 +61,12 @@ class Machine(Value):
     kernel, initramfs, disks: host paths. memory_bytes: the guest's whole memory. accelerator: "kvm" or "tcg".
     disk_format: of all disks, "raw" or "qcow2".
     user: (uid, gid) of the VMM in its jail, which own the shared files there. cpu_weight, cpuset: of the host's CPUs,
-    for the VMM as a whole, or None.
+    for the VMM as a whole, or None. card: its network card, or None.
     """
 
     __slots__ = (
         "accelerator",
+        "card",
         "cpu_weight",
         "cpus",
         "cpuset",
@@ -89,6 +91,7 @@ class Machine(Value):
     cpu_weight: int | None
     cpuset: tuple[int, ...] | None
     sets: tuple[str, ...]
+    card: Card | None
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class Machine(Value):
         cpu_weight: int | None = None,
         cpuset: tuple[int, ...] | None = None,
         sets: tuple[str, ...] = (),
+        card: Card | None = None,
     ) -> None:
         self._set(
             kernel=kernel,
@@ -119,6 +123,7 @@ class Machine(Value):
             cpu_weight=cpu_weight,
             cpuset=cpuset,
             sets=sets,
+            card=card,
         )
 
 
@@ -134,6 +139,10 @@ class Vmm:
         self._errors = errors
         self._words = b""
         self._ended = False
+
+    @property
+    def jail(self) -> ContainerSandbox:
+        return self._jail
 
     def watch(self) -> dict[int, Callable[[], None]]:
         """The descriptors to wait for beside the channel's, and what takes each."""
