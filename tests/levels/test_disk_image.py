@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import ringfence as rf
 from support import disks
 from support.sandboxes import PROBE, applied, ended, need_level, output
+
+LIMITS = rf.Limits(wall_time=20)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,24 @@ def test_a_disk_without_a_root_is_an_error_and_nothing_runs(folder: Path, tmp_pa
     with pytest.raises(rf.StartError) as caught:
         rf.run(["true"], isolation="vm", image=image)
     assert (caught.value.call, os.strerror(caught.value.errno or 0)) == ("fsconfig create", "Read-only file system")
+
+
+def test_a_damaged_disk_is_an_error_or_a_run_and_no_hang(ext4: bytes, tmp_path: Path) -> None:
+    """Whatever the guest's kernel makes of it."""
+    known = random.Random(11)
+    for where in (range(1024, 4096), range(4096, 65536), range(len(ext4))):
+        damaged = bytearray(ext4)
+        for _ in range(200):
+            damaged[known.choice(where)] = known.randrange(256)
+        damaged[1080:1082] = b"\x53\xef"
+        for image in (bytes(damaged), disks.qcow2(bytes(damaged))[:-100_000]):
+            (tmp_path / "disk").write_bytes(image)
+            start = time.monotonic()
+            try:
+                rf.run(["probe", "tree", "/etc"], isolation="vm", image=tmp_path / "disk", limits=LIMITS)
+            except (rf.StartError, rf.ProtocolError, rf.CannotEnforce):
+                pass
+            assert time.monotonic() - start < 60
 
 
 def test_what_would_open_another_file_is_refused_before_anything_starts(tmp_path: Path) -> None:

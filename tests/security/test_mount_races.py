@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import ringfence as rf
-from support.sandboxes import PROBE, SOURCES, ended, need_root, output
+from ringfence.api import level
+from ringfence.spec import Spec
+from support.sandboxes import LEVELS, PROBE, SOURCES, ended, need_level, need_root, output
 from support.unprivileged import home, python_json
 
 NESTED = """
@@ -208,6 +210,29 @@ def test_the_same_of_an_unprivileged_caller(tmp_path: Path) -> None:
     assert outside == []
 
 
+@pytest.mark.parametrize("isolation", [one for one in LEVELS if one != "process"])
+def test_a_source_that_has_become_a_secret_is_not_shown(isolation: str, tmp_path: Path) -> None:
+    """Judged when the spec was made, and once more as what was opened."""
+    need_level(isolation)
+    for name in ("plain", "home/.ssh"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "home/.ssh/id_rsa").write_text("secret")
+    (tmp_path / "link").symlink_to("plain")
+    for secret in (False, True):
+        mount = rf.Mount(tmp_path / "link", "/m", secret=secret)
+        spec = Spec.make(["true"], isolation=isolation, mounts=[mount])
+        level(isolation).check(spec, rf.host())
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to("home/.ssh")
+        if secret:
+            level(isolation).open(spec, rf.host()).close()
+        else:
+            with pytest.raises(rf.SpecError, match="has become what would show a secret"):
+                level(isolation).open(spec, rf.host())
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").symlink_to("plain")
+
+
 def test_the_probe_of_the_image_still_runs(place: Path) -> None:
     """The control: without the second mount the same runs all end well."""
     result = rf.run(["ls", "/w"], mounts=[rf.Mount(place / "writable", "/w", writable=True)])
@@ -218,8 +243,8 @@ MOUNTED_IN_THE_IMAGE = """
 import json, sys, ringfence as rf
 script = "cat /opt/there/open; cat /opt/there/secret; cat /opt/there/sub/beneath; ls /opt/there/sub"
 found = []
-for overlay in (False, True):
-    done = rf.run(["sh", "-c", script], user=0, overlay=overlay, text=True)
+for isolation, overlay in json.loads(sys.argv[1]):
+    done = rf.run(["sh", "-c", script], isolation=isolation, user=0, overlay=overlay, text=True)
     found.append([done.stdout, done.stderr])
 print(json.dumps(found))
 """
@@ -228,14 +253,19 @@ print(json.dumps(found))
 def test_what_is_mounted_in_the_hosts_userland_keeps_its_owner_and_hides_what_is_beneath() -> None:
     """Also under an overlay, whose lower layers show root's files as root's."""
     need_root()
+    runs = [("container", False), ("container", True)]
+    if "vm" in LEVELS:
+        need_level("vm")
+        runs += [("vm", False), ("vm", True)]
     set_up = (
         "mount -t tmpfs t /opt && mkdir /opt/there && mount -t tmpfs t /opt/there && echo open > /opt/there/open &&"
         " echo secret > /opt/there/secret && chmod 600 /opt/there/secret && mkdir /opt/there/sub &&"
         " echo beneath > /opt/there/sub/beneath && mount -t tmpfs t /opt/there/sub &&"
         " echo above > /opt/there/sub/above &&"
-        ' cat /opt/there/secret && exec "$1" -c "$2"'
+        ' cat /opt/there/secret && exec "$1" -c "$2" "$3"'
     )
-    control, _, printed = after(set_up, sys.executable, MOUNTED_IN_THE_IMAGE).partition("\n")
+    told = after(set_up, sys.executable, MOUNTED_IN_THE_IMAGE, json.dumps(runs))
+    control, _, printed = told.partition("\n")
     assert control == "secret"
     for stdout, stderr in json.loads(printed):
         assert stdout.split() == ["open", "above"]

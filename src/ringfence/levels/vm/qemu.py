@@ -66,7 +66,7 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
             steps += [messages.directory(at), *(owned_userland(jail, at) if share.owned else jail.userland(at))]
             continue
         kept = NOSUID | NODEV | NOEXEC | (0 if share.writable else RDONLY)
-        steps += jail.host_mount(share.source, at, kept, must=share.writable)
+        steps += jail.host_mount(share.source, at, kept, must=share.writable, secret=share.secret)
     if spec.accelerator == "kvm":
         steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
     return steps

@@ -92,7 +92,13 @@ _TAGS = {False: b"mounts", True: b"writable"}
 def mount_shares(spec: Spec) -> list[Share]:
     """What the machine has to share for the spec's own mounts."""
     return [
-        Share(tag=_TAGS[one.writable].decode(), name=str(number), source=one.source, writable=one.writable)
+        Share(
+            tag=_TAGS[one.writable].decode(),
+            name=str(number),
+            source=one.source,
+            writable=one.writable,
+            secret=one.secret,
+        )
         for number, one in enumerate(spec.mounts)
     ]
 

@@ -36,18 +36,28 @@ class Share(Value):
 
     A tag is one device of the machine, whatever number of shares it has. source: a host path, or None for the host's
     userland as a container sees it. writable: the same for all shares of a tag. owned: of the host's userland, whether
-    root's files are root's there; else they are nobody's.
+    root's files are root's there; else they are nobody's. secret: whether it may be a place of the host's secrets.
     """
 
-    __slots__ = ("name", "owned", "source", "tag", "writable")
+    __slots__ = ("name", "owned", "secret", "source", "tag", "writable")
     tag: str
     name: str
     source: bytes | None
     writable: bool
     owned: bool
+    secret: bool
 
-    def __init__(self, *, tag: str, name: str = "", source: bytes | None, writable: bool, owned: bool = False) -> None:
-        self._set(tag=tag, name=name, source=source, writable=writable, owned=owned)
+    def __init__(
+        self,
+        *,
+        tag: str,
+        name: str = "",
+        source: bytes | None,
+        writable: bool,
+        owned: bool = False,
+        secret: bool = False,
+    ) -> None:
+        self._set(tag=tag, name=name, source=source, writable=writable, owned=owned, secret=secret)
 
     @property
     def path(self) -> str:
