@@ -15,7 +15,7 @@ import pytest
 
 import ringfence as rf
 from ringfence.levels.base import Command
-from ringfence.levels.vm import sandbox
+from ringfence.levels.vm import start
 from ringfence.levels.vm.qemu import start_qemu
 from ringfence.levels.vm.vmm import Machine, Vmm
 from ringfence.spec import Spec
@@ -98,6 +98,32 @@ for isolation in ("process", "container"):
     hog = rf.run(["./probe", "hog", "96M"], isolation=isolation, files=probe, limits=limits)
     found[isolation] = [str(hog.termination_reason), {one.rule: one.effective for one in hog.applied}]
 found["launcher"] = where(launcher.launcher().pid)
+# At the process level the workload could ask systemd itself. It is refused, and tried once more without the check.
+leaves = '''
+import os, time
+from ringfence.linux.dbus import Bus, Variant
+def own(): return open("/proc/self/cgroup").read().strip()
+before = own()
+scope = ("away.scope", "fail", [("PIDs", Variant("au", [os.getpid()]))], [])
+with Bus("/run/user/1000/systemd/private", hello=False) as bus:
+    manager = "org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager"
+    bus.call(*manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", scope)
+for _ in range(200):
+    if own() != before: break
+    time.sleep(0.02)
+print(before, own())
+'''
+from ringfence.api import execute, level, run_spec
+from ringfence.spec import Spec
+options = {"isolation": "process", "network": "host", "env": {"PYTHONPATH": "/src:/site"}, "text": True}
+spec = Spec.make(["/usr/bin/python3", "-c", leaves], limits=rf.Limits(pids=30), **options)
+try:
+    found["leaves"] = [run_spec(spec).stdout]
+except rf.CannotEnforce as error:
+    found["leaves"] = [[one.rule for one in error.unmet]]
+with level("process").open(spec, rf.host()) as sandbox:
+    ran = execute(sandbox, spec, 0, once=True)
+found["leaves"] += (ran.stdout or ran.stderr).split()
 found["moved"] = where("self") != own
 launcher._at_exit()
 print(json.dumps(found))
@@ -162,7 +188,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return start_qemu(machine.replace(disks=(str(disk),)), *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "start_qemu", with_disk)
+        patch.setattr(start, "start_qemu", with_disk)
+        patch.setattr(start.Guest, "_find", lambda _: None)  # no template has that disk
         return _run()
 
 
@@ -251,4 +278,9 @@ def test_vm_scope_of_a_real_systemd(found: dict[str, Any]) -> None:
     assert user["launcher"].startswith("/user/manager/app.slice/ringfence-")
     assert user["launcher"].endswith(".scope/ringfence-self")
     assert user["moved"] is False
+    # What it would do for a workload that asks: pids isn't limited there.
+    refused, before, after = user["leaves"]
+    assert refused == ["pids"]
+    assert "ringfence-" in before
+    assert after.endswith("/away.scope")
     assert found["scopes"] == []

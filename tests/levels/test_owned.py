@@ -5,6 +5,7 @@ asked for is refused. That it would have worked is shown in test_delegated.py.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import pytest
 import ringfence as rf
 from ringfence.api import check_spec
 from ringfence.levels import owned
+from ringfence.linux.cgroups import systemd
 from ringfence.spec import Spec
-from support.sandboxes import LOCAL_LEVELS, need, need_cgroup, need_level
+from support.sandboxes import LOCAL_LEVELS, need, need_cgroup, need_level, need_root
 
 LIMITS = rf.Limits(memory="64M", pids=20)
 
 
 @pytest.fixture
 def unprivileged() -> rf.Host:
-    return rf.host().replace(privileged=False)
+    """What is judged here is nothing that an older Landlock would lack."""
+    for rule in sorted(LIMITS.asked):
+        need_cgroup(rule)
+    return rf.host().replace(privileged=False, landlock_abi=7)
 
 
 def unmet(host: rf.Host, **options: Any) -> dict[str, str]:
@@ -83,7 +88,7 @@ def test_that_processes_are_within_reach_is_told() -> None:
 
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)
 def test_cgroups_are_not_among_what_is_writable(unprivileged: rf.Host, isolation: str, tmp_path: Path) -> None:
-    need_cgroup("memory")
+    need_root()  # who may write there
     ways = ["mount", "move_mount", "fsmount", "open_tree", "open_tree_attr"]
     profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ways, "action": "SCMP_ACT_ERRNO"}]}
     for number, place in enumerate(
@@ -137,5 +142,21 @@ def test_systemd_would_move_it_elsewhere(
     for harmless in ("none", rf.Network("host", allow=["*:443"])):
         assert unmet(unprivileged, isolation="process", network=harmless, limits=LIMITS) == {}
     assert unmet(unprivileged, isolation="container", network="host", limits=LIMITS) == {}
+    # In a container it takes a socket that is mounted, read-only or not.
+    folder = tmp_path / "runtime"
+    (folder / "systemd").mkdir(parents=True)
+    places = [str(folder / "systemd" / "private"), str(folder / "bus"), "/no/such"]
+    monkeypatch.setattr(systemd, "places", lambda: places)
+    (tmp_path / "other").mkdir()
+    with socket.socket(socket.AF_UNIX) as manager, socket.socket(socket.AF_UNIX) as bus:
+        manager.bind(str(folder / "systemd" / "private"))
+        bus.bind(str(folder / "bus"))
+        for shown in (folder, folder / "bus", folder / "systemd", tmp_path):
+            mounts = [rf.Mount(shown, "/data", secret=True)]
+            asked: dict[str, Any] = {"isolation": "container", "mounts": mounts}
+            assert list(unmet(unprivileged, limits=LIMITS, **asked)) == ["mounts"], shown
+            assert unmet(unprivileged, **asked) == {}
+        mounts = [rf.Mount(tmp_path / "other", "/data", secret=True)]
+        assert unmet(unprivileged, isolation="container", mounts=mounts, limits=LIMITS) == {}
     monkeypatch.setattr(owned, "_BOOTED", str(tmp_path / "missing"))
     assert unmet(unprivileged, isolation="process", network="host", limits=LIMITS) == {}

@@ -744,6 +744,38 @@ def test_a_gateway_goes_on_or_its_run_fails() -> None:
     in_world(goes_on_or_fails)
 
 
+def hangs(world: World) -> None:
+    """A gateway's thread that doesn't end in time goes on to use nothing of others': what it has it closes itself."""
+    from ringfence.levels.network import gateway, loop
+
+    turn, join = loop.Loop.turn, gateway._JOIN_S
+    begun, goes_on = threading.Event(), threading.Event()
+    stuck: list[gateway.Gateway] = []
+
+    def sticks(self: loop.Loop, timeout_s: float | None) -> None:
+        turn(self, timeout_s)
+        begun.set()
+        goes_on.wait()
+
+    try:
+        gateway._JOIN_S = 0.2
+        loop.Loop.turn = sticks  # type: ignore[method-assign]
+        code = "import socket; one = socket.socket(); one.settimeout(1); one.connect_ex(('203.0.113.80', 80))"
+        assert rf.run(["python3", "-c", code], isolation="container", network="nat").exit_code == 0
+        stuck += gateway._gateways
+        assert begun.is_set() and len(stuck) == 1
+        assert stuck[0]._inside.syn.fileno() >= 0 and stuck[0]._wake.fileno() >= 0
+    finally:
+        loop.Loop.turn, gateway._JOIN_S = turn, join  # type: ignore[method-assign]
+        goes_on.set()
+    stuck[0]._thread.join(20)
+    assert stuck[0]._inside.syn.fileno() < 0 and stuck[0]._wake.fileno() < 0 and gateway._gateways == []
+
+
+def test_a_gateway_that_hangs_closes_what_it_has_itself() -> None:
+    in_world(hangs)
+
+
 OPERATIONS = """
 import socket, struct
 one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

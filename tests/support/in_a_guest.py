@@ -68,6 +68,7 @@ NOT_HERE = {
         "test_refusals.py::test_a_guest_cannot_have_the_hosts_network": NO_VM,
         "test_refusals.py::test_a_process_cannot_have_what_only_a_system_of_its_own_has": TRUNCATE,
         "test_system.py::test_user_in_a_guest": NO_VM,
+        "test_owned.py::test_without_a_filter_a_guests_jail_holds_no_limit": NO_VM,
         "test_system.py::test_a_user_that_the_image_does_not_have": NO_VM,
         "test_denials.py::test_what_a_sandbox_made_in_its_own_tmp_is_not_the_hosts": NO_VM,
         "test_isolation.py::test_the_vmm_is_jailed": NO_VM,

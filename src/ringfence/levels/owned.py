@@ -60,6 +60,14 @@ def unmet(spec: Spec, host: Host, may: Callable[..., bool]) -> list[Unmet]:
     if reaches and os.path.isdir(_BOOTED):
         reason = "the workload could connect to systemd, which moves its user's processes out of a cgroup on request"
         refuse(limits, reason, "use network='none', allow=['*:*'] (which is TCP alone), or isolation='container'")
+    elif spec.isolation == "container" and spec.mounts and os.path.isdir(_BOOTED):
+        for mount in spec.mounts:
+            if is_owner(spec, host) and _shows_systemd(mount.source):
+                reason = (
+                    "systemd could be connected to there, and moves its user's processes out of a cgroup on request"
+                )
+                help = "mount less, or leave the limits out"
+                found.append(Unmet("mounts", os.fsdecode(mount.source), reason, help))
     if not is_owner(spec, host):
         return found
     ways: tuple[str, ...] = _CLONING
@@ -79,6 +87,15 @@ def unmet(spec: Spec, host: Host, may: Callable[..., bool]) -> list[Unmet]:
         else:
             refuse(limits, f"{reason}: {host.seccomp}", "install libseccomp: 'ringfence setup', or run as root")
     return found
+
+
+def _shows_systemd(source: bytes) -> bool:
+    """Whether one of its sockets is there, or below. A mount that is read-only doesn't keep from connecting."""
+    from ringfence.linux.cgroups import systemd
+
+    above = os.path.realpath(source)
+    sockets = [os.path.realpath(os.fsencode(one)) for one in systemd.places() if os.path.exists(one)]
+    return any(one == above or one.startswith(above.rstrip(b"/") + b"/") for one in sockets)
 
 
 def why_not_writable(path: bytes) -> str:

@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.linux.dbus import Bus
 
-__all__ = ["Systemd", "find", "start_scope"]
+__all__ = ["Systemd", "find", "places", "start_scope"]
 
 _NAME, _PATH = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _MANAGER = "org.freedesktop.systemd1.Manager"
@@ -60,6 +60,12 @@ def _sockets() -> list[tuple[str, bool]]:
         if kind == "unix" and path:
             found.append((path, True))
     return [*found, (runtime + "/bus", True)]
+
+
+def places() -> list[str]:
+    """Where any manager may be asked for something: this user's, and the system's, for what is this user's there."""
+    own = [path for path, _ in _sockets()]
+    return [*own, "/run/systemd/private", "/run/dbus/system_bus_socket"]
 
 
 def find(mount: bytes) -> Systemd | str:
