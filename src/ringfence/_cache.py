@@ -153,8 +153,30 @@ def _replace(path: str, fill: Callable[[str], None]) -> None:
         _sweep(parent)
 
 
-def intact(folder: str) -> bool:
-    """True where the entry's files are the ones that were sealed, and nobody else could have changed them."""
+def path_of(kind: str, key: str, cache_dir: str | None = None) -> str:
+    """Where an entry is, or would be."""
+    return os.path.join(root(cache_dir), kind, key)
+
+
+def kinds(cache_dir: str | None = None) -> list[str]:
+    """The kinds of which there are entries; one of a folder's own is "erofs/0123"."""
+    found = []
+    top = root(cache_dir)
+    for here, folders, _ in os.walk(top):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        sealed = [name for name in folders if os.path.exists(os.path.join(here, name, _SEAL))]
+        if sealed and here != top:
+            found.append(os.path.relpath(here, top))
+        # An entry's own folders hold no entries.
+        folders[:] = [name for name in folders if name not in sealed]
+    return found
+
+
+def intact(folder: str, *, thorough: bool = False) -> bool:
+    """True where the entry's files are the ones that were sealed, and nobody else could have changed them.
+
+    thorough: all of them are read.
+    """
     # An entry may be a name for another one of its kind.
     parent, folder = os.path.realpath(os.path.dirname(folder)), os.path.realpath(folder)
     seal = os.path.join(folder, _SEAL)
@@ -175,12 +197,15 @@ def intact(folder: str) -> bool:
             if not _is_ours(os.path.join(folder, name), stat.S_ISREG):
                 return False
         now = [(digest, _fingerprint(os.path.join(folder, name)), name) for digest, _, name in sealed]
-        if all(fingerprint == before for (_, fingerprint, _), (_, before, _) in zip(now, sealed, strict=True)):
+        same = all(fingerprint == before for (_, fingerprint, _), (_, before, _) in zip(now, sealed, strict=True))
+        if same and not thorough:
             return True
         if any(sha256_of(os.path.join(folder, name)) != digest for digest, _, name in now):
             return False
     except (OSError, UnicodeDecodeError):
         return False
+    if same:
+        return True
     # The same bytes under new stat data (copied, restored from a backup): seal it again, so that the next
     # look is quick. Not being allowed to is no damage.
     try:

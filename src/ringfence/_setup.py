@@ -142,6 +142,8 @@ def steps(
         results.append(_attempt("guest kernel", lambda: _kernel(cache_dir, progress, install)))
         results.append(_attempt("guest initramfs", lambda: _initramfs(cache_dir, progress, core)))
         results.append(_attempt("kvm", lambda: _kvm(cache_dir)))
+        if cache_dir is None and all(one.ok for one in results):
+            results.append(_attempt("guest template", lambda: _template(progress)))
     return results
 
 
@@ -211,6 +213,21 @@ def _kvm(cache_dir: str | None) -> Step:
     # No KVM is no failure: guests then run by emulation, only slower.
     how = "guests run on KVM" if state.usable else "guests run by software emulation (TCG)"
     return Step(name="kvm", state="present", detail=f"{how}: {state.reason}")
+
+
+def _template(progress: Progress | None) -> Step:
+    """The one that a run without limits is restored from. Others are made when they are first needed."""
+    from ringfence.levels.host import host
+    from ringfence.levels.vm import VmLevel
+    from ringfence.levels.vm.start import prepare
+
+    name = "guest template"
+    machine = host()
+    if missing := VmLevel().unavailable(machine):
+        return Step(name=name, state="present", detail=f"none is made: {missing[0]}")
+    there, template = prepare(machine, progress)
+    detail = f"{template.size_bytes >> 20} MB in {template.folder}; a guest is restored from it"
+    return Step(name=name, state="present" if there else "done", detail=detail)
 
 
 def _attempt(name: str, work: Callable[[], Step]) -> Step:

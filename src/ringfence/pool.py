@@ -37,20 +37,23 @@ class Pool:
         with rf.Pool(4, isolation="container", limits=rf.Limits(memory="256M")) as pool:
             results = [pool.run(["python3", "-c", code]) for code in submissions]
 
-    size: 1 to 256. The other arguments are those of `rf.run` that aren't one command's own, and all its sandboxes have
-    them. Waiting sandboxes are made, and used ones removed, by a thread of the pool's own; where none is waiting, a run
-    makes its own. What a waiting one holds: a process, and at the container level its namespaces, some 300 KiB; at the
-    vm level a machine. They are of the moment that they were made: a user, a mount's source or a limit that changes
-    on the host later doesn't reach them.
+    size: 1 to 256. idle: how long sandboxes wait without any run, in seconds or as "90s"; then they end, and the next
+    run has the pool filled again. Without it they wait until the pool is closed. The other arguments are those of
+    `rf.run` that aren't one command's own, and all its sandboxes have them. Waiting sandboxes are made, and used ones
+    removed, by a thread of the pool's own; where none is waiting, a run makes its own. What a waiting one holds: a
+    process, and at the container level its namespaces, some 300 KiB; at the vm level a machine that has booted and run
+    a command of ours, some 30 MB. They are of the moment that they were made: a user, a mount's source or a limit that
+    changes on the host later doesn't reach them.
 
     Every method may be called from any thread. Raises what `rf.run` raises, the constructor all of what is checked
     before anything starts.
     """
 
-    def __init__(self, size: int, **options: Unpack[SandboxOptions]) -> None:
+    def __init__(self, size: int, *, idle: float | str | None = None, **options: Unpack[SandboxOptions]) -> None:
         self.size = parse.count(size, "a pool's size", 1, _MOST_WAITING)
         self._spec = sandbox_spec(options)
-        self._keeper = _Keeper(self._spec, size)
+        idle_ns = None if idle is None else parse.duration(idle, "a pool's idle time")
+        self._keeper = _Keeper(self._spec, size, None if idle_ns is None else idle_ns / 1e9)
         # The thread holds the keeper, not the pool: a pool that is forgotten ends like one that is closed.
         self._finalizer = weakref.finalize(self, self._keeper.close)
         self._finalizer.atexit = False  # the keeper has a better place in that order
@@ -95,8 +98,10 @@ class Pool:
 class _Keeper:
     """The sandboxes of a pool: those that wait, those that were used, and the thread that sees to both."""
 
-    def __init__(self, spec: Spec, size: int) -> None:
+    def __init__(self, spec: Spec, size: int, idle_s: float | None) -> None:
         self._spec = spec
+        self._idle_s = idle_s
+        self._asleep = False  # nobody has come for long: none is kept waiting
         self._size = size
         self._pid = os.getpid()
         self._changed = threading.Condition()
@@ -106,14 +111,24 @@ class _Keeper:
         self._trouble: BaseException | None = None
         # The first one here: what is wrong with it is told by the constructor. It also starts the launcher, whose own
         # end at the exit of Python must come after ours.
-        self.waiting: collections.deque[OpenSandbox] = collections.deque([self._make()])
+        self.waiting: collections.deque[OpenSandbox] = collections.deque([self._make_ahead()])
         atexit.register(self.close)
         self._thread = threading.Thread(target=self._keep, name="ringfence-pool", daemon=True)
         self._thread.start()
 
     def _make(self) -> OpenSandbox:
+        """One for a run that is there already."""
         boundary, machine = check_spec(self._spec)
         return boundary.open(self._spec, machine)
+
+    def _make_ahead(self) -> OpenSandbox:
+        made = self._make()
+        try:
+            made.prepare()
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def take(self) -> OpenSandbox:
         """One that waits, or a new one."""
@@ -122,6 +137,7 @@ class _Keeper:
         with self._changed:
             if self._closed:
                 raise RingfenceError("the pool is closed")
+            self._asleep = False
             if self.waiting:
                 return self.waiting.popleft()
         return self._make()
@@ -145,20 +161,32 @@ class _Keeper:
     def _full(self) -> bool:
         return len(self.waiting) >= self._size
 
+    def _has_work(self) -> bool:
+        return bool(self._closed or self._used or not (self._full() or self._trouble or self._asleep))
+
+    def _next(self) -> OpenSandbox | None:
+        """Waits for work. A sandbox to be removed, or None where one is to be made. With the lock."""
+        while not self._changed.wait_for(self._has_work, self._idle_s if self.waiting else None):
+            self._asleep = True
+            self._used.extend(self.waiting)
+            self.waiting.clear()
+        return self._used.popleft() if self._used else None
+
     def _keep(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._used or (not self._full() and not self._trouble))
+                used = self._next()
                 if self._over():
+                    if used is not None:
+                        self._used.append(used)
                     return
-                used = self._used.popleft() if self._used else None
                 self._busy += 1
             made, trouble = None, None
             try:
                 if used is not None:
                     used.close()
                 else:
-                    made = self._make()
+                    made = self._make_ahead()
             except BaseException as error:
                 trouble = error
             with self._changed:

@@ -208,6 +208,7 @@ def _facts(machine: Host) -> list[Fact]:
         *_tools(),
         _kvm(),
         _guest_kernel(),
+        _templates(),
         _ids(machine),
         *_subordinate_ids(machine),
     ]
@@ -306,6 +307,19 @@ def _guest_kernel() -> Fact:
     if found is None:
         return Fact("guest kernel", False, "not prepared", "ringfence setup")
     return Fact("guest kernel", True, f"{found.release} ({found.source})")
+
+
+def _templates() -> Fact:
+    """Guests that are kept to be restored: how many, and what they take on disk."""
+    from ringfence import _cache
+
+    try:
+        found = _cache.entries("templates")
+    except RingfenceError as error:
+        return Fact("guest templates", False, str(error))
+    if not found:
+        return Fact("guest templates", None, "none yet: the first run of each kind of machine makes one")
+    return Fact("guest templates", None, f"{len(found)}, {sum(size for _, size, _ in found) >> 20} MB on disk")
 
 
 def _ids(machine: Host) -> Fact:

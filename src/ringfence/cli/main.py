@@ -26,6 +26,7 @@ COMMANDS = {
     "ps": ("ringfence.cli.ps", "list what runs here, as virtual machines, containers and processes"),
     "doctor": ("ringfence.cli.doctor", "show what this host can enforce, level by level, and what would help"),
     "setup": ("ringfence.cli.setup", "get what the levels need: QEMU, a kernel for guests, libseccomp"),
+    "cache": ("ringfence.cli.cache", "list, check and remove what was made once and kept: kernels, disks, templates"),
     "bench": ("ringfence.cli.bench", "measure how long starts take, against other tools"),
 }
 

@@ -209,6 +209,10 @@ def main(argv: Sequence[str]) -> int:
     check_spec(spec)
     if not given["no-stdin"]:
         spec = spec.replace(input=_stdin())
+    if spec.isolation == "vm":
+        from ringfence.levels.vm import start
+
+        start.progress = output.progress()
     try:
         result = run_spec(spec)
     except StartError as error:

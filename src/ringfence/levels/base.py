@@ -132,6 +132,10 @@ class Sandbox(abc.ABC):
         `whole`, or the command was to be the only one.
         """
 
+    def prepare(self) -> None:
+        """Does all that can be done before a command is known, for one that is to wait. Raises RingfenceError."""
+        return
+
     @abc.abstractmethod
     def put(self, files: tuple[FileIn, ...]) -> None:
         """Writes files of the work directory, in place of what has their names. Raises RingfenceError."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 
-from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unavailable, Unmet
+from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unmet
 from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import drive
@@ -16,14 +15,12 @@ from ringfence.levels.local import rlimits
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import state
 from ringfence.levels.usage import Measured, of_guest
-from ringfence.levels.users import resolve
 from ringfence.levels.vm import card
 from ringfence.levels.vm.agent import TRANSFER_LIMIT_NS, Agent
+from ringfence.levels.vm.shape import guest_kernel, machine_for, user_of
 from ringfence.levels.vm.start import Guest, Waiting
-from ringfence.levels.vm.template import machine_memory
-from ringfence.levels.vm.tree import HOME, HOSTNAME, guest_tree, mount_shares
-from ringfence.levels.vm.vmm import Machine, Share
-from ringfence.linux import ids, seccomp
+from ringfence.levels.vm.tree import HOME, HOSTNAME, guest_tree
+from ringfence.linux import seccomp
 from ringfence.result import Applied, Change, Usage
 from ringfence.spec.parse import match_pattern
 from ringfence.wire import frames, messages
@@ -39,11 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VmSandbox"]
 
-_USER = (1000, 1000)
 _START_LIMIT_NS = 60_000_000_000
-# What the guest's own kernel and init take, on top of what the workload may use.
-_KERNEL_BYTES = 128 << 20
-_DEFAULT_MEMORY_BYTES = 512 << 20
 _CPU_PERIOD_NS = 100_000_000
 
 
@@ -51,20 +44,15 @@ class VmSandbox(Sandbox):
     home = HOME
 
     def __init__(self, spec: Spec, host: Host, *, stays: bool = False, use_template: bool = True) -> None:
-        from ringfence.levels.vm import initramfs, kernel
         from ringfence.linux import kvm
-        from ringfence.wire.launcher import core_path
 
         self._spec = spec
         self._host = host
-        found = kernel.find()
-        if found is None:  # it was there a moment ago
-            raise Unavailable("vm", "the guest's kernel isn't prepared", "run 'ringfence setup'")
-        self._kernel: GuestKernel = found
+        self._kernel: GuestKernel = guest_kernel()
         state_of_kvm = kvm.probe()
         self.accelerator = "kvm" if state_of_kvm.usable else "tcg"
         self._why_accelerator = state_of_kvm.reason
-        self._user = resolve(spec.user, spec.image) if spec.user is not None else _USER
+        self._user = user_of(spec)
         self._ready: dict[str, int] | None = None
         self._filter: filter.Filter | None = None
         self._denied: tuple[int, list[tuple[int, int, int | None, int, tuple[int, ...]]]] = (0, [])
@@ -73,41 +61,7 @@ class VmSandbox(Sandbox):
         self._before: messages.Exited | None = None
         self._vmm_before: cgroups.Usage | None = None
         self._layer = Layer()
-        shares, disks, disk_format = [], [], "raw"
-        if spec.image == "host":
-            shares.append(Share(tag="image", source=None, writable=False, owned=spec.overlay))
-        elif spec.image_is_disk:
-            from ringfence.images import disk
-
-            given = disk.inspect(spec.image)
-            disks.append(given.path)
-            disk_format = given.format
-        else:
-            from ringfence.levels.vm import images
-
-            disks.append(images.erofs_disk(spec.image))
-        shares += mount_shares(spec)
-        limits = spec.limits
-        memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
-        memory = machine_memory(memory)
-        shown = self._user if max(self._user) < ids.CONTAINER_IDS else _USER
-        self._machine = Machine(
-            kernel=self._kernel.vmlinux,
-            initramfs=(initramfs.for_disks if spec.image_is_disk else initramfs.build)(self._kernel, core_path()),
-            memory_bytes=memory,
-            cpus=max(1, math.ceil(limits.cpus or 1)),
-            accelerator=self.accelerator,
-            shares=tuple(shares),
-            disks=tuple(disks),
-            disk_format=disk_format,
-            # The guest's user is QEMU's on the host, so that both see the same owners in a share. But never root where
-            # root's files are root's: it reads for whoever is in the guest (userland.py).
-            user=_USER if spec.overlay and spec.image == "host" and 0 in self._user else shown,
-            cpu_weight=limits.cpu_weight,
-            cpuset=limits.cpuset,
-            sets=("overlay",) if spec.overlay else (),
-            card=card.of(spec),
-        )
+        self._machine = machine_for(spec, self._kernel, self.accelerator)
         self._clock = (0, 0)
         self._kind = kind_of(spec, host) if use_template and not stays else None
         self._next: Waiting | None = None
@@ -130,8 +84,12 @@ class VmSandbox(Sandbox):
 
     def run(self, command: Command) -> Outcome:
         self._boot()
+        return self._first(command)
+
+    def _first(self, command: Command, *, warm: bool = False) -> Outcome:
+        """Runs a command. Where a restored guest has never said a word, by another guest."""
         try:
-            return self._run(command)
+            return self._run(command, warm=warm)
         except ProtocolError as error:
             if self._answered or not self._guest.restored:
                 raise
@@ -139,14 +97,38 @@ class VmSandbox(Sandbox):
             self._guest.again(error)
             self._ready = None
             self._boot()
-            return self._run(command)
+            return self._run(command, warm=warm)
 
-    def _run(self, command: Command) -> Outcome:
+    def prepare(self) -> None:
+        """Restores the guest, hands it its plan and runs a command of ours, so that the first one of the caller's finds
+        the kernel's ways of starting one translated, and what all programs need in its memory.
+        """
+        warm = Command(
+            argv=(b"/bin/true",),
+            env=(),
+            cwd=HOME,
+            input=None,
+            wall_time_ns=_START_LIMIT_NS,
+            output_bytes=4096,
+            once=False,
+        )
+        self._boot()
+        try:
+            self._first(warm, warm=True)
+        except StartError as error:
+            if error.whole:
+                raise
+            # An image without it: what comes first is slower then.
+        self.mark()
+
+    def _run(self, command: Command, *, warm: bool = False) -> Outcome:
         channel = self._vmm.channel
         self._layer.begin()
         id = self._agent.next_id()
         channel.send(
-            messages.execute(command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0)
+            messages.execute(
+                command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0, warm=warm
+            )
         )
         if command.once and self._kind is not None:
             self._next = state().ready.next_of(self._kind, self._another)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ringfence.levels.vm.template import Template
     from ringfence.levels.vm.vmm import Machine, Vmm
 
-__all__ = ["Guest", "Waiting"]
+__all__ = ["Guest", "Waiting", "prepare"]
 
 # Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
 _BOOT_LIMIT_NS = 120_000_000_000
@@ -41,6 +41,19 @@ _IDLE_S = 60.0
 progress: Callable[[str], None] | None = None
 # Why no template of that key can be made, by this process.
 _failed: dict[str, str] = {}
+
+
+def prepare(host: Host, report: Callable[[str], None] | None = None) -> tuple[bool, Template]:
+    """The template of a run that asks for nothing: whether it was there, and it. Raises RingfenceError, OSError."""
+    from ringfence.levels.state import state
+    from ringfence.levels.vm.shape import guest_kernel, machine_for
+    from ringfence.linux import kvm
+    from ringfence.spec import Spec
+
+    spec = Spec.make(["-"], isolation="vm")
+    machine = machine_for(spec, guest_kernel(), "kvm" if kvm.probe().usable else "tcg")
+    found, there = templates.obtain(machine, host, state(), report)
+    return there, found
 
 
 class Guest:

@@ -79,6 +79,11 @@ class Template:
         self.state_fd = state_fd
         self.monotonic_ns = monotonic_ns
 
+    @property
+    def size_bytes(self) -> int:
+        """On disk."""
+        return sum(one.st_blocks * 512 for one in map(os.stat, os.scandir(self.folder)))
+
     def open_state(self) -> int:
         """A descriptor of the state with a position of its own, for one QEMU to read."""
         return os.open(f"/proc/self/fd/{self.state_fd}", os.O_RDONLY | os.O_CLOEXEC)

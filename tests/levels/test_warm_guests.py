@@ -1,0 +1,139 @@
+"""Guests that wait: QEMUs for the next run of a kind, and pools of restored ones that have run a command already."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import ringfence as rf
+from ringfence.levels.state import state
+from ringfence.levels.vm import start
+from support import leaks
+from support.sandboxes import EXITED_0, LOCAL_LEVELS, applied, ended, need_level, python
+
+
+@pytest.fixture(autouse=True)
+def _none_waits() -> Iterator[None]:
+    need_level("vm")
+    state().ready.clear()
+    yield
+    state().ready.clear()
+
+
+def qemus(pid: int) -> list[leaks.Process]:
+    return [one for one in leaks.descendants(pid) if one.name == "qemu-system-x86" and leaks.is_alive(one)]
+
+
+def how(result: rf.Result) -> str:
+    assert ended(result) == EXITED_0
+    return applied(result)["start"].mechanism
+
+
+def test_a_qemu_waits_for_the_next_run_of_its_kind_and_is_used_once() -> None:
+    rf.run(["true"], isolation="vm")
+    assert not qemus(os.getpid())  # a single run pays for no other
+    rf.run(["true"], isolation="vm")
+    (first,) = leaks.settled_to(lambda: qemus(os.getpid()))
+    # Another kind gets none of it.
+    other = rf.run(["true"], isolation="vm", hostname="other")
+    assert "waited" not in how(other)
+    assert "waited" in how(rf.run(["true"], isolation="vm"))
+    (second,) = leaks.settled_to(lambda: qemus(os.getpid()))
+    assert second.key != first.key
+
+
+def test_one_that_was_ended_while_it_waited_is_not_used() -> None:
+    for _ in range(2):
+        rf.run(["true"], isolation="vm")
+    (waiting,) = leaks.settled_to(lambda: qemus(os.getpid()))
+    os.kill(waiting.pid, signal.SIGKILL)
+    leaks.settled(lambda: leaks.is_alive(waiting), 5)
+    assert "waited" not in how(rf.run(["true"], isolation="vm"))
+
+
+def test_it_ends_by_itself_where_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "_IDLE_S", 0.3)
+    for _ in range(2):
+        rf.run(["true"], isolation="vm")
+    assert not leaks.settled(lambda: state().ready._waiting, 5)
+    assert not leaks.settled(lambda: qemus(os.getpid()), 5)
+    assert "waited" not in how(rf.run(["true"], isolation="vm"))
+
+
+WAITING = """
+import sys, time
+import ringfence as rf
+if sys.argv[1] == "pool":
+    pool = rf.Pool(2, isolation="vm")
+    assert pool.wait_until_full(120)
+else:
+    for _ in range(2):
+        rf.run(["true"], isolation="vm")
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("what", ["pool", "next"])
+def test_all_that_wait_end_with_a_caller_that_is_killed(what: str) -> None:
+    caller = python(WAITING, what)
+    try:
+        assert caller.stdout is not None
+        assert caller.stdout.readline() == b"ready\n"
+        wanted = 2 if what == "pool" else 1
+        assert leaks.settled_to(lambda: len(qemus(caller.pid)) == wanted, 5)
+        before = leaks.descendants(caller.pid)
+        caller.send_signal(signal.SIGKILL)
+        caller.wait(10)
+        assert not leaks.settled(lambda: [one for one in before if leaks.is_alive(one)], 2)
+        assert not leaks.settled(lambda: leaks.run_folders_of(caller.pid) or leaks.cgroups_of(caller.pid), 2)
+    finally:
+        caller.kill()
+        caller.communicate()
+
+
+def test_a_pool_of_guests_has_their_first_command_behind_it() -> None:
+    began = time.monotonic()
+    fresh = rf.run(["true"], isolation="vm")
+    took = time.monotonic() - began
+    with rf.Pool(2, isolation="vm", limits=rf.Limits(cpu_time=2, wall_time=60)) as pool:
+        found, took_warm = [], []
+        for number in range(4):
+            assert pool.wait_until_full(60)
+            began = time.monotonic()
+            found.append(pool.run(["sh", "-c", f"cat given; echo {number} >given; id -u"], files={"given": "new\n"}))
+            took_warm.append(time.monotonic() - began)
+            assert how(found[-1])
+        quick = pool.run(["true"])
+    # Each has a guest of its own.
+    assert [one.stdout for one in found] == [b"new\n1000\n"] * 4
+    assert min(took_warm) < took
+    assert quick.usage.startup_ns is not None and fresh.usage.startup_ns is not None
+    assert quick.usage.startup_ns < fresh.usage.startup_ns / 2
+
+
+def test_what_warmed_a_guest_up_is_not_the_callers() -> None:
+    """Its CPU time counts neither to the limit nor to the usage."""
+    with rf.Pool(1, isolation="vm", limits=rf.Limits(cpu_time=3, wall_time=60)) as pool:
+        assert pool.wait_until_full(60)
+        began = time.monotonic()
+        result = pool.run(["sh", "-c", "while :; do :; done"])
+        assert result.termination_reason == "cpu_time", result
+        assert time.monotonic() - began > 2.5
+        assert result.usage.cpu_ns is not None and 2.5e9 < result.usage.cpu_ns < 5e9
+
+
+@pytest.mark.parametrize("isolation", [*LOCAL_LEVELS, "vm"])
+def test_a_pool_that_nobody_uses_falls_asleep_and_wakes_up(isolation: str) -> None:
+    with rf.Pool(2, isolation=isolation, idle=1.0) as pool:
+        assert pool.wait_until_full(60)
+        assert leaks.settled_to(lambda: [1] if pool.waiting == 0 else [], 10)
+        assert not leaks.settled(lambda: qemus(os.getpid()), 5)
+        assert ended(pool.run(["true"])) == EXITED_0
+        assert leaks.settled_to(lambda: [1] if pool.waiting == 2 else [], 30)
+    with pytest.raises(rf.SpecError, match="idle"):
+        rf.Pool(1, isolation=isolation, idle=-1)
