@@ -139,100 +139,14 @@ static void send_error(struct init *s, uint32_t id, const struct rf_error *e) {
     rf_channel_send_error(&s->channel, id, e);
 }
 
-static uint64_t nanoseconds(struct timeval now, struct timeval before) {
-    int64_t us = (int64_t)(now.tv_sec - before.tv_sec) * 1000000 + (now.tv_usec - before.tv_usec);
-    return us < 0 ? 0 : (uint64_t)us * 1000;
-}
-
-/* A number of the guest's cgroup; 0 where the file is missing or says "max" instead. */
-static uint64_t guest_number(const struct init *s, const char *file, const char *key) {
-    uint64_t v = 0;
-    int fd = s->cgroup_dir < 0 ? -1 : openat(s->cgroup_dir, file, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 0;
-    if (rf_read_number(fd, key, &v) < 0) v = 0;
-    close(fd);
-    return v;
-}
-
-/* The same as an attribute, in units of `scale`; none where the kernel doesn't tell. */
-static void put_guest_number(const struct init *s, struct rf_writer *w, uint16_t tag, const char *file, const char *key, uint64_t scale) {
-    uint64_t v;
-    int fd = openat(s->cgroup_dir, file, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    if (rf_read_number(fd, key, &v) == 0 && v <= UINT64_MAX / scale) rf_put_u64(w, tag, v * scale);
-    close(fd);
-}
-
-static uint64_t blocks(long now, long before) { return now > before ? (uint64_t)(now - before) * 512 : 0; }
-
-static void send_exited(struct init *s, struct command *c) {
-    struct rusage now;
-    getrusage(RUSAGE_CHILDREN, &now);
-    uint8_t buf[512];
-    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
-    bool signaled = WIFSIGNALED(c->status);
-    rf_put_u32(&w, 1, signaled ? 2 : 1);
-    rf_put_u32(&w, 2, (uint32_t)(signaled ? WTERMSIG(c->status) : WEXITSTATUS(c->status)));
-    rf_put_u64(&w, 3, nanoseconds(now.ru_utime, c->before.ru_utime));
-    rf_put_u64(&w, 4, nanoseconds(now.ru_stime, c->before.ru_stime));
-    rf_put_u64(&w, 5, (uint64_t)now.ru_maxrss * 1024);
-    rf_put_u32(&w, 6, c->reason);
-    rf_put_u64(&w, 9, c->reaped_ns);
-    rf_put_u64(&w, 10, blocks(now.ru_inblock, c->before.ru_inblock));
-    rf_put_u64(&w, 11, blocks(now.ru_oublock, c->before.ru_oublock));
-    if (s->cgroup_dir >= 0) {
-        rf_put_u64(&w, 7, guest_number(s, "memory.events", "oom_kill "));
-        put_guest_number(s, &w, 8, "memory.peak", NULL, 1); /* Linux 5.19 */
-        put_guest_number(s, &w, 12, "pids.peak", NULL, 1);  /* Linux 6.1 */
-        put_guest_number(s, &w, 13, "cpu.stat", "throttled_usec ", 1000);
-        /* The first line is "some ... total=", in microseconds. */
-        put_guest_number(s, &w, 14, "memory.pressure", "total=", 1000);
-        put_guest_number(s, &w, 15, "cpu.pressure", "total=", 1000);
-        put_guest_number(s, &w, 16, "io.pressure", "total=", 1000);
-    }
-    rf_channel_send(&s->channel, RF_EXITED, c->id, buf, w.length);
-}
-
-/* Of each namespace but the cgroup's, which the command has made for itself, init is in the command's own. To read them
- * now, while the command runs already, costs it nothing. */
-static size_t read_namespaces(const struct rf_readback *rb, char *buf, size_t capacity) {
-    static const char *const names[] = {"user", "mnt", "pid", "net", "ipc", "uts", "time"};
-    size_t used = strlen(rb->cgroup_namespace);
-    if (used) memcpy(buf, rb->cgroup_namespace, ++used);
-    for (size_t i = 0; i < RF_LEN(names); i++) {
-        char path[32];
-        snprintf(path, sizeof path, "/proc/self/ns/%s", names[i]);
-        ssize_t n = readlink(path, buf + used, capacity - used - 1);
-        if (n <= 0 || (size_t)n >= capacity - used - 1) continue; /* an absent one is told by its absence */
-        buf[used + (size_t)n] = 0;
-        used += (size_t)n + 1;
-    }
-    return used;
+static void send_exited(struct init *s, const struct command *c) {
+    struct rf_ending end = {.id = c->id, .reason = c->reason, .status = c->status, .reaped_ns = c->reaped_ns, .before = &c->before, .cgroup_dir = s->cgroup_dir};
+    rf_report_exited(&s->channel, &end);
 }
 
 static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf_readback *rb) {
     announce(s);
-    uint8_t buf[2048];
-    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
-    rf_put_u32(&w, 1, (uint32_t)pid);
-    rf_put(&w, 2, rb->caps, sizeof rb->caps);
-    rf_put(&w, 3, rb->ids, sizeof rb->ids);
-    rf_put_u32(&w, 4, rb->no_new_privs);
-    rf_put_u32(&w, 5, rb->seccomp);
-    char namespaces[512];
-    rf_put(&w, 6, namespaces, read_namespaces(rb, namespaces, sizeof namespaces));
-    for (unsigned i = 0; i < rb->nrlimits; i++) {
-        uint8_t r[24] = {0};
-        memcpy(r, &rb->rlimits[i].resource, 4);
-        memcpy(r + 8, &rb->rlimits[i].soft, 8);
-        memcpy(r + 16, &rb->rlimits[i].hard, 8);
-        rf_put(&w, 7, r, sizeof r);
-    }
-    rf_put_u32(&w, 8, rb->landlock);
-    rf_put_string(&w, 9, rb->hostname);
-    rf_put_string(&w, 10, rb->release);
-    rf_put_u64(&w, 11, rb->clock_ns);
-    rf_channel_send(&s->channel, RF_STARTED, id, buf, w.length);
+    rf_report_started(&s->channel, id, pid, rb);
 }
 
 /* ---- commands ---- */
@@ -474,18 +388,6 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     return 0;
 }
 
-/* In a guest, with the limits of its cgroup as read back; 0 is none. */
-static int send_ready(struct init *s) {
-    uint8_t buf[64];
-    struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
-    if (s->cgroup_dir >= 0) {
-        rf_put_u64(&w, 1, guest_number(s, "memory.max", NULL));
-        rf_put_u64(&w, 2, guest_number(s, "pids.max", NULL));
-        rf_put_u64(&w, 3, guest_number(s, "cpu.max", NULL) * 1000);
-    }
-    return rf_channel_send(&s->channel, RF_READY, 0, buf, w.length);
-}
-
 /* Our clock of now, by which Python knows what it was when the machine was saved. */
 static int send_clock(struct init *s, uint32_t id) {
     uint64_t now = rf_monotonic_ns();
@@ -523,7 +425,7 @@ static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     switch (f->type) {
     case RF_PLAN:
         if (apply_plan(s, f, e) < 0) return -1;
-        return s->where == RF_IN_GUEST ? send_ready(s) : 0; /* elsewhere STARTED says it soon enough */
+        return s->where == RF_IN_GUEST ? rf_report_ready(&s->channel, s->cgroup_dir) : 0; /* elsewhere STARTED says it soon enough */
     case RF_EXEC: return start_command(s, f, e);
     case RF_STDIN: return take_stdin(s, f, e);
     case RF_SIGNAL: signal_command(s, f); return 0;

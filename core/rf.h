@@ -330,6 +330,20 @@ uint32_t rf_seccomp_mode(pid_t pid);
 /* execve, with PATH searched as execvp does; returns only on failure. */
 int rf_exec_path(const struct rf_exec *x, struct rf_error *e);
 
+/* ---- report.c: what init tells of a command ------------------------------------------------------------------- */
+
+struct rf_ending {
+    uint32_t id, reason;
+    int status;                  /* as wait(2) gives it */
+    uint64_t reaped_ns;          /* CLOCK_MONOTONIC */
+    const struct rusage *before; /* of init's children, when the command was started */
+    int cgroup_dir;              /* the guest's cgroup of the commands, or -1 */
+};
+
+int rf_report_exited(struct rf_channel *ch, const struct rf_ending *end);
+int rf_report_started(struct rf_channel *ch, uint32_t id, pid_t pid, const struct rf_readback *rb);
+int rf_report_ready(struct rf_channel *ch, int cgroup_dir);
+
 /* ---- nest.c -------------------------------------------------------------------------------------------------- */
 
 /* Puts init where the capabilities of the plan count for the command, and only there. After the tree was entered. */
