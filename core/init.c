@@ -432,6 +432,7 @@ static int serve(struct init *s, const struct rf_frame *f, struct rf_error *e) {
     case RF_KILL: end_for(s, REASON_KILLED); return 0;
     case RF_SHUTDOWN: s->leaving = true; return 0;
     case RF_ASK_CLOCK: return send_clock(s, f->id);
+    case RF_PING: return rf_channel_send(&s->channel, RF_PONG, f->id, NULL, 0);
     case RF_CHANGES: rf_layer_end(&s->layer, &s->channel, f->id); return rf_channel_send(&s->channel, RF_DONE, f->id, NULL, 0);
     case RF_PUT:
     case RF_DATA:

@@ -47,9 +47,10 @@ int rf_fail_errno(struct rf_error *e, int err, const char *step, const char *cal
 enum rf_type {
     RF_LAUNCH = 1, RF_TEMPLATE = 2, RF_OWN = 3, RF_USERNS = 4, RF_SETTLE = 6,
     RF_PLAN = 16, RF_EXEC = 17, RF_STDIN = 18, RF_SIGNAL = 19, RF_KILL = 20, RF_PUT = 21, RF_DATA = 22, RF_LIST = 23,
-    RF_READ = 24, RF_SHUTDOWN = 25, RF_ASK_CLOCK = 26, RF_CHANGES = 30,
+    RF_READ = 24, RF_SHUTDOWN = 25, RF_ASK_CLOCK = 26, RF_PING = 29, RF_CHANGES = 30,
     RF_LAUNCHED = 32, RF_READY = 33, RF_STARTED = 34, RF_ERROR = 35, RF_STDOUT = 36, RF_STDERR = 37, RF_EXITED = 38,
     RF_CREDIT = 39, RF_ENTRIES = 40, RF_DONE = 41, RF_LISTENER = 42, RF_SIZES = 43, RF_LAYER_END = 44, RF_CLOCK = 47,
+    RF_PONG = 48,
 };
 
 struct rf_header {

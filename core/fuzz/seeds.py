@@ -178,7 +178,11 @@ def seeds() -> dict[str, bytes]:
         "launch/userns": _payload(messages.user_namespace(b"0 1 1\n", b"0 1 1\n")),
         "channel/descriptors": _pieces(_execute(streams=False), size=63, nfds=3),
         "channel/small": _pieces(streams, size=7, nfds=0),
-        "channel/large": _pieces(streams + frames.encode(Type.KILL) + frames.encode(Type.SHUTDOWN), size=434, nfds=0),
+        "channel/large": _pieces(
+            streams + frames.encode(Type.KILL) + frames.encode(Type.PING, id=7) + frames.encode(Type.SHUTDOWN),
+            size=434,
+            nfds=0,
+        ),
         "files/put": _put(b"a/b/c.txt", b"x" * 40) + _requests(frames.encode(Type.LIST)),
         "files/read": _put(b"f", b"data") + _requests(messages.read(b"f", id=1)),
         "files/planted": b"".join(_put(path, b"!") for path in (b"l", b"d/secret", b"h", b"p", b"../secret", b"/x")),

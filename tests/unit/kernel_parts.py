@@ -83,6 +83,9 @@ DEPENDS = {
     "xor": "",
     "btrfs": "zstd_compress,raid6_pq,xor,libcrc32c",
     "squashfs": "",
+    "virtio_pci_legacy_dev": "",
+    "virtio_pci_modern_dev": "",
+    "virtio_pci": "virtio_pci_legacy_dev,virtio_pci_modern_dev,virtio,virtio_ring",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ringfence.errors import ProtocolError, StartError
 from ringfence.levels.base import Command, Outcome
-from ringfence.levels.drive import drive
+from ringfence.levels.drive import SandboxEnded, drive
 from ringfence.wire import frames
 from ringfence.wire.channel import Channel
 from ringfence.wire.frames import Type
@@ -38,7 +38,7 @@ class Guest:
 
     def drive(self, *, wall_time_ns: int | None = None, output_bytes: int = 1 << 20) -> Outcome:
         def jail_ended() -> None:
-            raise ProtocolError("QEMU ended")
+            raise SandboxEnded("QEMU ended")
 
         command = Command(
             argv=(b"x",),

@@ -43,6 +43,18 @@ def test_the_least_guest() -> None:
     assert not after(words, "-fsdev") + after(words, "-blockdev")
 
 
+def test_a_guest_on_q35() -> None:
+    words = argv(board="q35", shares=[("host", "/a", False)], disks=["/d"], console_fd=9)
+    assert after(words, "-machine")[0].startswith(b"q35,")
+    assert {device.split(b",")[0] for device in after(words, "-device")} == {
+        b"virtio-serial-pci",
+        b"virtserialport",
+        b"virtio-9p-pci",
+        b"virtio-blk-pci",
+    }
+    assert b"rf.sets=boot,9p,erofs,pci" in after(words, "-append")[0].split()
+
+
 def test_shares_and_disks() -> None:
     words = argv(shares=[("host", "/a,b", False), ("work", b"/w\xff", True)], disks=["/d,1.erofs", "/d2"], cpus=2)
     assert after(words, "-fsdev") == [

@@ -612,6 +612,16 @@ def test_init_ends_with_a_broken_stream(launcher: Launcher, stream: bytes) -> No
         assert init.answer() is None
 
 
+def test_init_says_that_it_lives(launcher: Launcher) -> None:
+    with plain_init(launcher) as init:
+        init.channel.send(frames.encode(Type.PING, id=7))
+        assert init.refusal().errno == errno.EPROTO  # before its plan
+    with plain_init(launcher) as init:
+        init.channel.send(frames.encode(Type.PLAN, frames.u32(12, 4)) + frames.encode(Type.PING, id=7))
+        answer = init.answer()
+        assert answer is not None and (answer.type, answer.id, answer.payload) == (Type.PONG, 7, b"")
+
+
 @settings(deadline=None, max_examples=100)
 @given(payload=st.binary(max_size=128) | attribute_run(st.integers(0, 20)))
 def test_any_plan_is_taken_or_refused(launcher: Launcher, payload: bytes) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ringfence.wire.channel import Channel
 
-__all__ = ["Pipes", "drive"]
+__all__ = ["Pipes", "SandboxEnded", "drive"]
 
 _READ_BYTES = 256 << 10
 # More than any pipe holds (pipe-max-size is 1 MiB for all but root).
@@ -33,9 +33,22 @@ _GRACE_NS = 2_000_000_000
 # How much may wait in the channel before more stdin is queued.
 _QUEUE_BYTES = 1 << 20
 
+# From the hard kill until its end is seen. What takes longer hangs in the kernel.
+_END_NS = 10_000_000_000
+# A guest that has said nothing for so long is asked whether it lives, and given up where it doesn't answer. Its init
+# has a share of the guest's CPUs whatever else runs there, but the whole guest may wait for one on a busy host.
+_SILENCE_NS = 5_000_000_000
+_ANSWER_NS = 60_000_000_000
+# Frames of a guest that are neither its command's nor anything else that is bounded by what was asked of it.
+_MOST_OTHERS = 1 << 20
+
 _POLL_MS = 2**31 - 1
 
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
+
+
+class SandboxEnded(ProtocolError):
+    """What `watch` raises where the sandbox has ended by itself. Once a command runs it is no error of the loop's."""
 
 
 class Pipes:
@@ -130,6 +143,11 @@ class _Drive:
         self.deadline: int | None = time.monotonic_ns() + start_limit_ns
         self.killing = False
         self.gone = False
+        self.given_up = False
+        # Of a guest: when something came last, when it was asked whether it lives (0: it wasn't), answers not come yet.
+        self.guest = pipes is None
+        self.heard_ns = self.asked_ns = self.pings = self.others = 0
+        self.ended_streams: set[int] = set()
         self.streams: dict[int, tuple[_Kept, str]] = {}
         # Of a command whose stdin travels as frames.
         self.input = memoryview(command.input or b"") if pipes is None else memoryview(b"")
@@ -146,8 +164,11 @@ class _Drive:
             if self.pipes.in_ >= 0:
                 self.poll.register(self.pipes.in_, select.POLLOUT)
         self._feed()
+        self.heard_ns = time.monotonic_ns()
         while not self._over():
             self._step()
+        if self.gone:
+            self._take_the_rest()
         self._drain()
         outcome = self.outcome
         outcome.stdout, outcome.stderr = bytes(self.out.buffer), bytes(self.err.buffer)
@@ -155,12 +176,13 @@ class _Drive:
         return outcome
 
     def _over(self) -> bool:
-        return self.channel.at_end or self.gone or self.outcome.exited is not None
+        return self.gone or self._over_already()
 
     def _step(self) -> None:
         timeout = None
-        if self.deadline is not None:
-            left = (self.deadline - time.monotonic_ns() + 999_999) // 1_000_000
+        until = self.deadline if not self.guest else self._until()
+        if until is not None:
+            left = (until - time.monotonic_ns() + 999_999) // 1_000_000
             timeout = min(max(0, left), _POLL_MS)  # poll(2) takes an int, and an early return does no harm
         channel_fd = self.channel.fileno()
         self.poll.modify(channel_fd, select.POLLIN | (select.POLLOUT if self.channel.wants_to_send else 0))
@@ -172,6 +194,8 @@ class _Drive:
                 if event & _READABLE:
                     for frame in self.channel.receive():
                         self._take(frame)
+                        self.asked_ns = 0
+                    self.heard_ns = time.monotonic_ns()
             elif fd in self.streams:
                 self._read(fd)
             elif self.pipes is not None and fd == self.pipes.in_:
@@ -180,6 +204,8 @@ class _Drive:
                 self._watched(fd)
         if self.deadline is not None and time.monotonic_ns() >= self.deadline:
             self._deadline_passed()
+        elif self.guest:
+            self._ask_whether_it_lives()
 
     def _poll_watched(self) -> None:
         """`watch` changes while the command runs: what comes is waited for, and what went isn't any more."""
@@ -193,23 +219,57 @@ class _Drive:
         """What else the sandbox consists of has something to tell, such as its end."""
         try:
             self.watch[fd]()
-        except ProtocolError:
-            if not self.killing:
+        except SandboxEnded:
+            if not self.killing and self.outcome.started is None:
                 raise
-            self.gone = True  # it was killed for not ending by itself: what was printed until then is kept
+            self.gone = True  # what was printed until then is kept
         self._poll_watched()
+
+    def _take_the_rest(self) -> None:
+        """What a guest sent before it was gone: no more than the socket holds, as nobody can add to it any more."""
+        for _ in range(_DRAIN_READS):
+            if self._over_already() or not (found := self.channel.receive()):
+                return
+            for frame in found:
+                self._take(frame)
+
+    def _over_already(self) -> bool:
+        return self.channel.at_end or self.outcome.exited is not None
 
     # ---- the clock ----
 
     def _deadline_passed(self) -> None:
+        if self.given_up:
+            raise ProtocolError("the sandbox was killed, and doesn't end")
         if self.killing:
-            self.deadline = None
+            self.given_up = True
+            self.deadline = time.monotonic_ns() + _END_NS
             self.kill_hard()
         elif self.outcome.started is None:
             self.kill_hard()
             raise ProtocolError("the sandbox did not start in time")
         else:
             self._stop("wall_time")
+
+    def _until(self) -> int | None:
+        """When there is something to do though nothing comes from a guest."""
+        if self.killing or self.outcome.started is None:
+            return self.deadline
+        asking = self.asked_ns + _ANSWER_NS if self.asked_ns else self.heard_ns + _SILENCE_NS
+        return asking if self.deadline is None else min(asking, self.deadline)
+
+    def _ask_whether_it_lives(self) -> None:
+        """A guest that was halted, or whose kernel hangs, says nothing, and no event of its VMM's tells it."""
+        now = time.monotonic_ns()
+        if self.killing or self.outcome.started is None:
+            return  # another clock is running
+        if self.asked_ns and now - self.asked_ns >= _ANSWER_NS:
+            self.kill_hard()
+            raise ProtocolError(f"the guest has stopped answering: nothing came for {_ANSWER_NS // 10**9} s")
+        if not self.asked_ns and now - self.heard_ns >= _SILENCE_NS:
+            self.asked_ns = now
+            self.pings += 1
+            self.channel.send(frames.encode(Type.PING))
 
     def _stop(self, reason: str) -> None:
         """Ends all that runs in the sandbox; init reports as ever. Should it not, its process is killed."""
@@ -225,8 +285,8 @@ class _Drive:
     def _take(self, frame: frames.Frame) -> None:
         outcome = self.outcome
         kind = frame.type
-        if kind == Type.STDOUT or kind == Type.STDERR:
-            self._output(self.out if kind == Type.STDOUT else self.err, frame.payload)
+        if (kind == Type.STDOUT or kind == Type.STDERR) and self.guest:
+            self._streamed(frame)
         elif kind == Type.STARTED and frame.id == self.id:
             if outcome.started is not None:
                 raise ProtocolError("the command was reported as started twice")  # each would set the clock anew
@@ -243,9 +303,10 @@ class _Drive:
             outcome.ended_ns = time.monotonic_ns()
             outcome.exited = messages.parse_exited(frame.payload)
         elif kind == Type.CREDIT and frame.id == self.id and self.pipes is None:
-            if len(frame.payload) != 4:
+            more = int.from_bytes(frame.payload, "little")
+            if len(frame.payload) != 4 or more == 0:
                 raise ProtocolError("CREDIT has no number")
-            self.credit += int.from_bytes(frame.payload, "little")
+            self.credit += more
             if self.credit > frames.STDIN_CREDIT:
                 raise ProtocolError("a guest gave more credit than it has room for")
             self._feed()
@@ -255,9 +316,22 @@ class _Drive:
                 raise ProtocolError(f"an error came while the command ran: {error}")
             error.whole = frame.id != self.id
             raise error
+        elif kind == Type.PONG and self.pings:
+            self.pings -= 1
         else:
+            self.others += 1
+            if self.others > _MOST_OTHERS:
+                raise ProtocolError("the guest sends more frames than it has anything to tell")
             self.on_frame(frame)
             self._poll_watched()
+
+    def _streamed(self, frame: frames.Frame) -> None:
+        """Output of a guest's command. Empty is a stream's end, which comes once: else it could go on for ever."""
+        if frame.id != self.id or self.outcome.started is None or frame.type in self.ended_streams:
+            raise ProtocolError("the guest sent output of no command that runs, or after its end")
+        if not frame.payload:
+            self.ended_streams.add(frame.type)
+        self._output(self.out if frame.type == Type.STDOUT else self.err, frame.payload)
 
     def _output(self, kept: _Kept, data: bytes) -> None:
         kept.add(data)

@@ -68,6 +68,7 @@ class Type:
     READ = 24
     SHUTDOWN = 25
     ASK_CLOCK = 26
+    PING = 29
     CHANGES = 30
     LAUNCHED = 32
     READY = 33
@@ -83,6 +84,7 @@ class Type:
     SIZES = 43
     LAYER_END = 44
     CLOCK = 47
+    PONG = 48
 
 
 # Not a Value: made for each 64 KiB that a guest sends.

@@ -27,11 +27,15 @@ __all__ = [
     "tmpfs",
 ]
 
+# The steps of a file tree.
+_MOST_SIZES = 256
 _KINDS = {1: "created", 2: "changed", 3: "deleted"}
 _WHAT = {0: None, ord("f"): "file", ord("d"): "directory", ord("l"): "symlink", ord("o"): "other"}
 # A byte of a size costs nothing, an inode some 1 KiB of the kernel's memory.
 _LEAST_INODES = 1024
 _PAGE_BYTES = 4096
+_PATH_BYTES = 4095
+_MOST_PATHS_BYTES = 64 << 20
 
 
 def _options(size_bytes: int, mode: int) -> bytes:
@@ -82,10 +86,12 @@ def disk_shown(*, overlay: bool) -> MountStep:
 
 def parse_sizes(payload: bytes) -> dict[bytes, tuple[int, int]]:
     """{target: (bytes, inodes)} of SIZES."""
-    found = {}
+    found: dict[bytes, tuple[int, int]] = {}
     for tag, data in frames.attributes(payload):
         if tag != 1 or len(data) < 17 or not data.endswith(b"\0"):
             raise ProtocolError(f"SIZES has the attribute {tag} of {len(data)} bytes")
+        if len(found) >= _MOST_SIZES:
+            raise ProtocolError("SIZES tells of more file systems than a plan has")
         size, inodes = struct.unpack_from("<QQ", data)
         found[data[16:-1]] = (size, inodes)
     return found
@@ -97,12 +103,13 @@ class LayerEnd:
     free: (bytes, inodes), or None. changes: {path: (kind, what, size)}. complete: whether init saw everything.
     """
 
-    __slots__ = ("changes", "complete", "free")
+    __slots__ = ("_paths_bytes", "_told", "changes", "complete", "free")
 
     def __init__(self) -> None:
         self.free: tuple[int, int] | None = None
         self.changes: dict[bytes, tuple[str, str | None, int]] = {}
         self.complete = True
+        self._told = self._paths_bytes = 0
 
     def add(self, payload: bytes, most: int) -> None:
         for tag, data in frames.attributes(payload):
@@ -111,7 +118,7 @@ class LayerEnd:
                 self.free = (first, second)
             elif tag == 2:
                 self._add_change(data)
-                if len(self.changes) > most:
+                if self._told > most:
                     raise ProtocolError("LAYER_END tells of more changes than it may")
             elif tag == 3 and not data:
                 self.complete = False
@@ -120,12 +127,17 @@ class LayerEnd:
 
     def _add_change(self, data: bytes) -> None:
         path = data[10:-1]
-        bad = len(data) < 12 or data[-1] != 0 or not path.startswith(b"/") or b"\0" in path
+        bad = not 12 <= len(data) <= 11 + _PATH_BYTES or data[-1] != 0 or not path.startswith(b"/") or b"\0" in path
         if bad or not _plain(path.split(b"/")[1:]):
             raise ProtocolError("LAYER_END names a path that is none")
         kind, what, size = struct.unpack_from("<BBQ", data)
         if kind not in _KINDS or what not in _WHAT or (kind == 3) != (what == 0):
             raise ProtocolError(f"LAYER_END tells of a change of the unknown kind {kind}")
+        self._told += 1
+        self._paths_bytes += len(path)
+        if self._paths_bytes > _MOST_PATHS_BYTES:
+            self.complete = False  # names of 4 KB each, as nobody makes them but to fill our memory
+            return
         self.changes[path] = (_KINDS[kind], _WHAT[what], size)
 
 

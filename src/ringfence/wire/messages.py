@@ -631,6 +631,9 @@ def parse_clock(payload: bytes) -> int:
     return _unpack("<Q", payload, "CLOCK")[0]
 
 
+_KINDS = frozenset((b"f", b"d", b"l", b"o"))
+
+
 def parse_entries(payload: bytes) -> list[Entry]:
     found = []
     at = 0
@@ -639,6 +642,8 @@ def parse_entries(payload: bytes) -> list[Entry]:
         if end < 0:
             raise ProtocolError("a list of files ends within an entry")
         kind, mode, size = struct.unpack_from("<cIQ", payload, at)
+        if kind not in _KINDS:
+            raise ProtocolError("a list of files has an entry of no kind")
         found.append(
             Entry(kind=kind.decode("latin-1"), mode=mode & 0o7777, size_bytes=size, path=payload[at + 13 : end])
         )

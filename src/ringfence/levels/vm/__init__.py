@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ringfence.errors import SpecError, Unmet
+from ringfence.errors import SpecError, Unavailable, Unmet
 from ringfence.levels import filter
 from ringfence.levels.base import Ability, Level, requested
 from ringfence.levels.limits import cpuset_unmet, limit_abilities
@@ -35,16 +35,21 @@ class VmLevel(Level):
     name = "vm"
 
     def unavailable(self, host: Host) -> tuple[str, str] | None:
-        from ringfence.levels.vm import kernel
+        from ringfence.levels.vm import emulator, kernel
 
         if host.machine != "x86_64":
             return f"the guest's machine is x86_64, this one is {host.machine}", "use isolation='container'"
-        if not os.access("/usr/bin/qemu-system-x86_64", os.X_OK):
-            return "QEMU (qemu-system-x86_64) isn't installed", "run 'ringfence setup'"
+        try:
+            board = emulator.look().machine()
+        except Unavailable as error:
+            return error.reason, error.help
         if host.user_namespaces:
             return f"QEMU is jailed in a container, and {host.user_namespaces}", "see 'ringfence doctor'"
-        if kernel.find() is None:
+        found = kernel.find()
+        if found is None:
             return "the guest's kernel isn't prepared", "run 'ringfence setup'"
+        if board == "q35" and "pci" not in found.sets:
+            return f"kernel {found.release} has no virtio_pci, which QEMU's machine q35 needs", "unset RINGFENCE_KERNEL"
         return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:

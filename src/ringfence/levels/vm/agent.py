@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ringfence.errors import RingfenceError
     from ringfence.levels.vm.vmm import Vmm
     from ringfence.spec import FileIn
 
@@ -24,6 +25,10 @@ __all__ = ["TRANSFER_LIMIT_NS", "Agent"]
 # All that is brought back of one run: 1 GiB at some 15 MB/s, and as much again.
 TRANSFER_LIMIT_NS = 150_000_000_000
 _MOST_ENTRIES = 65536
+_MOST_NAMES_BYTES = 64 << 20
+_PATH_BYTES = 4095
+# The longest that a guest may take from one whole frame of an answer to the next.
+_SILENCE_NS = 30_000_000_000
 
 
 class Agent:
@@ -39,15 +44,16 @@ class Agent:
         self._next_id += 1
         return self._next_id
 
-    def died(self, when: str) -> Exception:
-        return ProtocolError(f"the virtual machine ended {when}{self._vmm.last_words()}")
+    def died(self, when: str) -> RingfenceError:
+        return self._vmm.ended(when)
 
     def wait_for(self, kind: int, limit_ns: int, what: str) -> frames.Frame:
         """The next frame of that type. Raises StartError for an ERROR, ProtocolError where none comes."""
         for frame in self._frames(limit_ns, what):
             if frame.type == kind:
                 return frame
-        raise self.died(what)
+            raise ProtocolError(f"{what}: it sent a frame of type {frame.type}")
+        raise ProtocolError(what)
 
     def _frames(self, limit_ns: int, what: str) -> list[frames.Frame]:
         """What has come, waiting for the first of it."""
@@ -89,6 +95,8 @@ class Agent:
 
     def took(self) -> None:
         """A DONE came that was no answer to what is waited for."""
+        if self._untaken <= 0:
+            raise ProtocolError("the guest took a file that wasn't sent")
         self._untaken -= 1
 
     def until_taken(self) -> None:
@@ -102,14 +110,18 @@ class Agent:
     def entries(self, until_ns: int) -> list[messages.Entry]:
         """What is in the work directory, by path. until_ns: CLOCK_MONOTONIC."""
         entries: dict[bytes, messages.Entry] = {}
+        listed = names_bytes = 0
 
         def take(frame: frames.Frame) -> None:
+            nonlocal listed, names_bytes
             for entry in messages.parse_entries(frame.payload):
                 # The names become keys of Result.files, and then perhaps paths of the caller's.
-                if entry.path.startswith(b"/") or b".." in entry.path.split(b"/") or not entry.path:
+                if not {b"", b".", b".."}.isdisjoint(entry.path.split(b"/")) or len(entry.path) > _PATH_BYTES:
                     raise ProtocolError("the guest lists a file outside its work directory")
                 entries[entry.path] = entry
-            if len(entries) > _MOST_ENTRIES:
+                names_bytes += len(entry.path)
+                listed += 1
+            if listed > _MOST_ENTRIES or names_bytes > _MOST_NAMES_BYTES:
                 raise ProtocolError("the guest lists more files than it may")
 
         self._answer(frames.encode(Type.LIST, id=self.next_id()), Type.ENTRIES, take, until_ns)
@@ -132,12 +144,15 @@ class Agent:
         self._vmm.channel.send(request)
         empty = 0
         while True:
-            for frame in self._frames(until_ns - time.monotonic_ns(), "the guest did not hand over its files"):
+            left = min(until_ns - time.monotonic_ns(), _SILENCE_NS)
+            for frame in self._frames(left, "the guest did not hand over its files"):
                 if frame.type == Type.DONE and self._untaken > 0:
                     self._untaken -= 1  # the end of a file that was put in before
                     continue
                 if frame.type == Type.DONE:
                     return
+                if frame.type == Type.PONG:
+                    continue
                 if frame.type != kind:
                     raise ProtocolError(f"the guest answered with a frame of type {frame.type}")
                 empty += not frame.payload

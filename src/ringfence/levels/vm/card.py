@@ -87,15 +87,15 @@ def unmet(spec: Spec) -> list[Unmet]:
 # ---- starting ----
 
 
-def arguments(fd: int) -> list[str]:
-    """QEMU's. fd: the tap's."""
+def arguments(fd: int, bus: str) -> list[str]:
+    """QEMU's. fd: the tap's. bus: how its virtio devices end there, "device" or "pci"."""
     from ringfence.levels.network import tap
 
     mac = tap.GUEST_MAC.hex(":")
     off = ",".join(f"{one}=off" for one in _OFF)
     return [
         *("-netdev", f"tap,id=card,fd={fd},vhost=off"),
-        *("-device", f"virtio-net-device,netdev=card,mac={mac},host_mtu={tap.MTU_BYTES},{off}"),
+        *("-device", f"virtio-net-{bus},netdev=card,mac={mac},host_mtu={tap.MTU_BYTES},{off}"),
     ]
 
 

@@ -304,6 +304,8 @@ _FORESEEN = frozenset(
     [
         "virtio",
         "virtio_ring",
+        "virtio_pci_modern_dev",
+        "virtio_pci_legacy_dev",
         "9pnet",
         "netfs",
         "fscache",

@@ -1,4 +1,4 @@
-"""QEMU's command line for a guest: the microvm machine, one virtio-serial port, shares and disks."""
+"""QEMU's command line for a guest: the machine (microvm or q35), one virtio-serial port, shares and disks."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ MAX_DEVICES = 7
 
 _QEMU = "qemu-system-x86_64"
 
+# Machine -> its properties, how its virtio devices end in QEMU's names, the module set that finds them.
+# microvm: virtio-mmio, found by ACPI (acpi=on), as Debian's kernel finds it by nothing else. rtc: the guest's wall
+# clock. Without PIT, PIC and what else a PC has there is less to emulate and to attack.
+_BOARDS = {
+    "microvm": ("acpi=on,rtc=on,pit=off,pic=off", "device", ()),
+    "q35": ("smbus=off,sata=off,usb=off,vmport=off,hpet=off", "pci", ("pci",)),
+}
+
 # The JIT's cache of translated code. QEMU would take a gigabyte or a quarter of the guest's memory and never
 # give it back; a boot and a Python start fill some 40 MB.
 _TB_SIZE_MB = 64
@@ -54,6 +62,7 @@ def arguments(
     card_fd: int | None = None,
     console_fd: int | None = None,
     append: str = "",
+    board: str = "microvm",
     qemu: Path = _QEMU,
     memory: tuple[str, bool] | None = None,
     qmp_fd: int | None = None,
@@ -71,6 +80,7 @@ def arguments(
     read, or the guest stops); None: there is no console. append: more of the kernel's command line.
     memory: (file, whether what the guest writes gets there) in which the guest's memory is. qmp_fd: a connected socket
     for QMP. tsc_khz: None is as measured, 0 leaves it out.
+    board: "microvm" or "q35".
 
     Raises SpecError where it makes no sense.
     """
@@ -84,10 +94,13 @@ def arguments(
     if devices > MAX_DEVICES:
         raise SpecError(f"a guest takes at most {MAX_DEVICES} shares, disks and cards, not {devices}")
     needed = (("9p", bool(shares)), ("erofs", bool(disks)), ("net", card_fd is not None))
+    properties, bus, its_sets = _BOARDS[board]
+    if board == "microvm":
+        properties += f",isa-serial={'on' if console_fd is not None else 'off'}"
     command_line = kernel_command_line(
         cpus=cpus,
         accel=accel,
-        sets=("boot", *(name for name, wanted in needed if wanted), *sets),
+        sets=("boot", *(name for name, wanted in needed if wanted), *its_sets, *sets),
         console=console_fd is not None,
         append=append,
         tsc_khz=tsc_khz,
@@ -95,13 +108,7 @@ def arguments(
     megabytes = (memory_bytes + (1 << 20) - 1) >> 20
     argv: list[str | bytes] = [
         os.fspath(qemu),
-        # acpi: Debian's kernel finds virtio-mmio devices by ACPI only. rtc: the guest's wall clock. Without
-        # PIT, PIC and serial port there is less to emulate and to attack.
-        *(
-            "-machine",
-            f"microvm,acpi=on,rtc=on,pit=off,pic=off,isa-serial={'on' if console_fd is not None else 'off'}"
-            + (",memory-backend=memory" if memory is not None else ""),
-        ),
+        *("-machine", f"{board},{properties}" + (",memory-backend=memory" if memory is not None else "")),
         *("-accel", f"tcg,thread=multi,tb-size={_TB_SIZE_MB}" if accel == "tcg" else "kvm"),
         *("-cpu", "max", "-smp", str(cpus), "-m", f"{megabytes}M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -110,11 +117,11 @@ def arguments(
         *_memory(memory, megabytes),
         *(("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control") if qmp_fd is not None else ()),
         *("-chardev", f"socket,id=channel,fd={channel_fd}"),
-        *("-device", "virtio-serial-device,max_ports=2"),
+        *("-device", f"virtio-serial-{bus},max_ports=2"),
         *("-device", f"virtserialport,chardev=channel,name={CHANNEL_PORT}"),
     ]
     if card_fd is not None:
-        argv += card.arguments(card_fd)
+        argv += card.arguments(card_fd, bus)
     if console_fd is not None:
         argv += ["-add-fd", f"fd={console_fd},set=1", "-chardev", "file,id=console,path=/dev/fdset/1"]
         argv += ["-serial", "chardev:console"]
@@ -129,7 +136,7 @@ def arguments(
                 ",security_model=none,multidevs=remap" + ("" if writable else ",readonly=on"),
             ),
             "-device",
-            f"virtio-9p-device,fsdev=share{number},mount_tag={tag}",
+            f"virtio-9p-{bus},fsdev=share{number},mount_tag={tag}",
         ]
     for number, image in enumerate(disks):
         argv += [
@@ -139,7 +146,7 @@ def arguments(
             "-blockdev",
             _format(disk_format, number),
             "-device",
-            f"virtio-blk-device,drive=disk{number}",
+            f"virtio-blk-{bus},drive=disk{number}",
         ]
     return [os.fsencode(one) for one in argv]
 

@@ -22,6 +22,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "9p": ("9pnet_virtio", "9p"),
     "erofs": ("virtio_blk", "erofs"),
     "overlay": ("overlay",),
+    "pci": ("virtio_pci",),
     "net": ("virtio_net",),
     "ext4": ("ext4",),
     "xfs": ("xfs",),

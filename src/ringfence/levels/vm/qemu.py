@@ -9,7 +9,7 @@ from ringfence._value import Value
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.vm import machine
 from ringfence.levels.vm.userland import owned_userland
-from ringfence.levels.vm.vmm import Machine, Vmm
+from ringfence.levels.vm.vmm import JailedVmm, Machine, Vmm
 from ringfence.spec import Limits, Spec
 from ringfence.wire import messages
 from ringfence.wire.channel import Channel
@@ -20,16 +20,26 @@ if TYPE_CHECKING:
     from ringfence.levels.host import Host
     from ringfence.levels.state import State
 
-__all__ = ["MEMORY_OVERHEAD_BYTES", "QEMU", "STATE_FD", "Memory", "command_line", "start_qemu"]
+__all__ = ["MEMORY_OVERHEAD_BYTES", "STATE_FD", "Memory", "command_line", "start_qemu"]
 
 # What QEMU takes beside the guest's memory: its own, the cache of translated code, buffers of 9p.
 MEMORY_OVERHEAD_BYTES = 256 << 20
 _OWN_CPUS = 0.5
 _OWN_THREADS = 128
-QEMU = b"/usr/bin/qemu-system-x86_64"
+# Where a QEMU is shown that isn't in what the jail shows of the host anyway.
+_OWN_QEMU = b"/vm/qemu"
 _KVM = b"/dev/kvm"
 # As QEMU numbers what it gets.
 _CHANNEL_FD, _QMP_FD, _MEMORY_FD, STATE_FD = 3, 4, 5, 6
+
+
+def _qemu_path(path: str) -> bytes:
+    """The path in the jail of that program of the host's."""
+    from ringfence.images import tree
+
+    name = os.fsencode(path)
+    shown = any(name.startswith(b"/" + entry.name + b"/") for entry in tree.host_entries() if entry.kind == "directory")
+    return name if shown else _OWN_QEMU
 
 
 class Memory(Value):
@@ -55,6 +65,8 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
     if memory is None or saved:
         steps += jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
         steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
+    if _qemu_path(spec.program) == _OWN_QEMU:
+        steps += jail.host_mount(os.fsencode(os.path.realpath(spec.program)), _OWN_QEMU, RDONLY | NOSUID | NODEV)
     for number, disk in enumerate(spec.disks):
         steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags)
     for share in spec.shares:
@@ -93,7 +105,7 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             cpuset=spec.cpuset,
         )
         what = Spec.make(
-            [QEMU],
+            [_qemu_path(spec.program)],
             isolation="container",
             user=f"{spec.user[0]}:{spec.user[1]}",
             hostname="vmm",
@@ -131,7 +143,7 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
         if jail.network is not None:
             jail.channel.flush_blocking()
             jail.network.tap_was_handed_on()
-        return Vmm(channel, jail, errors, control[0] if control is not None else None)
+        return JailedVmm(channel, jail, errors, control[0] if control is not None else None)
     except BaseException:
         if control is not None:
             control[0].close()
@@ -172,7 +184,8 @@ def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = 
         disk_format=spec.disk_format,
         sets=spec.sets,
         card_fd=_card_fd(memory) if spec.card is not None else None,
-        qemu=QEMU,
+        board=spec.board,
+        qemu=_qemu_path(spec.program),
         memory=None if memory is None else (f"/proc/self/fd/{_MEMORY_FD}", boots),
         qmp_fd=None if memory is None else _QMP_FD,
         tsc_khz=tsc_khz,

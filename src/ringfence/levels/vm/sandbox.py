@@ -17,7 +17,7 @@ from ringfence.levels.state import state
 from ringfence.levels.usage import Measured, of_guest
 from ringfence.levels.vm import card
 from ringfence.levels.vm.agent import TRANSFER_LIMIT_NS, Agent
-from ringfence.levels.vm.shape import guest_kernel, machine_for, user_of
+from ringfence.levels.vm.shape import KERNEL_BYTES, guest_kernel, machine_for, user_of
 from ringfence.levels.vm.start import Guest, Waiting
 from ringfence.levels.vm.tree import HOME, HOSTNAME, guest_tree
 from ringfence.linux import seccomp
@@ -60,6 +60,7 @@ class VmSandbox(Sandbox):
         self._last: messages.Exited | None = None
         self._before: messages.Exited | None = None
         self._vmm_before: cgroups.Usage | None = None
+        self._killed_on_host = False  # QEMU, at the limit of its own cgroup
         self._layer = Layer()
         self._machine = machine_for(spec, self._kernel, self.accelerator)
         self._clock = (0, 0)
@@ -142,7 +143,8 @@ class VmSandbox(Sandbox):
             on_frame=self._take,
             watch=self._vmm.watch(),
         )
-        if outcome.exited is None and outcome.stopped is None:
+        self._killed_on_host = outcome.exited is None and outcome.stopped is None and self._vmm.out_of_memory()
+        if outcome.exited is None and outcome.stopped is None and not self._killed_on_host:
             raise self._agent.died("while it ran" if outcome.started else "before the command was started")
         if self._filter is not None and self._filter.answers:
             from ringfence.levels.denials import listed
@@ -159,12 +161,13 @@ class VmSandbox(Sandbox):
             return
         self._clock = self._guest.clock()
         self._meet()
+        self._vmm.booted()
         self._vmm.channel.send(self._plan().encode())
         self._ready = {}
         self._agent.put(self._spec.files)
 
     def _take(self, frame: frames.Frame) -> None:
-        if frame.type == Type.READY:
+        if frame.type == Type.READY and self._ready == {} and frame.payload:
             self._ready = messages.parse_ready(frame.payload)
             self._answered = True
         elif frame.type == Type.LISTENER and self._filter is not None and self._filter.answers:
@@ -173,7 +176,7 @@ class VmSandbox(Sandbox):
             return
         elif frame.type == Type.DONE:
             self._agent.took()
-        elif frame.type != Type.CREDIT:  # for a stdin that is through
+        elif frame.type not in (Type.CREDIT, Type.PONG):  # for a stdin that is through; that came late
             raise ProtocolError(f"the guest sent a frame of type {frame.type}")
 
     # ---- the plan ----
@@ -186,7 +189,8 @@ class VmSandbox(Sandbox):
             realtime_ns=self._clock[0],
             realtime_at_ns=self._clock[1],
             entropy=os.urandom(64),
-            memory_bytes=limits.memory_bytes or 0,
+            # Without a limit too: the guest's own kernel must keep some, or it stands still before it kills anybody.
+            memory_bytes=limits.memory_bytes or self._machine.memory_bytes - KERNEL_BYTES,
             pids=limits.pids or 0,
             cpu_ns=round(quota * _CPU_PERIOD_NS) if quota is not None and quota % 1 else 0,
         )
@@ -301,7 +305,10 @@ class VmSandbox(Sandbox):
         vmm = self._vmm_usage()
         if vmm is not None and self._vmm_before is not None:
             vmm = vmm.since(self._vmm_before)
-        return of_guest(outcome.exited, self._before, vmm)
+        measured = of_guest(outcome.exited, self._before, vmm)
+        if self._killed_on_host:
+            measured.oom_kills, measured.source = 1, "the cgroup of QEMU"
+        return measured
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         spec, limits, started = self._spec, self._spec.limits, outcome.started
@@ -312,7 +319,7 @@ class VmSandbox(Sandbox):
                 rule="machine",
                 requested=None,
                 effective=f"{machine.cpus} CPU, {machine.memory_bytes} bytes",
-                mechanism="QEMU microvm",
+                mechanism=f"QEMU {machine.board}",
             ),
             self._guest.applied(),
             *self._vmm.applied(),

@@ -7,7 +7,7 @@ import os
 
 from ringfence.errors import Unavailable
 from ringfence.levels.users import resolve
-from ringfence.levels.vm import card, initramfs, kernel
+from ringfence.levels.vm import card, emulator, initramfs, kernel
 from ringfence.levels.vm.template import machine_memory
 from ringfence.levels.vm.tree import mount_shares
 from ringfence.levels.vm.vmm import Machine, Share
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from ringfence.levels.vm.kernel import GuestKernel
     from ringfence.spec import Spec
 
-__all__ = ["USER", "guest_kernel", "machine_for", "user_of"]
+__all__ = ["KERNEL_BYTES", "USER", "guest_kernel", "machine_for", "user_of"]
 
 USER = (1000, 1000)
 # What the guest's own kernel and init take, on top of what the workload may use.
-_KERNEL_BYTES = 128 << 20
+KERNEL_BYTES = 128 << 20
+# Enough for this much; beyond it, what it takes to keep account of each page (64 of 4096 bytes), and as much again.
+_SMALL_BYTES, _PAGES_OF_PAGES = 1 << 30, 32
 _DEFAULT_MEMORY_BYTES = 512 << 20
 
 # Where the initramfs of a kernel and an init is: to read init to find out takes 2 ms.
@@ -60,7 +62,11 @@ def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
         disks.append(images.erofs_disk(spec.image))
     shares += mount_shares(spec)
     limits = spec.limits
-    memory = (limits.memory_bytes + _KERNEL_BYTES) if limits.memory_bytes is not None else _DEFAULT_MEMORY_BYTES
+    memory = _DEFAULT_MEMORY_BYTES
+    if limits.memory_bytes is not None:
+        pages = max(0, limits.memory_bytes - _SMALL_BYTES) // _PAGES_OF_PAGES
+        memory = limits.memory_bytes + pages + KERNEL_BYTES
+    qemu = emulator.look()
     user = user_of(spec)
     shown = user if max(user) < ids.CONTAINER_IDS else USER
     return Machine(
@@ -79,6 +85,8 @@ def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
         cpuset=limits.cpuset,
         sets=("overlay",) if spec.overlay else (),
         card=card.of(spec),
+        board=qemu.machine(),
+        program=qemu.path,
     )
 
 

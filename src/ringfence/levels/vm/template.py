@@ -18,7 +18,7 @@ from ringfence import _cache
 from ringfence.errors import ProtocolError
 from ringfence.levels.vm import memory
 from ringfence.levels.vm.agent import Agent
-from ringfence.levels.vm.qemu import QEMU, Memory, command_line, start_qemu
+from ringfence.levels.vm.qemu import Memory, command_line, start_qemu
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
 
@@ -107,7 +107,7 @@ def key_of(machine: Machine, cache_dir: str | None = None) -> str:
 
     of = (
         _FORMAT,
-        [_identity(path) for path in (os.fsdecode(QEMU), *_FIRMWARE)],
+        [_identity(path) for path in (machine.program, *_FIRMWARE)],
         # The rate of the TSC is measured anew by each process: the host's CPU stands for it.
         command_line(_blank(machine), Memory(memory=0, state=None), tsc_khz=0),
         _host_cpu(),

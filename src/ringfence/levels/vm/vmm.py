@@ -1,5 +1,7 @@
 """The seam to a virtual machine monitor: a machine as values, a running VMM as an object. QEMU is behind it (qemu.py).
 
+docs/design/vmm.md says what another one would have to do.
+
 A VMM is the workload of a container sandbox of its own, which is its jail: what is written down here is what it sees of
 the host, and nothing else.
 """
@@ -7,11 +9,14 @@ the host, and nothing else.
 from __future__ import annotations
 
 import _socket as socket
+import abc
 import os
+import select
 
 from ringfence._value import Value
-from ringfence.errors import ProtocolError, Unavailable
+from ringfence.errors import ProtocolError, RingfenceError, Unavailable
 from ringfence.levels.container import ContainerSandbox
+from ringfence.levels.drive import SandboxEnded
 from ringfence.levels.namespaces import own_namespaces
 from ringfence.levels.vm.qmp import Qmp
 from ringfence.result import Applied
@@ -26,9 +31,11 @@ if TYPE_CHECKING:
     from ringfence.levels.vm.card import Card
     from ringfence.linux.cgroups import Cgroup
 
-__all__ = ["Machine", "Share", "Vmm"]
+__all__ = ["JailedVmm", "Machine", "Share", "Vmm"]
 
 _WORDS_BYTES = 4096
+# From the end of the guest's channel to the report of how the VMM ended.
+_REPORT_MS = 2000
 
 
 class Share(Value):
@@ -72,10 +79,12 @@ class Machine(Value):
     disk_format: of all disks, "raw" or "qcow2".
     user: (uid, gid) of the VMM in its jail, which own the shared files there. cpu_weight, cpuset: of the host's CPUs,
     for the VMM as a whole, or None. card: its network card, or None.
+    board: which machine of the VMM's, in its own words. program: the VMM's.
     """
 
     __slots__ = (
         "accelerator",
+        "board",
         "card",
         "cpu_weight",
         "cpus",
@@ -85,6 +94,7 @@ class Machine(Value):
         "initramfs",
         "kernel",
         "memory_bytes",
+        "program",
         "sets",
         "shares",
         "user",
@@ -102,6 +112,8 @@ class Machine(Value):
     cpuset: tuple[int, ...] | None
     sets: tuple[str, ...]
     card: Card | None
+    board: str
+    program: str
 
     def __init__(
         self,
@@ -119,6 +131,8 @@ class Machine(Value):
         cpuset: tuple[int, ...] | None = None,
         sets: tuple[str, ...] = (),
         card: Card | None = None,
+        board: str = "microvm",
+        program: str = "/usr/bin/qemu-system-x86_64",
     ) -> None:
         self._set(
             kernel=kernel,
@@ -134,11 +148,69 @@ class Machine(Value):
             cpuset=cpuset,
             sets=sets,
             card=card,
+            board=board,
+            program=program,
         )
 
 
-class Vmm:
+class Vmm(abc.ABC):
     """A running VMM. `channel`: frames to and from the guest's init. `control`: to the VMM itself, or None."""
+
+    channel: Channel
+    control: Qmp | None
+
+    @abc.abstractmethod
+    def watch(self) -> dict[int, Callable[[], None]]:
+        """The descriptors to wait for beside the channel's, and what takes each; always the same dict, which changes.
+
+        What takes one raises SandboxEnded where the VMM has ended, Unavailable where that was before a guest was there.
+        """
+
+    @abc.abstractmethod
+    def last_words(self) -> str:
+        """What it wrote to stderr, for an error's text; "" for nothing."""
+
+    @abc.abstractmethod
+    def ended(self, when: str) -> RingfenceError:
+        """Once the guest's channel is at its end: how the VMM ended. Unavailable where that is why no guest came up."""
+
+    @abc.abstractmethod
+    def applied(self) -> list[Applied]:
+        """How it is jailed."""
+
+    @property
+    @abc.abstractmethod
+    def jail(self) -> ContainerSandbox:
+        """What it lives in."""
+
+    @property
+    @abc.abstractmethod
+    def cgroup(self) -> Cgroup | None:
+        """Of the VMM and all its threads, on the host."""
+
+    @abc.abstractmethod
+    def out_of_memory(self) -> bool:
+        """Whether the host's kernel killed it at the limit of that cgroup."""
+
+    @abc.abstractmethod
+    def booted(self) -> None:
+        """The guest has said its first word."""
+
+    @abc.abstractmethod
+    def kill(self) -> None:
+        """Ends it at once. `watch` tells when it is over."""
+
+    @abc.abstractmethod
+    def forget(self) -> None:
+        """In a forked child: closes what it holds, and ends nothing."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends it, and waits for that; may be called twice."""
+
+
+class JailedVmm(Vmm):
+    """A VMM that runs in a jail of the container level. errors: what it writes to stderr can be read there."""
 
     def __init__(
         self, channel: Channel, jail: ContainerSandbox, errors: int, control: socket.socket | None = None
@@ -148,51 +220,87 @@ class Vmm:
         self._jail = jail
         self._errors = errors
         self._words = b""
-        self._ended = False
+        self._how = ""
+        self._booted = False
+        self._watched: dict[int, Callable[[], None]] = {errors: self._take_words}
+        if jail.channel is not None:
+            self._watched[jail.channel.fileno()] = self._take
 
     @property
     def jail(self) -> ContainerSandbox:
         return self._jail
 
     def watch(self) -> dict[int, Callable[[], None]]:
-        """The descriptors to wait for beside the channel's, and what takes each."""
-        found: dict[int, Callable[[], None]] = {}
-        if not self._ended and self._jail.channel is not None:
-            found[self._jail.channel.fileno()] = self._take
-        return found
+        return self._watched
+
+    def booted(self) -> None:
+        self._booted = True
 
     def _take(self) -> None:
         """What the jail's init tells: that QEMU runs, or that it is over."""
         channel = self._jail.channel
         if channel is None:
             return
+        ended = False
         for frame in channel.receive():
             if frame.type == Type.ERROR:
                 error = messages.parse_error(frame.payload)
                 raise Unavailable("vm", f"QEMU could not be started: {error}", "see 'ringfence doctor'")
             if frame.type == Type.EXITED:
-                self._ended = True
+                ended = True
+                exited = messages.parse_exited(frame.payload)
+                code, signal = exited.exit_code, exited.signal
+                self._how = f"exited with status {code}" if code is not None else f"was ended by signal {signal}"
             elif frame.type == Type.STARTED:
                 self._jail.vmm_started = messages.parse_started(frame.payload)
             else:
                 self._jail.take(frame)
-        if channel.at_end:
-            self._ended = True
-        if self._ended:
-            raise ProtocolError(f"QEMU ended{self.last_words()}")
+        if not ended and not channel.at_end:
+            return
+        self._watched.pop(channel.fileno(), None)
+        self._how = self._how or "ended"
+        found = self._ending("")
+        raise SandboxEnded(str(found)) if isinstance(found, ProtocolError) else found
+
+    def _ending(self, when: str) -> RingfenceError:
+        how = f"QEMU {self._how or 'runs on'}{self.last_words()}"
+        if self._how == "exited with status 0":
+            how += ", as it does when its guest powers off, reboots or panics"
+        if not self._booted and self._how.rpartition(" ")[2].isdigit() and self._how != "exited with status 0":
+            return Unavailable("vm", f"{how} (before the guest was there)", "see 'ringfence doctor'")
+        return ProtocolError(f"the virtual machine ended {when}: {how}" if when else how)
+
+    def ended(self, when: str) -> RingfenceError:
+        channel = self._jail.channel
+        if not self._how and channel is not None:
+            poll = select.poll()
+            poll.register(channel.fileno(), select.POLLIN)
+            try:
+                while poll.poll(_REPORT_MS):  # its end is an exception
+                    self._take()
+            except SandboxEnded:
+                pass  # as expected
+        return self._ending(when)
+
+    def _take_words(self) -> None:
+        """Its stderr is drained while it runs: a guest that makes it complain must not make it stand still."""
+        try:
+            more = os.read(self._errors, 16 * _WORDS_BYTES)
+        except BlockingIOError:
+            return
+        if not more:
+            self._watched.pop(self._errors, None)
+        self._words = (self._words + more)[-_WORDS_BYTES:]
 
     def last_words(self) -> str:
-        """What QEMU wrote to stderr, for an error's text; "" for nothing."""
-        try:
-            while len(self._words) < _WORDS_BYTES and (more := os.read(self._errors, _WORDS_BYTES)):
-                self._words += more
-        except BlockingIOError:
-            pass  # that was all
-        words = self._words.decode("utf-8", "replace").strip()
+        if self._errors in self._watched:
+            self._take_words()
+        # It may repeat what a guest has told it.
+        text = "".join(one if one.isprintable() else " " for one in self._words.decode("utf-8", "replace"))
+        words = " ".join(text.split())
         return f": {words}" if words else ""
 
     def applied(self) -> list[Applied]:
-        """How it is jailed."""
         started = self._jail.vmm_started
         if started is None:
             return []
@@ -206,8 +314,11 @@ class Vmm:
 
     @property
     def cgroup(self) -> Cgroup | None:
-        """Of the VMM and all its threads, on the host."""
         return self._jail.cgroup
+
+    def out_of_memory(self) -> bool:
+        used = self._jail.cgroup.usage() if self._jail.cgroup is not None else None
+        return used is not None and bool(used.oom_kills)
 
     def kill(self) -> None:
         self._jail.kill()
@@ -226,6 +337,7 @@ class Vmm:
         self.channel.close()
         if self.control is not None:
             self.control.close()
+        self._watched.clear()
         self._jail.close()
         if self._errors >= 0:
             os.close(self._errors)
