@@ -4,6 +4,7 @@ asked for is refused. That it would have worked is shown in test_delegated.py.
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 from pathlib import Path
@@ -113,13 +114,20 @@ def test_cgroups_are_not_among_what_is_writable(unprivileged: rf.Host, isolation
         assert unmet(unprivileged, isolation=isolation, readable=["/"], limits=LIMITS) == {}
 
 
-def test_what_shows_cgroups(tmp_path: Path) -> None:
+def test_what_shows_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_cgroup("memory")
     (tmp_path / "link").symlink_to("/sys/fs/cgroup")
     for place in ("/", "/sys", "/sys/fs", "/sys/fs/cgroup", "/sys/fs/cgroup/", tmp_path / "link", "/no/such"):
         assert owned.shows_cgroups(str(place)), place
     for place in ("/usr", "/sys/kernel", tmp_path):
         assert not owned.shows_cgroups(str(place)), place
+    line = b"1 2 0:99 / /a\\040b\xc3\xa9/c rw - cgroup2 none rw\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(owned, "open", lambda *_: io.BytesIO(line), raising=False)
+        patch.setattr(os.path, "realpath", lambda _: b"/a b\xc3\xa9")
+        assert owned.shows_cgroups("/")
+        patch.setattr(os.path, "realpath", lambda _: b"/a b")
+        assert not owned.shows_cgroups("/")
     held = os.open("/sys/fs", os.O_PATH)
     assert owned.shows_cgroups(held)
     os.close(held)

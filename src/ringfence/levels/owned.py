@@ -112,7 +112,7 @@ def shows_cgroups(path: bytes | str | int) -> bool:
                 if kind.startswith(b"cgroup"):
                     words = fields.split(b" ")
                     devices.add(words[2])
-                    places.append(words[4])
+                    places.append(words[4].decode("unicode_escape").encode("latin-1"))  # \040 is a space
         number = os.stat(path).st_dev
         where = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else os.path.realpath(path)
     except OSError:

@@ -150,10 +150,10 @@ class Resolver:
                 reply(dns.build_response(query, dns.SERVER_FAILURE, []))
                 return
             waiting = self._waiting[key] = _Waiting(*key)
-        if len(waiting.clients) < _MOST_WAITING:
             waiting.clients.append((query, reply))
-        if waiting.socket is None:
             self._try(waiting)
+        elif len(waiting.clients) < _MOST_WAITING:
+            waiting.clients.append((query, reply))
 
     def _tell(self, query: dns.Query, reply: Reply, code: int, addresses: list[bytes], ttl_s: int) -> None:
         size = 4 if query.kind == dns.A else 16
@@ -168,12 +168,14 @@ class Resolver:
     def _try(self, waiting: _Waiting) -> None:
         """Sends the question to the next server. A socket for each try: its port is as hard to guess as the id."""
         self._drop(waiting)
-        while waiting.tries < _TRIES and self._may():
+        while waiting.tries < _TRIES:
             known = servers()
             server = known[waiting.tries % len(known)]
             waiting.tries += 1
             waiting.id = int.from_bytes(os.urandom(2))
             waiting.deadline = time.monotonic() + _TRY_S
+            if not self._may():
+                return  # as if the question were lost: there may be room by the next try
             family = socket.AF_INET6 if ":" in server else socket.AF_INET
             try:
                 one = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
