@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 import ringfence as rf
+from support import leaks
 from support.sandboxes import need, need_level
-from support.world import CLIENT, HOST_ADDRESS, HOST_PORTS, World, equal, in_world
+from support.world import CLIENT, HOST_ADDRESS, HOST_PORTS, UNPRIVILEGED, World, _change_policy, equal, in_world
 
 NO = "EHOSTUNREACH"  # "administratively prohibited"
 
@@ -126,6 +127,10 @@ print("sent", sent > 10000)
 """
 
 
+OPEN = "frame(ip(own, far, 17, udp()))"
+OPENED = {("ip", 17, HOST_ADDRESS, "203.0.113.81", 80), ("ip", 17, "203.0.113.81", HOST_ADDRESS, 80)}
+
+
 class Watch:
     """All that the host sends into its network, or gets from there: (protocol, from, to, the other side's port)."""
 
@@ -187,6 +192,12 @@ def hostile(world: World) -> None:
             most = neighbours()
             result = guest.run(["python3", "-I", "-c", CLIENT, *steps], text=True)
             equal((result.stdout.split("\n"), result.stderr), (["203.0.113.80 80", NO, ""], ""))
+            # The control: the same frame as one of those goes out where it is open.
+            _change_policy(guest, rf.Network("nat", allow=["203.0.113.81:80"]))
+            result = guest.run(["python3", "-c", code.partition("for _ in range(2)")[0] + OPEN], text=True)
+            equal((result.stdout, result.stderr), ("", ""))
+            assert leaks.settled(lambda: not watch.seen & OPENED, 5) is False, watch.seen
+            _change_policy(guest, network)
             # Its address is its own to change, and no other one is heard.
             script = (
                 "ip addr add 10.0.0.9/32 dev eth0; ip route replace default via 192.0.0.1 dev eth0 onlink src 10.0.0.9"
@@ -198,12 +209,81 @@ def hostile(world: World) -> None:
     finally:
         seen = watch.close()
     there = ("203.0.113.80", HOST_ADDRESS)
-    equal(seen - {("arp",), ("ndp",)}, {("ip", 6, *there, 80), ("ip", 6, *reversed(there), 80)})
+    equal(seen - {("arp",), ("ndp",)} - OPENED, {("ip", 6, *there, 80), ("ip", 6, *reversed(there), 80)})
     assert most - before < 20, (before, most)
 
 
 def test_out_goes_only_what_is_open_whatever_a_guest_sends() -> None:
     in_world(hostile, isolation="vm")
+
+
+# In QEMU's place, with its tap as descriptor 3: everything that the kernel lets its holder ask of it, and sockets.
+TAKEN_OVER = r"""
+import errno, fcntl, os, socket, struct, sys
+def attempt(what):
+    try:
+        print(what() or "done")
+    except OSError as error:
+        print(errno.errorcode.get(error.errno, error))
+name = lambda one: struct.pack("16s24x", one)
+def ask(number, argument=1): return lambda: fcntl.ioctl(3, number, argument) and None
+plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def on_interface(number, request): return lambda: fcntl.ioctl(plain, number, request) and None
+attempt(ask(0x400454CA, struct.pack("16sH22x", b"tap1", 0x1002)))  # TUNSETIFF: another one
+for number in (0x400454CB, 0x400454CD, 0x400454CC, 0x400454CE):  # TUNSETPERSIST, LINK, OWNER, GROUP
+    attempt(ask(number, 1000))
+attempt(ask(0x8924, struct.pack("16sH6s16x", b"", 1, b"\2rf\0\0\7")))  # SIOCSIFHWADDR
+attempt(on_interface(0x8916, struct.pack("16sH2s4s8x", b"tap0", 2, b"", socket.inet_aton("10.0.0.9"))))  # SIOCSIFADDR
+attempt(on_interface(0x8914, struct.pack("16sH22x", b"tap0", 0)))  # SIOCSIFFLAGS: down
+attempt(lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW))
+attempt(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+attempt(lambda: os.open("/dev/net/tun", os.O_RDWR))
+def connect(address, port=80):
+    with socket.create_connection((address, port), timeout=1) as one:
+        return one.recv(100).decode().strip()
+socket.setdefaulttimeout(1)
+for address in ("203.0.113.80", "203.0.113.81", "169.254.169.254", "HOST", "192.0.0.1"):
+    attempt(lambda: connect(address))
+attempt(lambda: connect("192.0.0.1", PORT))
+for number in range(2000): os.write(3, os.urandom(14 + number % 1500))
+attempt(lambda: connect("203.0.113.80"))
+"""
+
+
+def taken_over(world: World) -> None:
+    """A VMM that its guest has taken over has the guest's tap and no other network, and can't change its namespace."""
+    from ringfence.levels.container import ContainerSandbox
+    from ringfence.levels.state import state
+    from ringfence.spec import Spec
+    from ringfence.wire import messages
+
+    code = TAKEN_OVER.replace("HOST", HOST_ADDRESS).replace("PORT", str(HOST_PORTS["loopback"]))
+    network = rf.Network("nat", allow=["203.0.113.80:80"])
+    spec = Spec.make(["python3", "-c", code], isolation="container", network=network)
+    ours, theirs = os.pipe()
+    jail = ContainerSandbox(spec, rf.host(), state(), guest=True)
+    try:
+        assert jail.channel is not None and jail.network is not None
+        fds = [state().null, theirs, theirs, jail.network.tap]
+        request = messages.execute(
+            spec.argv, spec.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=len(fds)
+        )
+        jail.channel.send(request, fds)
+        jail.network.tap_was_handed_on()
+        os.close(theirs)
+        with open(ours, "rb") as file:
+            lines = file.read().decode().splitlines()
+    finally:
+        jail.close()
+    # What its descriptor does is the tap's own, and goes with it: that it stays, whose it is, its MAC.
+    equal(lines[:6], ["EEXIST", "done", "EBUSY", "done", "done", "done"])
+    equal(lines[6:11], ["EPERM", "EPERM", "EPERM", "EPERM", "ENOENT"])
+    equal(lines[11:], ["timed out"] * 7)
+
+
+@pytest.mark.parametrize("user", [0, UNPRIVILEGED], ids=["root", "unprivileged"])
+def test_a_vmm_that_was_taken_over_has_no_network_but_the_tap(user: int) -> None:
+    in_world(taken_over, user=user)
 
 
 def refusals(world: World) -> None:

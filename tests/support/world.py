@@ -223,6 +223,8 @@ def main(path: str, function: str, user: str, isolation: str) -> None:
         resolv = Path(folder, "resolv.conf")
         resolv.write_text("nameserver 203.0.113.53\noptions timeout:1 attempts:1\n")
         resolv.chmod(0o644)
+        # Folders and cgroups are named by pids, which begin at 1 in every other world too.
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(1000 + int.from_bytes(os.urandom(2)) // 3))
         subprocess.run(["mount", "--bind", str(resolv), os.path.realpath("/etc/resolv.conf")], check=True)
         code = "from support import internet; internet.main()"
         with subprocess.Popen(

@@ -239,7 +239,8 @@ def _wanted(ipv6: bool) -> list[tuple[int, int, int]]:
 def _rules(ipv6: bool, guest: bool = False) -> tuple[int, bytes]:
     """(number of rules, the batch that makes them). Only what stays inside, or goes to our sockets, is accepted.
 
-    Of a guest's packets none is for the namespace itself, where only its VMM is, and all have the guest's address.
+    Of a guest's packets none is for the namespace itself, and all have the guest's address. Beside them there is only
+    what the gateway sends: its VMM, which is alone in there, has no network of its own.
     """
     e = expression
     port = struct.pack("!H", _PORT)
@@ -248,7 +249,9 @@ def _rules(ipv6: bool, guest: bool = False) -> tuple[int, bytes]:
     if ipv6:
         own6 = (24, ipaddress.ip_address("::1").packed), (24, ADDRESS6)
         families.append((_IPV6, 10, GATEWAY6, own6, (8, ADDRESS6)))
-    judged = struct.pack("=I", MARK)
+    judged = [e.meta(_META_MARK), e.compare(struct.pack("=I", MARK), equal=False)]
+    if guest:
+        rules.append([e.meta(_META_INTERFACE), e.compare(struct.pack("=I", _LO)), *judged, e.verdict(0)])
     outside = [e.meta(_META_INTERFACE), e.compare(struct.pack("=I", _LO), equal=False)]
     for family, number, gateway, own, (at, sender) in families:
         here = [e.meta(_META_FAMILY), e.compare(family)]
@@ -260,8 +263,7 @@ def _rules(ipv6: bool, guest: bool = False) -> tuple[int, bytes]:
             rules.append([*here, *outside, *to, e.verdict(0)] if guest else [*here, *to, e.verdict(1)])
         # A SYN that wasn't judged goes to the gateway and no further; it sends it again once it may pass.
         asks = [e.meta(_META_PROTOCOL), e.compare(_TCP), e.payload(2, 13, 1), e.mask(b"\x17"), e.compare(b"\2")]
-        rules.append([*here, *asks, e.meta(_META_MARK), e.compare(judged, equal=False)])
-        rules[-1] += [e.log(_GROUP), e.verdict(0)]
+        rules.append([*here, *asks, *judged, e.log(_GROUP), e.verdict(0)])
         target = [e.load(2, gateway), e.load(3, port), e.tproxy(number, 2, 3), e.verdict(1)]
         for protocol in (_TCP, _UDP):
             rules.append([*here, e.meta(_META_PROTOCOL), e.compare(protocol), *target])
