@@ -97,6 +97,7 @@ test-tools: system
 	need gcc gcc --version
 	need libc6-dev test -e /usr/include/stdio.h
 	need clang clang --version
+	need e2fsprogs mkfs.ext4 -V
 	need iproute2 ip -V
 	need uidmap test -x /usr/bin/newuidmap
 	need systemd test -x /lib/systemd/systemd # not run here: in a guest, for a user's scopes

@@ -13,7 +13,7 @@ import pytest
 
 import ringfence as rf
 from support import disks
-from support.sandboxes import PROBE, applied, ended, need_level, output
+from support.sandboxes import PROBE, applied, ended, need, need_level, output
 
 LIMITS = rf.Limits(wall_time=20)
 
@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(PROBE, at / "bin" / "probe")
     (at / "etc" / "name").write_text("of the disk\n")
     (at / "home" / "somebody" / "f").write_text("not shown")
+    (at / "etc" / "resolv.conf").symlink_to("../run/systemd/resolve/stub-resolv.conf")
     (at / "proc").symlink_to("etc")
     (at / "tmp").symlink_to("/etc")
     (at / "share").symlink_to("usr/share")
@@ -79,6 +80,24 @@ def test_an_overlay_over_the_second_partition_of_a_raw_disk(ext4: bytes, folder:
         assert ended(result) == ("disk", 1, None)
         assert applied(result)["disk"].effective == 8 << 20
         assert applied(result)["files"].mechanism == "a raw disk, read-only"
+
+
+def test_a_disk_is_told_its_name_server(ext4: bytes, folder: Path, tmp_path: Path) -> None:
+    """Where its /etc/resolv.conf leads to; where it has none, and none can be made, nothing runs."""
+    need("/dev/net/tun", os.path.exists("/dev/net/tun"))
+    image = tmp_path / "disk"
+    image.write_bytes(ext4)
+    result = rf.run(["probe", "read", "/etc/resolv.conf"], isolation="vm", image=image, network="nat")
+    assert b"nameserver 192.0.0.1" in output(result)
+    shutil.copytree(folder / "bin", tmp_path / "root" / "bin")
+    (tmp_path / "root" / "etc").mkdir()
+    image.write_bytes(disks.ext4(tmp_path / "root", tmp_path / "other.img"))
+    options: dict[str, Any] = {"isolation": "vm", "image": image, "network": "nat"}
+    with pytest.raises(rf.StartError) as caught:
+        rf.run(["probe", "read", "/etc/resolv.conf"], **options)
+    assert (caught.value.step, os.strerror(caught.value.errno or 0)) == ("mounts", "Read-only file system")
+    result = rf.run(["probe", "read", "/etc/resolv.conf"], overlay=True, **options)
+    assert b"nameserver 192.0.0.1" in output(result)
 
 
 def test_a_disk_without_a_root_is_an_error_and_nothing_runs(folder: Path, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import os
 from ringfence._value import Value
 from ringfence.errors import Unmet
 from ringfence.levels.base import Ability
-from ringfence.levels.network.rules import NetworkFiles
+from ringfence.levels.network.rules import HOSTS, RESOLV_CONF, NetworkFiles
 from ringfence.result import Applied
 from ringfence.spec import Network
 from ringfence.wire import messages
+from ringfence.wire.messages import INSIDE, NODEV, NOEXEC, NOSUID, OPTIONAL, RDONLY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
     from ringfence.levels.container import ContainerSandbox
     from ringfence.spec import Spec
+    from ringfence.wire.messages import MountStep
 
-__all__ = ["RULES", "Card", "abilities", "arguments", "unmet"]
+__all__ = ["RULES", "Card", "abilities", "arguments", "disk_files", "unmet"]
 
 RULES = ("network=nat", "allow", "publish", "bandwidth")
 _TUN = "/dev/net/tun"
@@ -75,13 +77,32 @@ def _why_not(sets: Iterable[str]) -> tuple[str, str]:
 def unmet(spec: Spec) -> list[Unmet]:
     if spec.network.mode != "nat":
         return []
-    if spec.image_is_disk:
-        reason = "what a disk has as /etc/resolv.conf is only known in the guest, which is told its name server there"
-        return [Unmet("network", "nat", reason, "use a rootfs folder as image")]
-    if spec.overlay or not NetworkFiles(spec.image, "guest", (0, 0)).missing:
+    if spec.overlay or spec.image_is_disk or not NetworkFiles(spec.image, "guest", (0, 0)).missing:
         return []
     reason = "the image has no /etc/resolv.conf to tell the guest its name server in, and nothing can be made there"
     return [Unmet("network", "nat", reason, "make an empty file there, or use overlay=True")]
+
+
+# Where an image's /etc/resolv.conf may lead to in /run, of which an image shows nothing: systemd-resolved, resolvconf.
+_LED_TO = (b"systemd/resolve/stub-resolv.conf", b"systemd/resolve/resolv.conf", b"resolvconf/resolv.conf")
+
+
+def disk_files(hostname: str, user: tuple[int, int]) -> list[MountStep]:
+    """The steps that show /etc/resolv.conf and /etc/hosts of our own making over those of a disk, of which only the
+    guest knows what it has: to run after the guest's own /run was made. Where there is no /etc/resolv.conf and none can
+    be made, init says so (EROFS), and nothing runs.
+    """
+    flags = NOSUID | NODEV | NOEXEC
+    steps = [] if user[0] == 0 else [messages.filesystem(b"/run", b"tmpfs", data=b"mode=0755,size=64k", flags=flags)]
+    for name in _LED_TO:
+        above = name.split(b"/")[:-1]
+        steps += [messages.directory(b"/run/" + b"/".join(above[: count + 1])) for count in range(len(above))]
+        steps.append(messages.file(b"/run/" + name, RESOLV_CONF, 0o444))
+    steps.append(messages.file(b"/run/hosts", HOSTS % hostname.encode("ascii"), 0o444))
+    steps.append(messages.file(b"/etc/resolv.conf"))
+    steps.append(messages.bind(b"/etc/resolv.conf", b"/run/" + _LED_TO[0], RDONLY | INSIDE))
+    steps.append(messages.bind(b"/etc/hosts", b"/run/hosts", RDONLY | INSIDE | OPTIONAL))
+    return steps
 
 
 # ---- starting ----

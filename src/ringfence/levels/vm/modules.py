@@ -33,6 +33,9 @@ SETS: dict[str, tuple[str, ...]] = {
 # What only a disk of the user's own takes: larger than all others together, so in an initramfs of its own. A kernel
 # may lack any of them. erofs is among the others, as our own disks are made of it.
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "squashfs")
+# Those of them that are loaded before a template is made, where one is asked for such a disk: to load ext4 or xfs takes
+# a restored guest a second under emulation. btrfs measures its checksums as it loads, and is rare.
+LOADED_AHEAD = ("ext4", "xfs", "squashfs")
 REQUIRED = tuple(name for name in SETS if name not in FILE_SYSTEMS)
 
 # Soft dependencies name crypto algorithms, not modules; modules.alias, which depmod writes, would tell. The

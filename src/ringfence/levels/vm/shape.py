@@ -7,7 +7,7 @@ import os
 
 from ringfence.errors import Unavailable
 from ringfence.levels.users import resolve
-from ringfence.levels.vm import card, emulator, initramfs, kernel
+from ringfence.levels.vm import card, emulator, initramfs, kernel, modules
 from ringfence.levels.vm.template import machine_memory
 from ringfence.levels.vm.tree import mount_shares
 from ringfence.levels.vm.vmm import Machine, Share
@@ -83,7 +83,7 @@ def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
         user=USER if spec.overlay and spec.image == "host" and 0 in user else shown,
         cpu_weight=limits.cpu_weight,
         cpuset=limits.cpuset,
-        sets=("overlay",) if spec.overlay else (),
+        sets=(*(("overlay",) if spec.overlay else ()), *(modules.LOADED_AHEAD if spec.image_is_disk else ())),
         card=card.of(spec),
         board=qemu.machine(),
         program=qemu.path,

@@ -7,6 +7,7 @@ import os
 from ringfence.images import tree
 from ringfence.levels.network.rules import RESOLV_CONF, NetworkFiles
 from ringfence.levels.root import device_steps, directories_above, own_directories, private_steps
+from ringfence.levels.vm.card import disk_files
 from ringfence.levels.vm.identity import identity_steps
 from ringfence.levels.vm.vmm import Share
 from ringfence.spec.rules import Tmpfs
@@ -35,7 +36,8 @@ def guest_tree(spec: Spec, user: tuple[int, int], memory_bytes: int) -> tuple[li
         # What is mounted comes after what is made: only that is below the overlay.
         steps.append(layers.overlay(b"/", None))
     steps += shown
-    files = NetworkFiles(spec.image, spec.hostname or HOSTNAME, user) if spec.network.mode == "nat" else None
+    nat = spec.network.mode == "nat"
+    files = NetworkFiles(spec.image, spec.hostname or HOSTNAME, user) if nat and not spec.image_is_disk else None
     if files is not None:
         if files.missing:  # below an overlay, as `card.unmet` sees to
             steps.append(messages.file(b"/etc/resolv.conf", RESOLV_CONF))
@@ -43,6 +45,8 @@ def guest_tree(spec: Spec, user: tuple[int, int], memory_bytes: int) -> tuple[li
     # In a kernel of its own there is nothing of the host's to mask.
     steps += private_steps(user, masks=False)
     steps += files.after if files is not None else []
+    if nat and spec.image_is_disk:
+        steps += disk_files(spec.hostname or HOSTNAME, user)
     if disk is not None:
         steps.append(layers.place(HOME, 0o700))
     else:

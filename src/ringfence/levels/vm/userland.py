@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["overlay_unmet", "owned_userland"]
 
+# Each takes a descriptor of the frame that plans the jail, of which there are 64.
+_MOST_MOUNTED = 36
 _KEPT = RDONLY | NOSUID | NODEV | NOEXEC | NOFOLLOW
 
 
@@ -36,7 +38,14 @@ def overlay_unmet(spec: Spec, host: Host) -> list[Unmet]:
         # What owns a mount is QEMU's user, and that can't be root here.
         reason = "root in the guest can have an overlay over the host's files, or mounts, as one server serves both"
         help = "leave the mounts or user=0 out, or use a rootfs folder as image"
+    elif len(below := mounts_below(_folders())) + len(spec.mounts) > _MOST_MOUNTED:
+        reason = f"{len(below)} file systems are mounted below the host's userland: more than QEMU's jail can be given"
+        help = "unmount some, or use a rootfs folder as image"
     return [Unmet("overlay", True, reason, help)] if reason else []
+
+
+def _folders() -> list[bytes]:
+    return [b"/" + entry.name for entry in tree.host_entries() if entry.kind == "directory"]
 
 
 def _user(spec: Spec) -> tuple[int, int]:
@@ -46,15 +55,13 @@ def _user(spec: Spec) -> tuple[int, int]:
 def owned_userland(jail: ContainerSandbox, at: bytes) -> list[MountStep]:
     """The steps that show it beneath `at` in QEMU's jail."""
     steps = []
-    folders = []
     for entry in tree.host_entries():
         if entry.kind == "symlink":
             continue  # the guest makes its own
         path = b"/" + entry.name
         steps.append(messages.directory(at + path) if entry.kind == "directory" else messages.file(at + path))
         steps.append(messages.bind(at + path, jail.roots_own(path), _KEPT))
-        folders.append(path)
-    for point in mounts_below(folders):
+    for point in mounts_below(_folders()):
         # Of a file system of its own nothing is known: its files are nobody's.
         steps.append(messages.bind(at + point, jail.as_it_is(point), _KEPT | RECURSIVE))
     return steps + [messages.mask(at + path) for path in tree.host_secrets()]
