@@ -7,6 +7,7 @@
 
 `run` does the work; `Limits`, `Mount`, `Network` and their like say under which rules; a `Result` tells how it ended,
 what it used, and what was in force. `Sandbox` stays and takes several commands, `Pool` keeps sandboxes waiting.
+`Console` boots an operating system of your own, and is its serial console.
 `inspect` tells what any live process is, `survey` all of this host's.
 Everything that is raised derives from `RingfenceError`.
 """
@@ -34,6 +35,7 @@ __all__ = [
     "CannotEnforce",
     "Change",
     "Comparison",
+    "Console",
     "Denial",
     "Device",
     "File",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ringfence.comparison import Comparison, compare
+    from ringfence.levels.vm.console import Console
     from ringfence.observe import Inspection, inspect, survey
     from ringfence.pool import Pool
     from ringfence.sandbox import Sandbox
@@ -87,6 +90,10 @@ def __getattr__(name: str) -> Any:
         from ringfence import observe
 
         return getattr(observe, name)
+    if name == "Console":
+        from ringfence.levels.vm.console import Console
+
+        return Console
     if name == "Sandbox":
         from ringfence.sandbox import Sandbox
 

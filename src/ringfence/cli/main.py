@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": ("ringfence.cli.compare", "run a command at every level, and show what each isolates and costs"),
     "inspect": ("ringfence.cli.inspect", "show what a live process is, whoever made it, and what is weak about it"),
     "ps": ("ringfence.cli.ps", "list what runs here, as virtual machines, containers and processes"),
+    "console": ("ringfence.cli.console", "boot an operating system of your own, and show its serial console"),
     "doctor": ("ringfence.cli.doctor", "show what this host can enforce, level by level, and what would help"),
     "setup": ("ringfence.cli.setup", "get what the levels need: QEMU, a kernel for guests, libseccomp"),
     "cache": ("ringfence.cli.cache", "list, check and remove what was made once and kept: kernels, disks, templates"),

@@ -34,7 +34,8 @@ _MOST_MOUNTS = 32
 class VmLevel(Level):
     name = "vm"
 
-    def unavailable(self, host: Host) -> tuple[str, str] | None:
+    def unavailable(self, host: Host, *, kernel_needed: bool = True) -> tuple[str, str] | None:
+        """As every level's. kernel_needed: False where the guest brings its own."""
         from ringfence.levels.vm import emulator, kernel
 
         if host.machine != "x86_64":
@@ -45,7 +46,9 @@ class VmLevel(Level):
             return error.reason, error.help
         if host.user_namespaces:
             return f"QEMU is jailed in a container, and {host.user_namespaces}", "see 'ringfence doctor'"
-        found = kernel.find()
+        found = kernel.find() if kernel_needed else None
+        if not kernel_needed:
+            return host.ids
         if found is None:
             return "the guest's kernel isn't prepared", "run 'ringfence setup'"
         if board == "q35" and "pci" not in found.sets:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ringfence.levels.host import Host
     from ringfence.levels.state import State
 
-__all__ = ["MEMORY_OVERHEAD_BYTES", "STATE_FD", "Memory", "command_line", "start_qemu"]
+__all__ = ["MEMORY_OVERHEAD_BYTES", "STATE_FD", "Memory", "command_line", "shown_program", "start_qemu"]
 
 # What QEMU takes beside the guest's memory: its own, the cache of translated code, buffers of 9p.
 MEMORY_OVERHEAD_BYTES = 256 << 20
@@ -33,13 +33,13 @@ _KVM = b"/dev/kvm"
 _CHANNEL_FD, _QMP_FD, _MEMORY_FD, STATE_FD = 3, 4, 5, 6
 
 
-def _qemu_path(path: str) -> bytes:
-    """The path in the jail of that program of the host's."""
+def shown_program(path: str) -> tuple[bytes, bool]:
+    """The path in a jail of that program of the host's, and whether it has to be mounted there."""
     from ringfence.images import tree
 
     name = os.fsencode(path)
     shown = any(name.startswith(b"/" + entry.name + b"/") for entry in tree.host_entries() if entry.kind == "directory")
-    return name if shown else _OWN_QEMU
+    return (name, False) if shown else (_OWN_QEMU, True)
 
 
 class Memory(Value):
@@ -65,7 +65,7 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
     if memory is None or saved:
         steps += jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
         steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
-    if _qemu_path(spec.program) == _OWN_QEMU:
+    if shown_program(spec.program)[1]:
         steps += jail.host_mount(os.fsencode(os.path.realpath(spec.program)), _OWN_QEMU, RDONLY | NOSUID | NODEV)
     for number, disk in enumerate(spec.disks):
         steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags)
@@ -105,7 +105,7 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             cpuset=spec.cpuset,
         )
         what = Spec.make(
-            [_qemu_path(spec.program)],
+            [shown_program(spec.program)[0]],
             isolation="container",
             user=f"{spec.user[0]}:{spec.user[1]}",
             hostname="vmm",
@@ -185,7 +185,7 @@ def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = 
         sets=spec.sets,
         card_fd=_card_fd(memory) if spec.card is not None else None,
         board=spec.board,
-        qemu=_qemu_path(spec.program),
+        qemu=shown_program(spec.program)[0],
         memory=None if memory is None else (f"/proc/self/fd/{_MEMORY_FD}", boots),
         qmp_fd=None if memory is None else _QMP_FD,
         tsc_khz=tsc_khz,
