@@ -115,3 +115,29 @@ def test_a_bucket_is_not_emptied_byte_by_byte() -> None:
         assert 1.4 * rate <= moved <= 3.1 * rate
         assert turns <= 2 * 500 + 2, (rate, turns)
         assert moved / turns >= min(1000, rate)
+
+
+@given(st.binary(max_size=65000), st.sampled_from((1280, 1500, 16384)))
+def test_fragments_are_the_packet(payload: bytes, most: int) -> None:
+    for source, destination in ((A4, B4), (A6, B6)):
+        whole = packets.udp(source, 53, destination, 40000, payload)
+        pieces = packets.fragments(whole, most)
+        assert all(len(one) <= most for one in pieces)
+        if len(whole) <= most:
+            assert pieces == [whole]
+            continue
+        body, numbers = b"", set()
+        for number, one in enumerate(pieces):
+            last = number == len(pieces) - 1
+            if len(source) == 4:
+                assert struct.unpack_from("!H", one, 2)[0] == len(one)
+                at, more, skip = (one[6] << 8 | one[7]) << 3 & 0xFFFF, one[6] >> 5 == 1, 20
+                numbers.add(one[4:6])
+            else:
+                assert (struct.unpack_from("!H", one, 4)[0], one[6], one[40]) == (len(one) - 40, 44, 17)
+                at, more, skip = struct.unpack_from("!H", one, 42)[0] & ~7, one[43] & 1 == 1, 48
+                numbers.add(one[44:48])
+            assert (at, more) == (len(body), not last)
+            body += one[skip:]
+        assert body == whole[20 if len(source) == 4 else 40 :]
+        assert len(numbers) == 1

@@ -15,6 +15,7 @@ import struct
 
 from ringfence.errors import KernelError, ProtocolError
 from ringfence.levels.network import tap
+from ringfence.levels.network.packets import fragments
 from ringfence.linux import netlink
 from ringfence.linux.netlink import expression
 
@@ -199,8 +200,10 @@ class Inside:
         raw = self.raw.get(len(destination))
         if raw is None:
             return
+        to = (str(ipaddress.ip_address(destination)), 0)
         try:
-            raw.sendto(packet, (str(ipaddress.ip_address(destination)), 0))
+            for piece in fragments(packet, tap.MTU_BYTES) if self.guest else (packet,):
+                raw.sendto(piece, to)
         except OSError:
             return
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import array
+import os
 import struct
 import sys
 
-__all__ = ["Segment", "checksum", "icmp_error", "parse_syn", "reset", "udp", "with_checksum"]
+__all__ = ["Segment", "checksum", "fragments", "icmp_error", "parse_syn", "reset", "udp", "with_checksum"]
 
-_TCP, _UDP, _ICMP, _ICMP6 = 6, 17, 1, 58
+_TCP, _UDP, _ICMP, _ICMP6, _FRAGMENT = 6, 17, 1, 58, 44
 _FLAGS, _SYN = 0x17, 0x02  # FIN, SYN, RST, ACK
 _IP4, _IP6 = struct.Struct("!BBHHHBBH4s4s"), struct.Struct("!IHBB16s16s")
 _TTL = 64
@@ -116,6 +117,26 @@ def udp(source: bytes, source_port: int, destination: bytes, port: int, payload:
         header = struct.pack("!HHHH", source_port, port, length, 0)
         value = checksum(_pseudo(source, destination, _UDP, length) + header + payload) or 0xFFFF
     return _ip(source, destination, _UDP, struct.pack("!HHHH", source_port, port, length, value) + payload)
+
+
+def fragments(packet: bytes, most: int) -> list[bytes]:
+    """A packet of our own in pieces of at most so many bytes (RFC 791, RFC 8200 4.5)."""
+    if len(packet) <= most:
+        return [packet]
+    four = packet[0] >> 4 == 4
+    head, body = (packet[:20], packet[20:]) if four else (packet[:40], packet[40:])
+    room = (most - len(head) - (0 if four else 8)) & ~7
+    number = (int.from_bytes(os.urandom(4)) | 1) & (0xFFFF if four else 0xFFFFFFFF)  # for 0 the kernel takes its own
+    found = []
+    for at in range(0, len(body), room):
+        piece, more = body[at : at + room], at + room < len(body)
+        if four:
+            changed = struct.pack("!HHH", 20 + len(piece), number, more << 13 | at >> 3)
+            found.append(head[:2] + changed + head[8:] + piece)
+        else:
+            extension = struct.pack("!BBHI", head[6], 0, at | more, number)
+            found.append(head[:4] + struct.pack("!HB", 8 + len(piece), _FRAGMENT) + head[7:] + extension + piece)
+    return found
 
 
 def icmp_error(kind: str, source: bytes, destination: bytes, original: bytes) -> bytes:
