@@ -84,6 +84,14 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
     return steps
 
 
+def _taken_bytes(spec: Machine, memory: Memory | None) -> int:
+    """What QEMU may take of the host. A guest that is restored takes a page of its template's, be it a hole in that,
+    for each of its own that it is the first to touch: the kernel charges both to who did.
+    """
+    own = spec.memory_bytes * (2 if memory is not None and memory.state is not None else 1)
+    return own + MEMORY_OVERHEAD_BYTES
+
+
 def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, memory: Memory | None = None) -> Vmm:
     """Starts QEMU in its jail. stays: as for `Level.open`. memory: of a guest that is to be saved, or that QEMU
     waits for until it is told by QMP. Raises Unavailable, StartError; leaves nothing then.
@@ -97,7 +105,7 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
         os.set_blocking(errors_of_qemu, True)
         usable = {name: host.cgroups.controller(name).usable for name in ("memory", "cpu", "pids")}
         limits = Limits(
-            memory=spec.memory_bytes + MEMORY_OVERHEAD_BYTES if usable["memory"] else None,
+            memory=_taken_bytes(spec, memory) if usable["memory"] else None,
             # A vCPU each, and a share of one for QEMU's own threads. Its pool of those that wait for files is 64.
             cpus=spec.cpus + _OWN_CPUS if usable["cpu"] else None,
             pids=spec.cpus + _OWN_THREADS if usable["pids"] else None,
