@@ -5,13 +5,16 @@ What adds up would be memory and descriptors of this process and of the launcher
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
+import ringfence as rf
 from ringfence.comparison.sustained import endurance, growth
+from ringfence.levels.state import state
 from support import leaks
-from support.sandboxes import LOCAL_LEVELS
+from support.sandboxes import EXITED_0, LOCAL_LEVELS, applied, ended, need_level
 
 # How much more there may be after all starts than before: bytes of the two processes, which take memory by the page and
 # by the arena; descriptors none. The kernel's own by a handful, whatever the number of starts, and as other processes
@@ -54,6 +57,38 @@ def check(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)
 def test_a_thousand_in_a_row(isolation: str) -> None:
     check(endurance(1000, isolation, steps=4))
+
+
+def restored(count: int) -> None:
+    """Guests one after the other, each with a QEMU that waits for the next, and then two at a time."""
+
+    def some(number: int) -> None:
+        for _ in range(number):
+            result = rf.run(["/usr/bin/true"], isolation="vm")
+            assert ended(result) == EXITED_0
+            assert applied(result)["start"].effective == "restored"
+
+    need_level("vm")
+    some(4)
+    before = growth()
+    some(count - count // 4)
+    threads = [threading.Thread(target=some, args=(count // 8,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    state().ready.clear()
+    assert leaks.settled(lambda: more(before), 20) == {}
+
+
+def test_a_few_restored_guests_in_a_row() -> None:
+    restored(16)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_thousand_restored_guests_in_a_row() -> None:
+    restored(1000)
 
 
 @pytest.mark.long

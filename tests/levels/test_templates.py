@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from ringfence import _cache
 from ringfence.levels.state import state
 from ringfence.levels.vm import kernel, start, template
 from ringfence.levels.vm import sandbox as vm_sandbox
-from support.sandboxes import EXITED_0, PROBE, applied, ended, need_level, python_json
+from support import unprivileged
+from support.sandboxes import EXITED_0, PROBE, applied, ended, need_level, need_root, python_json
 
 pytestmark = pytest.mark.usefixtures("own_templates")
 
@@ -373,3 +375,32 @@ def test_usage_tells_the_guests_own_and_the_hosts_apart() -> None:
     assert used.cpu_ns is not None and used.cpu_ns > 10_000_000
     assert used.vmm_memory_peak_bytes is not None and used.vmm_memory_peak_bytes > 16 << 20
     assert used.memory_peak_bytes is not None and 16 << 20 < used.memory_peak_bytes < 64 << 20
+
+
+UNPRIVILEGED = """
+import json, os, ringfence as rf
+found = []
+for _ in range(3):
+    result = rf.run(["sh", "-c", "id -u; cat /proc/sys/kernel/random/boot_id"], isolation="vm")
+    found.append([result.stdout.decode(), [one.mechanism for one in result.applied if one.rule == "start"][0]])
+print(json.dumps(found))
+"""
+
+
+def test_an_unprivileged_callers_guests_are_restored_from_its_own_template() -> None:
+    need_root()
+    kept = unprivileged.home() / ".cache/ringfence"
+    if not (kept / "kernels").exists():
+        shutil.copytree(Path(_cache.root()) / "kernels", kept / "kernels", symlinks=True)
+    for one in (kept.parent, kept, *kept.rglob("*")):
+        os.chown(one, unprivileged.UID, unprivileged.UID, follow_symlinks=False)
+    found = unprivileged.python_json(UNPRIVILEGED, timeout=280)
+    assert [one[1] for one in found] == [
+        "a template, made by this run",
+        "a template",
+        "a template, by a QEMU that waited",
+    ]
+    assert len({one[0] for one in found}) == 3
+    assert all(one[0].startswith("1000\n") for one in found)
+    (made,) = (one for one in (kept / template.KIND).iterdir() if not one.name.startswith("."))
+    assert made.stat().st_uid == unprivileged.UID

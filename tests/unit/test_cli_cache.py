@@ -70,6 +70,14 @@ def test_prune_by_size_and_by_age(cache: Path, capfd: pytest.CaptureFixture[str]
     assert main(["cache", "--json", "prune", "--max-size", "300K"]) == 0
     assert keys(json.loads(capfd.readouterr().out)) == ["older"]
     assert keys(listed(capfd)) == ["new", "disk"]
+    # No run makes a kernel anew, so none goes that isn't meant.
+    entry("kernels", "kernel", 4096, 100)
+    assert main(["cache", "prune", "--unused-for", "1h", "--max-size", "1M"]) == 0
+    capfd.readouterr()
+    assert keys(listed(capfd)) == ["new", "kernel"]
+    assert main(["cache", "prune", "--unused-for", "1h", "--kind", "kernels"]) == 0
+    capfd.readouterr()
+    assert keys(listed(capfd)) == ["new"]
 
 
 def test_verify_removes_what_is_damaged_and_nothing_else(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:

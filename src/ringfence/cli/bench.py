@@ -46,6 +46,7 @@ OPTIONS = Options(
             "profile", "instead, show where the time of one run goes", choices=("process", "container"), metavar="LEVEL"
         ),
         Option("sustained", "what adds up instead: 2000 starts (or --rounds), 1000 idle sandboxes, 10,000 in a row"),
+        Option("vm", "instead, what a guest costs: booted, restored, pooled; its memory (30 rounds, or --rounds)"),
         Option("json", "print every sample and the machine's facts as JSON"),
     ],
     """\
@@ -94,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
     given = OPTIONS.parse(argv)
     if given["sustained"]:
         return _sustained(given["rounds"] or 2000, given["json"])
+    if given["vm"]:
+        return _guests(given["rounds"] or 30, given["json"])
     if given["ablation"] or given["profile"]:
         return _inside(given)
     from ringfence.comparison.bench import TARGETS, measure
@@ -109,6 +112,18 @@ def main(argv: Sequence[str]) -> int:
     summaries = found.summaries()
     figures = [(one.found(summaries), one.most) for one in TARGETS]
     return _MISSED if any(figure is not None and figure > most for figure, most in figures) else _MET
+
+
+def _guests(rounds: int, as_json: bool) -> int:
+    from ringfence.comparison import guests
+
+    found = guests.measure(rounds, output.progress())
+    if as_json:
+        output.write_json(found)
+    else:
+        for line in guests.lines(found):
+            output.write_line(output.STDOUT, line)
+    return _MET
 
 
 def _sustained(count: int, as_json: bool) -> int:

@@ -18,6 +18,7 @@ __all__ = ["OPTIONS", "main"]
 
 _ACTIONS = ("list", "verify", "prune", "clear")
 _MOST_BYTES = 2 << 30
+_KERNELS = "kernels"
 
 
 def _bytes(word: str) -> int:
@@ -32,7 +33,8 @@ OPTIONS = Options(
     "ringfence cache",
     "list|verify|prune|clear",
     "Shows, checks and removes what ringfence has made once and keeps: guests' kernels, initramfs, disks of rootfs"
-    " folders, and templates that guests are restored from. All of it is made again when it is needed.",
+    " folders, and templates that guests are restored from. All is made again when it is needed, but kernels by"
+    " 'ringfence setup'.",
     [
         Option("kind", "only what is of that kind, as list names them", metavar="NAME", repeatable=True),
         Option("max-size", 'prune: what may stay in all, the last used first: "500M" (2G)', metavar="SIZE",
@@ -44,7 +46,7 @@ OPTIONS = Options(
     """\
 list     kind, key, size on disk, and when it was made or last used
 verify   reads all files and compares them with what was made; what is damaged is removed
-prune    removes what was used longest ago, until the rest has at most --max-size
+prune    removes what was used longest ago, until the rest has at most --max-size; no kernel unless --kind says so
 clear    removes all
 
 Kernels and disks tell when they were made, templates when they were last used. Whoever has something open can go on
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     if action != "prune" and (given["max-size"] is not None or given["unused-for"] is not None):
         raise OPTIONS.error("--max-size and --unused-for are for prune")
     found = [one for one in _entries() if not given["kind"] or one["kind"] in given["kind"]]
-    gone = _choose(action, found, given["max-size"], given["unused-for"])
+    gone = _choose(action, found, given["kind"], given["max-size"], given["unused-for"])
     for one in gone:
         _cache.remove(one["kind"], one["key"])
     _print(action, found if action in ("list", "verify") else gone, gone, as_json=given["json"])
@@ -91,7 +93,7 @@ def _entries() -> list[dict[str, Any]]:
 
 
 def _choose(
-    action: str, found: list[dict[str, Any]], most_bytes: int | None, unused_ns: int | None
+    action: str, found: list[dict[str, Any]], kinds: list[str], most_bytes: int | None, unused_ns: int | None
 ) -> list[dict[str, Any]]:
     """What has to go."""
     if action == "list":
@@ -105,6 +107,8 @@ def _choose(
     gone = []
     total = 0
     for one in found:
+        if one["kind"] == _KERNELS and _KERNELS not in kinds:
+            continue  # the one thing that no run makes anew by itself
         total += one["bytes"]
         too_old = unused_ns is not None and time.time_ns() - one["used_ns"] > unused_ns
         if too_old or (most_bytes is not None and total > most_bytes):
