@@ -53,7 +53,7 @@ help:
 	@echo 'make setup   get compiler, Python environment, QEMU and the guest kernel; quick when all is there'
 	@echo 'make demo    setup, then compare a data job and a hostile job at every level'
 	@echo 'make test    setup, then lint, fuzz and the whole test suite'
-	@echo 'make test-long  setup, then what takes longer: 1,000 kills, 10,000 starts, the whole suite in a guest'
+	@echo 'make test-long  setup, then what takes longer: 1,000 kills, 10,000 starts, more of the suite in a guest'
 	@echo 'make lint    ruff, mypy --strict, import-linter, C warnings of gcc and clang'
 	@echo 'make fuzz    each parser of the C core under ASan and UBSan (FUZZ_SECONDS=5 each)'
 	@echo 'make clean   remove what was built, and the Python environment'
