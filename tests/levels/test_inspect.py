@@ -29,7 +29,9 @@ ALL = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
 @contextmanager
 def running(words: list[str], name: str, **options: object) -> Iterator[rf.Inspection]:
     """The process of that name among what the command starts, inspected."""
-    starter = subprocess.Popen(words, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+    # A pipe: the OCI runtimes give the streams that they get to the ids inside, /dev/null itself too.
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    starter = subprocess.Popen(words, **streams, **options)  # type: ignore[call-overload]
     try:
         yield rf.inspect(found_below(starter.pid, name))
     finally:
@@ -37,10 +39,10 @@ def running(words: list[str], name: str, **options: object) -> Iterator[rf.Inspe
             if one.name == name:
                 os.kill(one.pid, 9)
         try:
-            starter.wait(10)
+            starter.communicate(timeout=10)
         except subprocess.TimeoutExpired:
             starter.kill()
-            starter.wait()
+            starter.communicate()
 
 
 def found_below(pid: int, name: str) -> int:
