@@ -127,28 +127,41 @@ int rf_guest_main(void) {
 
 /* ---- clock and random pool ---- */
 
-/* A plan that takes longer is given up by Python. */
-#define RESTORED_AT_MOST_NS 600000000000u
+/* The host knows our clock only about so well. */
+#define MEASURED_WITHIN_NS 1000000000
 
-void rf_guest_clock(const struct rf_plan *p) {
-    if (p->realtime_ns) {
+static int set_clock(const struct rf_plan *p, struct rf_error *e) {
+    int64_t since_ns = 0;
+    if (p->realtime_at_ns) {
         /* A guest that was restored: however long the plan took to get here, our own clock has gone on since. */
-        uint64_t since = p->realtime_at_ns ? rf_monotonic_ns() - p->realtime_at_ns : 0;
-        uint64_t ns = p->realtime_ns + (since <= RESTORED_AT_MOST_NS ? since : 0);
-        struct timespec now = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
-        clock_settime(CLOCK_REALTIME, &now);
+        since_ns = (int64_t)(rf_monotonic_ns() - p->realtime_at_ns);
+        if (since_ns < -MEASURED_WITHIN_NS) return rf_fail_errno(e, EINVAL, "guest", "clock", "the plan is of the future");
     }
-    if (p->entropy_length == 0) return;
+    uint64_t ns = p->realtime_ns + (uint64_t)since_ns;
+    struct timespec now = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+    return clock_settime(CLOCK_REALTIME, &now) < 0 ? fail(e, "clock_settime", "") : 0;
+}
+
+/* Without a seed of its own a guest would have the same random numbers as all others of its template. */
+static int seed_pool(const struct rf_plan *p, struct rf_error *e) {
     struct {
         int bits, bytes;
         uint8_t seed[512];
     } pool = {.bits = (int)p->entropy_length * 8, .bytes = (int)p->entropy_length};
     memcpy(pool.seed, p->entropy, p->entropy_length);
     int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return;
-    ioctl(fd, RNDADDENTROPY, &pool);
-    ioctl(fd, RNDRESEEDCRNG); /* Linux 4.17: use it now, not at the next interval */
+    if (fd < 0) return fail(e, "open", "/dev/urandom");
+    int r = 0;
+    if (ioctl(fd, RNDADDENTROPY, &pool) < 0) r = fail(e, "ioctl", "RNDADDENTROPY");
+    /* Linux 4.17: use it now, not at the next interval. */
+    else if (ioctl(fd, RNDRESEEDCRNG) < 0) r = fail(e, "ioctl", "RNDRESEEDCRNG");
     close(fd);
+    return r;
+}
+
+int rf_guest_clock(const struct rf_plan *p, struct rf_error *e) {
+    if (p->realtime_ns && set_clock(p, e) < 0) return -1;
+    return p->entropy_length ? seed_pool(p, e) : 0;
 }
 
 /* ---- limits: cgroup v2 of the guest's own ---- */

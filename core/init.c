@@ -187,8 +187,8 @@ static void finish_commands(struct init *s) {
     for (unsigned i = 0; i < COMMANDS_MAX; i++) {
         struct command *c = &s->commands[i];
         if (!c->used || c->running) continue;
+        if (c->once || c->warm) end_everything(s); /* what ours has left would be under no limit of the caller's command */
         if (c->once) {
-            end_everything(s);
             if (s->plan.give_back && s->plan.workdir) rf_give_back(s->plan.workdir, s->plan.uid, s->plan.gid);
         }
         /* No more than the pipe held: in a lasting sandbox somebody may write for ever. */
@@ -358,7 +358,7 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     }
     const struct rf_plan *p = &s->plan;
     if (s->where == RF_IN_GUEST) {
-        rf_guest_clock(p);
+        if (rf_guest_clock(p, e) < 0) return -1;
         if (rf_guest_limits(&s->plan, &s->cgroup_dir, e) < 0) return -1;
     }
     if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);

@@ -448,7 +448,8 @@ int rf_disk_open(int *root, const struct rf_mount *m, struct rf_layer *l, struct
 int rf_disk_show(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e);
 /* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */
 int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e);
-void rf_guest_clock(const struct rf_plan *p);
+/* The wall clock, and a seed for the random pool that is in use at once: what a guest that was restored must have of its own. */
+int rf_guest_clock(const struct rf_plan *p, struct rf_error *e);
 
 /* Transfers of files of the work directory, over the channel. */
 struct rf_transfer { int fd; uint32_t id; uint64_t left; };

@@ -161,6 +161,17 @@ def test_the_wall_clock_is_right_however_late_the_plan_comes() -> None:
     assert max(errors) < 50, errors
 
 
+def test_no_command_runs_where_the_clock_cannot_be_set() -> None:
+    run(["true"])
+    with rf.Sandbox(isolation="vm", limits=rf.Limits(memory="64M")) as sandbox:
+        opened = sandbox._open
+        assert isinstance(opened, vm_sandbox.VmSandbox)
+        opened._guest.clock()
+        opened._guest.clock = lambda: (2**64 - 1, 0)  # type: ignore[method-assign]
+        with pytest.raises(rf.StartError, match=r"clock_settime.*Invalid argument"):
+            sandbox.run(["true"])
+
+
 def test_timers_and_clocks_go_on() -> None:
     code = (
         "import time; a = time.monotonic(); time.sleep(0.1); b = time.monotonic(); time.sleep(0.1);"

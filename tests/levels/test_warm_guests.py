@@ -6,12 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringfence as rf
+from ringfence.levels.base import Command
 from ringfence.levels.state import state
 from ringfence.levels.vm import start
+from ringfence.levels.vm.sandbox import VmSandbox, _true_is_the_hosts
+from ringfence.spec import Spec
 from support import leaks
 from support.sandboxes import EXITED_0, LOCAL_LEVELS, applied, ended, need_level, python
 
@@ -125,6 +130,46 @@ def test_what_warmed_a_guest_up_is_not_the_callers() -> None:
         assert result.termination_reason == "cpu_time", result
         assert time.monotonic() - began > 2.5
         assert result.usage.cpu_ns is not None and 2.5e9 < result.usage.cpu_ns < 5e9
+
+
+def test_nothing_of_what_warmed_a_guest_up_runs_on() -> None:
+    left = b"echo left >given; setsid sleep 4321 & exit 0"
+    seen = ["sh", "-c", "grep -lzx [4]321 /proc/[0-9]*/cmdline 2>/dev/null | wc -l; cat given"]
+    with rf.Sandbox(isolation="vm", limits=rf.Limits(wall_time=60)) as sandbox:
+        opened = sandbox._open
+        assert isinstance(opened, VmSandbox)
+        for warm, found in ((True, b"0\nleft\n"), (False, b"1\nleft\n")):
+            opened._boot()
+            opened._first(
+                Command(
+                    argv=(b"/bin/sh", b"-c", left),
+                    env=((b"PATH", b"/usr/bin:/bin"),),
+                    cwd=b"/work",
+                    input=None,
+                    wall_time_ns=None,
+                    output_bytes=4096,
+                    once=False,
+                ),
+                warm=warm,
+            )
+            assert sandbox.run(seen).stdout == found
+
+
+def test_only_the_hosts_own_program_warms_a_guest_up(tmp_path: Path) -> None:
+    def warms(**options: Any) -> bool:
+        return _true_is_the_hosts(Spec.make(["-"], isolation="vm", **options))
+
+    assert warms()
+    assert warms(mounts=[rf.Mount(tmp_path, "/mnt/x"), rf.Tmpfs("/srv/x")])
+    assert not warms(image=str(tmp_path))
+    for place in ("/usr/bin", "/usr/lib/x", "/bin", "/lib/x", "/lib64/x", "/etc/x"):
+        assert not warms(mounts=[rf.Mount(tmp_path, place)]), place
+    assert not warms(mounts=[rf.Tmpfs("/usr/lib")])
+    with rf.Pool(1, isolation="vm", mounts=[rf.Tmpfs("/etc/opt")]) as pool:
+        (waits,) = pool._keeper.waiting
+        assert isinstance(waits, VmSandbox)
+        assert (waits._answered, waits._last) == (True, None)
+        assert ended(pool.run(["true"])) == EXITED_0
 
 
 @pytest.mark.parametrize("isolation", [*LOCAL_LEVELS, "vm"])

@@ -84,6 +84,13 @@ class Agent:
             raise self.died(f"({what})")
         raise ProtocolError(f"{what} in time{self._vmm.last_words()}")
 
+    def until(self, done: Callable[[], bool], limit_ns: int, what: str) -> None:
+        """Hands on what comes until that is so. Raises as `wait_for`."""
+        deadline = time.monotonic_ns() + limit_ns
+        while not done():
+            for frame in self._frames(deadline - time.monotonic_ns(), what):
+                self._other(frame)
+
     # ---- files in ----
 
     def put(self, files: tuple[FileIn, ...]) -> None:
