@@ -215,7 +215,7 @@ def kept(text: str, make: Callable[[], bytes]) -> bytes:
 def available() -> tuple[bool, str]:
     """Whether filters can be made and used here, and by what or why not. The first call may compile them."""
     try:
-        with open("/proc/sys/kernel/seccomp/actions_avail", encoding="ascii") as file:
+        with open("/proc/sys/kernel/seccomp/actions_avail", encoding="utf-8") as file:
             actions = set(file.read().split())
     except OSError:
         return False, "this kernel has no seccomp filters (CONFIG_SECCOMP_FILTER)"
