@@ -275,10 +275,23 @@ int rf_tree_step(int *root, const struct rf_mount *m, struct rf_layer *l, struct
     }
 }
 
+static int clone_real(const char *path, uint16_t flags) {
+    struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
+    int source = (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
+    if (source < 0) return -1;
+    int copy = rf_mount_clone(source, "", flags);
+    int err = errno;
+    close(source);
+    errno = err;
+    return copy;
+}
+
 /* A detached clone of what a BIND step names by path; -1 with errno ENOENT tolerated where the step is optional. */
 static int open_source(struct rf_mount *m, struct rf_error *e) {
     if ((m->kind != RF_BIND && m->kind != RF_LAYER && m->kind != RF_OVERLAY) || m->fd >= 0 || !m->source[0] || (m->flags & RF_M_INSIDE)) return 0;
-    m->fd = rf_mount_clone(AT_FDCWD, m->source, m->flags);
+    /* An image's: no symlink is on its way but one that somebody has put there since it was looked at. */
+    bool real = m->kind == RF_OVERLAY || (m->flags & RF_M_NOFOLLOW);
+    m->fd = real ? clone_real(m->source, m->flags) : rf_mount_clone(AT_FDCWD, m->source, m->flags);
     if (m->fd >= 0 || ((m->flags & RF_M_OPTIONAL) && errno == ENOENT)) return 0;
     return fail(e, "open_tree", m->source);
 }

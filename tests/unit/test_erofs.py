@@ -96,7 +96,8 @@ def test_the_image_is_made_once(rootfs: Path, tmp_path: Path) -> None:
     assert Path(path).read_bytes()[1024:1028] == b"\xe2\xe1\xf5\xe0"
     assert images.erofs_disk(str(rootfs) + "/", cache, progress=said.append) == path
     os.symlink(rootfs, tmp_path / "alias")
-    assert images.erofs_disk(str(tmp_path / "alias"), cache, progress=said.append) == path
+    with pytest.raises(SpecError, match="is not a folder"):
+        images.erofs_disk(str(tmp_path / "alias"), cache)
     assert len(said) == 1
     assert os.stat(path).st_ino == about.st_ino
 
@@ -189,6 +190,25 @@ def test_too_much(rootfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_BYTES", 200_000)
     with pytest.raises(SpecError, match="too large"):
         images.tree_digest(str(rootfs))
+
+
+def test_a_sparse_file_does_not_fill_the_host(rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner pays nothing for it, and an image has no holes."""
+    fake_mkfs(tmp_path, monkeypatch, f"touch '{tmp_path}/ran'; exit 3")
+    cache = str(tmp_path / "cache")
+    with open(rootfs / "etc/sparse", "wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(SpecError, match="too large"):
+        images.erofs_disk(str(rootfs), cache)
+    about = os.statvfs(tmp_path)
+    os.truncate(rootfs / "etc/sparse", 1 << 30)
+    short = [*about[:4], (1 << 30) // about.f_frsize, *about[5:]]  # less than the file and what stays free
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(short))
+    with pytest.raises(Unavailable, match=r"may need 1280 MiB .* the cache folder has 1024 MiB") as caught:
+        images.erofs_disk(str(rootfs), cache)
+    assert "RINGFENCE_CACHE" in caught.value.help
+    assert left(tmp_path / "cache") == []
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_unreadable_folder_is_named(rootfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import struct
 
 from ringfence._value import Value
 from ringfence.errors import SpecError
+from ringfence.images.held import open_real
 
 __all__ = ["DiskImage", "inspect", "parse_header"]
 
@@ -49,27 +50,36 @@ _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = 1, 2, 4, 8, 16
 
 
 class DiskImage(Value):
-    """A disk image. format: "raw" or "qcow2". size_bytes: of the disk that it holds."""
+    """A disk image. format: "raw" or "qcow2". size_bytes: of the disk that it holds. identity: (st_dev, st_ino) of the
+    file that was read.
+    """
 
-    __slots__ = ("format", "path", "size_bytes")
+    __slots__ = ("format", "identity", "path", "size_bytes")
     path: str
     format: str
     size_bytes: int
+    identity: tuple[int, int]
 
-    def __init__(self, *, path: str, format: str, size_bytes: int) -> None:
-        self._set(path=path, format=format, size_bytes=size_bytes)
+    def __init__(self, *, path: str, format: str, size_bytes: int, identity: tuple[int, int]) -> None:
+        self._set(path=path, format=format, size_bytes=size_bytes, identity=identity)
 
 
 def inspect(path: str) -> DiskImage:
-    """Raises SpecError where it is no disk image that a guest can have, or can't be read."""
+    """path: a real one. Raises SpecError where it is no disk image that a guest can have, or can't be read."""
+    header = b""
     try:
-        # A FIFO must not hold us up, should it have become one.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # Not opened before it is known to be a file: to open a device or a FIFO may do something, or never end.
+        held = open_real(path)
         try:
-            about = os.fstat(fd)
-            header = os.pread(fd, _HEADER_BYTES, 0) if stat.S_ISREG(about.st_mode) else b""
+            about = os.fstat(held)
+            if stat.S_ISREG(about.st_mode):
+                fd = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    header = os.pread(fd, _HEADER_BYTES, 0)
+                finally:
+                    os.close(fd)
         finally:
-            os.close(fd)
+            os.close(held)
     except OSError as error:
         raise SpecError(f"image: {path!r} can't be read ({error.strerror})") from None
     if not stat.S_ISREG(about.st_mode):
@@ -78,7 +88,7 @@ def inspect(path: str) -> DiskImage:
         format, size = parse_header(header, about.st_size)
     except ValueError as error:
         raise SpecError(f"image: {path!r} {error}") from None
-    return DiskImage(path=path, format=format, size_bytes=size)
+    return DiskImage(path=path, format=format, size_bytes=size, identity=(about.st_dev, about.st_ino))
 
 
 def parse_header(header: bytes, file_bytes: int) -> tuple[str, int]:

@@ -13,6 +13,7 @@ import stat
 
 from ringfence._value import Value
 from ringfence.errors import SpecError
+from ringfence.images.held import open_real
 
 __all__ = ["OWN_NAMES", "Entry", "entries", "host_entries", "host_secrets"]
 
@@ -58,9 +59,24 @@ def _entry(folder: bytes, name: bytes) -> Entry | None:
     return Entry(name=name, kind="file") if stat.S_ISREG(mode) else None
 
 
-def entries(folder: str) -> list[Entry]:
-    """The top-level entries of a rootfs folder, sorted, less those that ringfence makes itself."""
-    path = os.fsencode(folder)
+def entries(folder: str, held: int | None = None) -> list[Entry]:
+    """The top-level entries of a rootfs folder, sorted, less those that ringfence makes itself. held: a descriptor of
+    the folder; None: it is opened here.
+    """
+    if held is not None:
+        return _entries(folder, held)
+    try:
+        held = open_real(folder)
+    except OSError as error:
+        raise SpecError(f"image: {folder!r} can't be read ({error.strerror})") from None
+    try:
+        return _entries(folder, held)
+    finally:
+        os.close(held)
+
+
+def _entries(folder: str, held: int) -> list[Entry]:
+    path = b"/proc/self/fd/%d" % held
     names: list[bytes] = []
     try:
         with os.scandir(path) as listed:

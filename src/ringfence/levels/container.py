@@ -8,7 +8,7 @@ import os
 import stat
 
 from ringfence.errors import SpecError, Unmet
-from ringfence.images import tree
+from ringfence.images import held, tree
 from ringfence.levels import capabilities, filter, namespaces
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
 from ringfence.levels.layer import overlay_unmet, why_no_overlay
@@ -338,10 +338,12 @@ class ContainerSandbox(LocalSandbox):
         own = self._host.privileged
         # What was a folder a moment ago may be a symlink to anywhere by now.
         flags = RDONLY | NOSUID | NODEV | RECURSIVE | NOFOLLOW
+        image = None
         if spec.image == "host":
             entries, folder = tree.host_entries(), b"/t/" + _TEMPLATE if own else b""
         else:
-            entries, folder = tree.entries(spec.image), os.fsencode(spec.image)
+            image = self.hold_image()
+            entries, folder = tree.entries(spec.image, image), os.fsencode(spec.image)
         steps = own_directories()
         for entry in entries:
             at = b"/" + entry.name
@@ -349,15 +351,25 @@ class ContainerSandbox(LocalSandbox):
                 steps.append(messages.symlink(at, entry.target))
                 continue
             steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
-            if own and spec.image != "host":
-                source: bytes | int = self._detached(folder + at, follow=False)
-            else:
-                source = folder + at
+            source: bytes | int = folder + at
+            if own and image is not None:
+                one = held.entry(image, entry.name, entry.kind)
+                try:
+                    source = self._detached(folder + at, held=one)
+                finally:
+                    os.close(one)
             steps.append(messages.bind(at, source, flags))
         steps += device_steps(self.standard_device)
         if spec.image == "host" and not own:
             steps += [messages.mask(path) for path in tree.host_secrets()]
         return steps
+
+    def hold_image(self) -> int:
+        """A descriptor of the image's folder, by which all of it is taken."""
+        try:
+            return self.keep_fd(held.open_real(self.spec.image))
+        except OSError as error:
+            raise SpecError(f"image: {self.spec.image!r} can't be read ({error.strerror})") from None
 
     def userland(self, at: bytes) -> list[MountStep]:
         """The steps that show the host's userland once more, beneath `at`: what a VMM hands on to its guest."""
@@ -395,11 +407,20 @@ class ContainerSandbox(LocalSandbox):
         self._folder = self.state.folder((self._base, self._base))
         return self.run_path(self._folder.name)
 
-    def lower(self, path: bytes) -> bytes | int:
-        """A lower layer: a mount on which the ids on disk are the same ids inside, so that a copy has an owner."""
+    def lower(self, path: bytes, image: int | None = None, entry: tree.Entry | None = None) -> bytes | int:
+        """A lower layer: a mount on which the ids on disk are the same ids inside, so that a copy has an owner. image,
+        entry: a descriptor of the image's folder, and what of it is meant.
+        """
         if not self._host.privileged:
             return path
-        fd = self.keep_fd(mounts.clone_tree(path, recursive=False, follow=False))
+        if image is not None and entry is not None:
+            one = held.entry(image, entry.name, entry.kind)
+            try:
+                fd = self.keep_fd(mounts.clone_tree(b"", recursive=False, at=one))
+            finally:
+                os.close(one)
+        else:
+            fd = self.keep_fd(mounts.clone_tree(path, recursive=False, follow=False))
         if not mounts.set_idmap(fd, self._user_namespace(None)):
             raise SpecError(f"overlay: the file system of {os.fsdecode(path)} can't map ids")
         return fd
@@ -414,13 +435,22 @@ class ContainerSandbox(LocalSandbox):
             raise SpecError(f"overlay: the file system of {os.fsdecode(path)} can't map ids")
         return fd
 
-    def as_it_is(self, path: bytes) -> bytes | int:
+    def as_it_is(self, path: bytes, image: int | None = None) -> bytes | int:
         """A file system with all that is mounted below it, where ids on disk are nobody's inside: what only its owner
-        may read stays so, to root inside too.
+        may read stays so, to root inside too. image: a descriptor of the image's folder, which the path is in.
         """
         if not self._host.privileged:
             return path
-        return self.keep_fd(mounts.clone_tree(path, follow=False))
+        if image is None:
+            return self.keep_fd(mounts.clone_tree(path, follow=False))
+        try:
+            point = held.beneath(image, path[len(os.fsencode(self.spec.image)) :])
+        except OSError:
+            raise held.replaced(path) from None
+        try:
+            return self.keep_fd(mounts.clone_tree(b"", at=point))
+        finally:
+            os.close(point)
 
     def close(self) -> None:
         super().close()
@@ -443,14 +473,13 @@ class ContainerSandbox(LocalSandbox):
         owner: tuple[int, int] | None = None,
         *,
         must: bool = False,
-        follow: bool = True,
         held: int | None = None,
     ) -> int:
         """A detached mount of a host path. owner: (uid, gid) on disk that the workload is to be; else ids on disk are
         the same ids inside. Where the file system can't map ids they are nobody's, which does for what all may read.
         held: a descriptor of what the path was found to be.
         """
-        tree = mounts.clone_tree(path, follow=follow) if held is None else mounts.clone_tree(b"", at=held)
+        tree = mounts.clone_tree(path) if held is None else mounts.clone_tree(b"", at=held)
         fd = self.keep_fd(tree)
         if not mounts.set_idmap(fd, self._user_namespace(owner)):
             if must:
@@ -474,25 +503,37 @@ class ContainerSandbox(LocalSandbox):
         return self._namespaces[owner]
 
     def host_mount(
-        self, source: bytes, target: bytes, flags: int, *, must: bool = False, secret: bool = True
+        self,
+        source: bytes,
+        target: bytes,
+        flags: int,
+        *,
+        must: bool = False,
+        secret: bool = True,
+        expected: tuple[int, int] | None = None,
     ) -> list[MountStep]:
         """The steps that show a host path at `target`: what its owner owns outside, the workload owns inside.
 
-        secret: whether it may be one. Raises SpecError.
+        secret: whether it may be one. expected: (st_dev, st_ino) of the regular file that it was, by a real path; None:
+        whatever the path leads to. Raises SpecError.
         """
         # Opened once: whoever may write to a folder on the way could swap it between a look and another.
-        held = os.open(source, os.O_PATH | os.O_CLOEXEC)
+        if expected is None:
+            found = os.open(source, os.O_PATH | os.O_CLOEXEC)
+        else:
+            found = held.regular(source, expected)
+            flags |= NOFOLLOW  # an unprivileged caller's init opens it once more
         try:
-            about = os.fstat(held)
-            if not secret and (reason := _why_secret(held)):
+            about = os.fstat(found)
+            if not secret and (reason := _why_secret(found)):
                 raise SpecError(f"mounts: {os.fsdecode(source)} has become what would show a secret: {reason}")
-            if not self._host.privileged and not flags & RDONLY and _lifts_limits(self.spec, held):
+            if not self._host.privileged and not flags & RDONLY and _lifts_limits(self.spec, found):
                 raise SpecError(f"mounts: {os.fsdecode(source)} shows cgroups, and the workload's user owns its own")
             what: bytes | int = source
             if self._host.privileged:
-                what = self._detached(source, (about.st_uid, about.st_gid), must=must, held=held)
+                what = self._detached(source, (about.st_uid, about.st_gid), must=must, held=found)
         finally:
-            os.close(held)
+            os.close(found)
         steps = directories_above(target)
         steps.append(messages.directory(target) if stat.S_ISDIR(about.st_mode) else messages.file(target))
         return [*steps, messages.bind(target, what, flags | RECURSIVE)]

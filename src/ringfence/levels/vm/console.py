@@ -10,6 +10,7 @@ from __future__ import annotations
 import _socket as socket
 import os
 import select
+import stat
 import time
 
 from ringfence._value import Value
@@ -47,14 +48,16 @@ _KVM = b"/dev/kvm"
 
 class System(Value):
     """What is started. kernel, initrd, disk: files of the host, or None; at least a kernel or a disk. append: the
-    kernel's command line. disk_format: "raw" or "qcow2", or None without a disk.
+    kernel's command line. disk_format: "raw" or "qcow2", or None without a disk. identities: (st_dev,
+    st_ino) of each of these files when it was looked at.
     """
 
-    __slots__ = ("append", "cpus", "disk", "disk_format", "initrd", "kernel", "memory_bytes")
+    __slots__ = ("append", "cpus", "disk", "disk_format", "identities", "initrd", "kernel", "memory_bytes")
     kernel: bytes | None
     initrd: bytes | None
     disk: bytes | None
     disk_format: str | None
+    identities: tuple[tuple[int, int] | None, ...]
     append: str
     memory_bytes: int
     cpus: int
@@ -79,26 +82,43 @@ class System(Value):
             raise SpecError(f"an operating system needs at least {_LEAST_BYTES >> 20} MiB of memory")
         if not 1 <= cpus <= _MOST_CPUS:
             raise SpecError(f"a machine has 1 to {_MOST_CPUS} CPUs, not {cpus}")
+        kernel, initrd, disk = (None if one is None else os.path.realpath(one) for one in (kernel, initrd, disk))
+        identities: list[tuple[int, int] | None] = []
         for path, what in ((kernel, "kernel"), (initrd, "initrd")):
-            if path is not None and not os.path.isfile(path):
-                raise SpecError(f"{what}: {os.fsdecode(path)} is not a file")
+            identities.append(None if path is None else _identity(path, what))
         disk_format = None
         if disk is not None:
             from ringfence.images import disk as disks
 
-            disk_format = disks.inspect(os.fsdecode(disk)).format  # a SpecError where it is more than one file
+            found = disks.inspect(os.fsdecode(disk))  # a SpecError where it is more than one file
+            disk_format = found.format
+            identities.append(found.identity)
+        else:
+            identities.append(None)
         self._set(
             kernel=kernel,
             initrd=initrd,
             disk=disk,
             disk_format=disk_format,
+            identities=tuple(identities),
             append=append,
             memory_bytes=memory_bytes,
             cpus=cpus,
         )
 
     def _init_arguments(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self._fields if name != "disk_format"}
+        return {name: getattr(self, name) for name in self._fields if name not in ("disk_format", "identities")}
+
+
+def _identity(path: bytes, what: str) -> tuple[int, int]:
+    """(st_dev, st_ino) of a file, by which it is told from what is put into its place later. Raises SpecError."""
+    try:
+        about = os.lstat(path)
+    except OSError as error:
+        raise SpecError(f"{what}: {os.fsdecode(path)} is not a file ({error.strerror})") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise SpecError(f"{what}: {os.fsdecode(path)} is not a file")
+    return about.st_dev, about.st_ino
 
 
 def arguments(system: System, accelerator: str, qemu: bytes) -> list[bytes]:
@@ -128,9 +148,10 @@ def arguments(system: System, accelerator: str, qemu: bytes) -> list[bytes]:
 def _jail_steps(system: System, jail: ContainerSandbox, accelerator: str, program: str) -> list[MountStep]:
     flags = RDONLY | NOSUID | NODEV | NOEXEC
     steps: list[MountStep] = [messages.directory(b"/vm")]
-    for path, at in ((system.kernel, b"/vm/kernel"), (system.initrd, b"/vm/initrd"), (system.disk, b"/vm/disk")):
+    shown = ((system.kernel, b"/vm/kernel"), (system.initrd, b"/vm/initrd"), (system.disk, b"/vm/disk"))
+    for (path, at), identity in zip(shown, system.identities, strict=True):
         if path is not None:
-            steps += jail.host_mount(os.path.realpath(path), at, flags)
+            steps += jail.host_mount(path, at, flags, expected=identity)
     at, own = shown_program(program)
     if own:
         steps += jail.host_mount(os.fsencode(os.path.realpath(program)), at, RDONLY | NOSUID | NODEV)

@@ -13,7 +13,9 @@ import os
 import stat
 
 from ringfence import _cache
-from ringfence.errors import SpecError, Unavailable
+from ringfence.errors import SpecError
+from ringfence.images.held import open_real
+from ringfence.levels.vm import mkfs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,34 +32,54 @@ _LEAST_BYTES = 64 << 20
 _KEPT = 3
 
 MAX_ENTRIES = 2_000_000
-MAX_BYTES = 64 << 30
+# By the files' sizes, as holes are filled.
+MAX_BYTES = 16 << 30
 # Of all images in the cache together, on disk.
 MOST_CACHED_BYTES = 16 << 30
-
-_MAKE_SECONDS = 1800
+# What an image must leave free of the cache's file system.
+RESERVE_BYTES = 256 << 20
+_BLOCK = 4096
 
 
 def erofs_disk(folder: str, cache_dir: str | None = None, *, progress: Progress | None = None) -> str:
-    """Path of the folder's erofs image, for a guest to mount read-only. Its size is a power of two.
+    """Path of the erofs image of a folder, given by a real path, for a guest to mount read-only. Its size is a power of
+    two. The folder is opened once: whatever is put in the place of one above it later changes nothing.
 
     Owners, modes, times, links and devices are the folder's; holes are filled; extended attributes are left
     out, and with them file capabilities, which no_new_privs voids anyway. The first time it takes about a
     second for 200 MB, later as long as a walk of the tree (some 5 µs an entry).
 
     Raises SpecError where the folder is none, can't be read, changes while it is read, or has over
-    MAX_ENTRIES entries or MAX_BYTES bytes; Unavailable where mkfs.erofs is missing or fails.
+    MAX_ENTRIES entries or MAX_BYTES bytes; Unavailable where mkfs.erofs is missing or fails, or there is no room.
     """
-    folder = os.path.realpath(folder)
-    before = tree_digest(folder)
+    folder = os.path.normpath(folder)
+    held = _open(folder)
+    try:
+        return _disk_of(folder, held, cache_dir, progress)
+    finally:
+        os.close(held)
+
+
+def _open(folder: str) -> int:
+    try:
+        return open_real(folder)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "?")
+        raise SpecError(f"image: {folder} can't be read: {name} ({error.strerror})") from error
+
+
+def _disk_of(folder: str, held: int, cache_dir: str | None, progress: Progress | None) -> str:
+    before, size_bytes = _survey(folder, held)
 
     def fill(scratch: str) -> None:
         if progress:
             progress(f"making a disk image of {folder}")
         image = os.path.join(scratch, _FILE)
-        _make(folder, image)
+        mkfs.need_room(folder, scratch, size_bytes + RESERVE_BYTES)
+        mkfs.make(folder, held, image)
         with open(image, "r+b") as file:
             file.truncate(size_class(file.seek(0, os.SEEK_END)))
-        if tree_digest(folder) != before:
+        if _survey(folder, held)[0] != before:
             raise SpecError(f"image: {folder} changed while it was read; try again when nothing writes to it")
 
     # A kind for each folder: several folders can then be read at once, and the old images of one are easy to
@@ -96,12 +118,25 @@ def tree_digest(folder: str) -> str:
 
     Raises SpecError as `erofs_disk` does.
     """
+    held = _open(folder)
+    try:
+        return _survey(folder, held)[0]
+    finally:
+        os.close(held)
+
+
+def _survey(folder: str, held: int) -> tuple[str, int]:
+    """The digest, and how large an image of the folder may become."""
     import hashlib
 
     digest = hashlib.sha256(b"ringfence erofs %d\n" % _FORMAT)
-    total = 0
-    for entries, (path, about, target) in enumerate(_walk(os.fsencode(folder)), start=1):
-        total += about.st_size if stat.S_ISREG(about.st_mode) else 0
+    total = entries = 0
+    linked: set[tuple[int, int]] = set()
+    for entries, (path, about, target) in enumerate(_walk(os.fsencode(folder), held), start=1):
+        if stat.S_ISREG(about.st_mode) and (about.st_dev, about.st_ino) not in linked:
+            total += about.st_size
+            if about.st_nlink > 1:
+                linked.add((about.st_dev, about.st_ino))
         if entries > MAX_ENTRIES or total > MAX_BYTES:
             raise SpecError(
                 f"image: {folder} is too large for a disk image: at most {MAX_ENTRIES} entries and"
@@ -123,18 +158,19 @@ def tree_digest(folder: str) -> str:
                 target,
             )
         )
-    return digest.hexdigest()
+    return digest.hexdigest(), total + entries * _BLOCK
 
 
-def _walk(folder: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]]:
+def _walk(folder: bytes, held: int) -> Iterator[tuple[bytes, os.stat_result, bytes]]:
     """(path below the folder, lstat, a link's target) of everything in it, the folder itself first, in a
     fixed order.
 
     Links are never followed: what they point at isn't in the image.
     """
     here = folder
+    top_path = b"/proc/self/fd/%d" % held
     try:
-        top = os.lstat(folder)
+        top = os.fstat(held)
         if not stat.S_ISDIR(top.st_mode):
             raise SpecError(f"image: {os.fsdecode(folder)} is not a folder")
         yield b"", top, b""
@@ -142,11 +178,11 @@ def _walk(folder: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]]:
         while below:
             prefix = below.pop()
             here = os.path.join(folder, prefix)
-            with os.scandir(here) as found:
+            with os.scandir(os.path.join(top_path, prefix)) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
             for entry in entries:
-                here = entry.path
                 path = os.path.join(prefix, entry.name)
+                here = os.path.join(folder, path)
                 about = entry.stat(follow_symlinks=False)
                 link = stat.S_ISLNK(about.st_mode)
                 yield path, about, os.readlink(entry.path) if link else b""
@@ -155,36 +191,6 @@ def _walk(folder: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]]:
     except OSError as error:
         name, where = errno.errorcode.get(error.errno or 0, "?"), os.fsdecode(here)
         raise SpecError(f"image: {where} can't be read: {name} ({error.strerror})") from error
-
-
-def _make(folder: str, image: str) -> None:
-    import subprocess
-
-    command = [
-        "mkfs.erofs",
-        "--quiet",
-        # No extended attributes: a host's security labels mean nothing in the guest.
-        "-x-1",
-        # The files' own times: Python takes a .pyc as stale where its source's mtime isn't the one it knows.
-        "--preserve-mtime",
-        # The same tree gives the same bytes.
-        "-U00000000-0000-0000-0000-000000000000",
-        image,
-        folder,
-    ]
-    try:
-        run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_MAKE_SECONDS, check=False)
-    except FileNotFoundError:
-        raise Unavailable(
-            "vm",
-            "mkfs.erofs, which makes a disk of a rootfs folder, is missing",
-            "install the package erofs-utils (Debian: apt-get install erofs-utils), or run 'ringfence setup'",
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise Unavailable("vm", f"mkfs.erofs took over {_MAKE_SECONDS} s for {folder}") from None
-    if run.returncode:
-        said = (run.stderr + run.stdout).decode(errors="replace").strip().splitlines()
-        raise Unavailable("vm", f"mkfs.erofs {folder} failed with {run.returncode}: {' '.join(said[-2:])}")
 
 
 def _sha256(data: bytes) -> str:

@@ -69,7 +69,9 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
     if shown_program(spec.program)[1]:
         steps += jail.host_mount(os.fsencode(os.path.realpath(spec.program)), _OWN_QEMU, RDONLY | NOSUID | NODEV)
     for number, disk in enumerate(spec.disks):
-        steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags)
+        # A guest that is to be saved has a blank one of ours.
+        identity = None if saved else spec.disk_identity
+        steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags, expected=identity)
     for share in spec.shares:
         if saved:
             steps.append(messages.directory(b"/vm/" + share.tag.encode()))

@@ -47,7 +47,7 @@ def user_of(spec: Spec) -> tuple[int, int]:
 
 def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
     """The machine for that spec. Makes disks and initramfs where they are missing. Raises SpecError, Unavailable."""
-    shares, disks, disk_format = [], [], "raw"
+    shares, disks, disk_format, disk_identity = [], [], "raw", None
     if spec.image == "host":
         shares.append(Share(tag="image", source=None, writable=False, owned=spec.overlay))
     elif spec.image_is_disk:
@@ -55,7 +55,7 @@ def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
 
         given = disk.inspect(spec.image)
         disks.append(given.path)
-        disk_format = given.format
+        disk_format, disk_identity = given.format, given.identity
     else:
         from ringfence.levels.vm import images
 
@@ -78,6 +78,7 @@ def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
         shares=tuple(shares),
         disks=tuple(disks),
         disk_format=disk_format,
+        disk_identity=disk_identity,
         # The guest's user is QEMU's on the host, so that both see the same owners in a share. But never root where
         # root's files are root's: it reads for whoever is in the guest (userland.py).
         user=USER if spec.overlay and spec.image == "host" and 0 in user else shown,

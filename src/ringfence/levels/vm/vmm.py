@@ -76,7 +76,7 @@ class Machine(Value):
     """A virtual machine, as any VMM takes it.
 
     kernel, initramfs, disks: host paths. memory_bytes: the guest's whole memory. accelerator: "kvm" or "tcg".
-    disk_format: of all disks, "raw" or "qcow2".
+    disk_format: of all disks, "raw" or "qcow2". disk_identity: (st_dev, st_ino) of a disk that the user gave.
     user: (uid, gid) of the VMM in its jail, which own the shared files there. cpu_weight, cpuset: of the host's CPUs,
     for the VMM as a whole, or None. card: its network card, or None.
     board: which machine of the VMM's, in its own words. program: the VMM's.
@@ -90,6 +90,7 @@ class Machine(Value):
         "cpus",
         "cpuset",
         "disk_format",
+        "disk_identity",
         "disks",
         "initramfs",
         "kernel",
@@ -107,6 +108,7 @@ class Machine(Value):
     shares: tuple[Share, ...]
     disks: tuple[str, ...]
     disk_format: str
+    disk_identity: tuple[int, int] | None
     user: tuple[int, int]
     cpu_weight: int | None
     cpuset: tuple[int, ...] | None
@@ -127,6 +129,7 @@ class Machine(Value):
         disks: tuple[str, ...],
         user: tuple[int, int],
         disk_format: str = "raw",
+        disk_identity: tuple[int, int] | None = None,
         cpu_weight: int | None = None,
         cpuset: tuple[int, ...] | None = None,
         sets: tuple[str, ...] = (),
@@ -143,6 +146,7 @@ class Machine(Value):
             shares=shares,
             disks=disks,
             disk_format=disk_format,
+            disk_identity=disk_identity,
             user=user,
             cpu_weight=cpu_weight,
             cpuset=cpuset,
