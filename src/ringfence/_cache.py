@@ -123,10 +123,7 @@ def obtain(
     """
     if found := find(kind, key, cache_dir):
         return found
-    parent = os.path.join(root(cache_dir), kind)
-    # Others may read what is in here: a VMM in a jail of its own runs under another uid. The root folder
-    # keeps other accounts out.
-    os.makedirs(parent, mode=0o755, exist_ok=True)
+    parent = _kind_folder(kind, cache_dir)
     path = os.path.join(parent, key)
     lock = _lock(parent, progress)
     try:
@@ -136,6 +133,26 @@ def obtain(
     finally:
         os.close(lock)
     return path
+
+
+# What is of no concern to other accounts, should the cache folder be open to them: copies of images, guests' memory.
+# A VMM under another uid is shown single files by their descriptors, whatever is above them.
+_PRIVATE = frozenset(("erofs", "templates"))
+
+
+def _kind_folder(kind: str, cache_dir: str | None) -> str:
+    """The folder of a kind's entries, made where it is missing, whatever the umask is."""
+    here = root(cache_dir)
+    private = kind.partition("/")[0] in _PRIVATE
+    for name in kind.split("/"):
+        here = os.path.join(here, name)
+        try:
+            os.mkdir(here, 0o700 if private else 0o755)
+        except FileExistsError:
+            about = os.stat(here)
+            if private and about.st_uid == os.geteuid() and about.st_mode & 0o077:
+                os.chmod(here, 0o700)
+    return here
 
 
 def _replace(path: str, fill: Callable[[str], None]) -> None:

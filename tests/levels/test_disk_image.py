@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import ringfence as rf
+from ringfence.levels.vm import template
+from ringfence.levels.vm.sandbox import VmSandbox
 from support import disks
 from support.sandboxes import PROBE, applied, ended, need, need_level, output
 
@@ -60,6 +62,26 @@ def test_a_qcow2_of_a_whole_file_system_is_read_only_and_stays_as_it_is(ext4: by
         assert (found["/proc"], found["/tmp"], found["/work"]) == ("proc", "tmpfs", "tmpfs")
         assert applied(result)["files"].mechanism == "a qcow2 disk, read-only"
     assert (image.read_bytes(), image.stat().st_mtime_ns) == before
+
+
+def test_a_disk_that_ends_its_guest_ends_no_second_one(
+    ext4: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the template lost over it."""
+    image = tmp_path / "disk"
+    image.write_bytes(ext4)
+    forgotten: list[template.Template] = []
+    ran = []
+
+    def ends(opened: VmSandbox, *_: object, **__: object) -> None:
+        ran.append(opened._guest.restored)
+        raise rf.ProtocolError("the virtual machine ended")
+
+    monkeypatch.setattr(template, "forget", forgotten.append)
+    monkeypatch.setattr(VmSandbox, "_run", ends)
+    with pytest.raises(rf.ProtocolError, match="machine ended"):
+        rf.run(["true"], isolation="vm", image=image)
+    assert (ran, forgotten) == ([True], [])
 
 
 def test_an_overlay_over_the_second_partition_of_a_raw_disk(ext4: bytes, folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ One cache of its own for the module, and one small shape of machine, so that a t
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -114,6 +115,9 @@ def facts(**options: Any) -> dict[str, Any]:
 
 
 def test_the_first_run_makes_it_and_the_next_ones_are_restored() -> None:
+    _forget()
+    for key, _, _ in _cache.entries(template.KIND):
+        _cache.remove(template.KIND, key)
     first = run(["true"])
     assert how(first) == ("restored", "a template, made by this run")
     second = run(["true"])
@@ -161,6 +165,49 @@ def test_the_wall_clock_is_right_however_late_the_plan_comes() -> None:
     assert max(errors) < 50, errors
 
 
+def test_a_guest_that_waited_long_for_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    run(["true"])
+    kept = entry().stat().st_ino
+    monkeypatch.setattr(start, "_RESTORE_LIMIT_NS", 1_000_000_000)
+    with rf.Sandbox(isolation="vm", limits=rf.Limits(memory="64M")) as sandbox:
+        time.sleep(2.5)
+        before = time.time_ns()
+        result = sandbox.run(["date", "+%s%N"])
+        assert before < int(result.stdout) < time.time_ns()
+        assert how(result) == ("restored", "a template")
+    # Where the host's clock was set meanwhile, what the guest's would be isn't known.
+    with rf.Sandbox(isolation="vm", limits=rf.Limits(memory="64M")) as sandbox:
+        opened = sandbox._open
+        assert isinstance(opened, vm_sandbox.VmSandbox)
+        assert opened._guest._begun is not None
+        monotonic_ns, real_ns = opened._guest._begun
+        opened._guest._begun = monotonic_ns, real_ns - 3600 * 10**9
+        before = time.time_ns()
+        result = sandbox.run(["date", "+%s%N"])
+        assert before < int(result.stdout) < time.time_ns()
+        assert how(result)[0] == "booted"
+        assert "clock was set" in how(result)[1]
+    assert entry().stat().st_ino == kept
+
+
+def test_a_guest_that_ends_over_its_plan_costs_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    run(["true"])
+    kept = entry().stat().st_ino
+    actual = vm_sandbox.VmSandbox._run
+    failed: list[vm_sandbox.VmSandbox] = []
+
+    def fails_once(sandbox: vm_sandbox.VmSandbox, command: Any, **options: Any) -> Any:
+        if not failed:
+            failed.append(sandbox)
+            raise rf.ProtocolError("the virtual machine ended")
+        return actual(sandbox, command, **options)
+
+    monkeypatch.setattr(vm_sandbox.VmSandbox, "_run", fails_once)
+    result = run(["echo", "still"])
+    assert (result.stdout, how(result)[0]) == (b"still\n", "booted")
+    assert entry().stat().st_ino == kept
+
+
 def test_no_command_runs_where_the_clock_cannot_be_set() -> None:
     run(["true"])
     with rf.Sandbox(isolation="vm", limits=rf.Limits(memory="64M")) as sandbox:
@@ -206,6 +253,51 @@ def test_a_guest_does_not_change_its_template() -> None:
         mmap.mmap(fd, 4096, flags=mmap.MAP_PRIVATE).close()  # the control: what QEMU does
     finally:
         os.close(fd)
+
+
+def test_a_qemu_cannot_close_it_to_the_next_one() -> None:
+    """An unprivileged caller's could: it has the uid that owns the files."""
+    run(["true"])
+    (loaded,) = [one for one in template._loaded.values() if one.folder == str(entry())]
+    for fd in (loaded.memory_fd, loaded.state_fd):
+        os.fchmod(fd, 0)
+    one, other = loaded.open_both(), loaded.open_both()
+    try:
+        os.lseek(one[0], 4096, os.SEEK_SET)
+        assert os.lseek(other[0], 0, os.SEEK_CUR) == 0
+    finally:
+        for fd in (*one, *other):
+            os.close(fd)
+    for fd in (loaded.memory_fd, loaded.state_fd):
+        os.fchmod(fd, 0)
+    assert how(run(["true"]))[0:2] == ("restored", "a template")
+    assert template._loaded[loaded.key] is loaded
+
+
+def test_what_guests_touch_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held() -> list[str]:
+        links = []
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                links.append(os.readlink(f"/proc/self/fd/{fd}"))
+            except FileNotFoundError:
+                continue
+        return [one for one in links if "ringfence-memory" in one]
+
+    monkeypatch.setattr(template, "MOST_GROWN_BYTES", 24 << 20)
+    code = "x = bytearray(40 << 20); x[::4096] = bytes(b'x' * len(x[::4096])); print(len(x))"
+    _forget()
+    run(["true"], hostname="one")  # of another kind each time: none is made ahead
+    (before,) = template._loaded.values()
+    run(["true"], hostname="two")
+    assert list(template._loaded.values()) == [before]  # the control
+    assert run(["/usr/bin/python3", "-I", "-S", "-c", code], hostname="three").stdout == b"41943040\n"
+    assert before.held_bytes > before.unpacked_bytes + (24 << 20)
+    assert not template._loaded
+    del before
+    gc.collect()
+    assert held() == []
+    assert how(run(["true"], hostname="four")) == ("restored", "a template")
 
 
 def _digest(path: Path) -> str:

@@ -40,6 +40,23 @@ def test_an_entry_is_taken_and_a_link_on_the_way_resolved(tmp_path: Path) -> Non
     assert _cache.find("kind", "key", str(tmp_path / "real" / "cache")) == str(made)
 
 
+def test_images_and_guests_are_the_callers_alone(tmp_path: Path) -> None:
+    """Also where the cache folder is open to others; and no folder is ever open to be written to."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o755)
+    (cache / "templates").mkdir()
+    (cache / "templates").chmod(0o755)  # by an earlier version
+    before = os.umask(0)
+    try:
+        for kind in ("templates", "erofs/own", "kernels/own"):
+            _cache.obtain(kind, "key", fill, cache_dir=str(cache))
+    finally:
+        os.umask(before)
+    modes = {name: (cache / name).stat().st_mode & 0o777 for name in ("templates", "erofs", "erofs/own", "kernels/own")}
+    assert modes == {"templates": 0o700, "erofs": 0o700, "erofs/own": 0o700, "kernels/own": 0o755}
+
+
 def test_an_entry_of_a_wide_umask_is_taken(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

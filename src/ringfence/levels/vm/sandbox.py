@@ -96,14 +96,15 @@ class VmSandbox(Sandbox):
         return self._first(command)
 
     def _first(self, command: Command, *, warm: bool = False) -> Outcome:
-        """Runs a command. Where a restored guest has never said a word, by another guest."""
+        """Runs a command. Where a restored guest has never said a word, by another guest, which boots."""
         try:
             return self._run(command, warm=warm)
         except ProtocolError as error:
-            if self._answered or not self._guest.restored:
+            if self._answered or not self._guest.restored or self._spec.image_is_disk:
                 raise
-            # It was restored and hasn't said a word since: no command has been started.
-            self._guest.again(error)
+            # It was restored and hasn't said a word since: no command has been started. Not by a disk of the caller's,
+            # which may be made to end its guest, and would end the next one too.
+            self._guest.again(error, keep=True)
             self._ready = None
             self._boot()
             return self._run(command, warm=warm)
@@ -411,7 +412,7 @@ class VmSandbox(Sandbox):
         return Waiting(self._kind, state().ready, lambda: Guest(machine, host, state()))
 
     def close(self) -> None:
-        self._guest.vmm.close()
+        self._guest.close()
         following, self._next = self._next, None
         if following is not None and self._kind is not None:
             state().ready.offer(self._kind, following)

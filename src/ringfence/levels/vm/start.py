@@ -36,6 +36,8 @@ _BOOT_LIMIT_NS = 120_000_000_000
 _RESTORE_LIMIT_NS = 60_000_000_000
 # How long a QEMU waits for a run of its kind.
 _IDLE_S = 60.0
+# By how much the wall clock and the monotonic one may differ, over any time, before the wall clock was set.
+_STEP_NS = 1_000_000_000
 
 # Told before what takes long, by the command line; an API that prints nothing has none.
 progress: Callable[[str], None] | None = None
@@ -56,6 +58,10 @@ def prepare(host: Host, report: Callable[[str], None] | None = None) -> tuple[bo
     return there, found
 
 
+class _ClockWasSet(ProtocolError):
+    pass
+
+
 class Guest:
     """A guest on its way up: its VMM, and what has to be known to hand it its plan.
 
@@ -72,25 +78,28 @@ class Guest:
         self._tries = 0 if use_template else 2
         self._why = "" if use_template else "a boot was asked for"
         self._template: Template | None = None
-        self._resumed = False
+        self._begun: tuple[int, int] | None = None  # CLOCK_MONOTONIC and CLOCK_REALTIME when it was told to resume
         self.waited = False
+        self.restored = False
         self.vmm: Vmm = self._start()
-
-    @property
-    def restored(self) -> bool:
-        return self._template is not None
 
     def _start(self) -> Vmm:
         self._template = self._find() if self._tries < 2 else None
-        self._resumed = False
-        if self._template is None:
-            return start_qemu(self.machine, self._host, self._state, stays=self._stays)
-        state_fd = self._template.open_state()
+        self._begun = None
+        fds: tuple[int, ...] = ()
+        if self._template is not None:
+            try:
+                fds = self._template.open_both()
+            except OSError as error:
+                templates.forget(self._template)
+                self._template, self._why = None, f"a template did not serve: {error}"
+        self.restored = self._template is not None
         try:
-            memory = Memory(memory=self._template.memory_fd, state=state_fd)
+            memory = Memory(memory=fds[0], state=fds[1]) if fds else None
             return start_qemu(self.machine, self._host, self._state, stays=self._stays, memory=memory)
         finally:
-            os.close(state_fd)
+            for fd in fds:
+                os.close(fd)
 
     def _find(self) -> Template | None:
         key = templates.key_of(self.machine)
@@ -107,10 +116,10 @@ class Guest:
 
     def begin(self) -> None:
         """Has a restored guest's VMM load its state, which goes on while Python does something else."""
-        if self._template is not None and not self._resumed:
+        if self._template is not None and self._begun is None:
             assert self.vmm.control is not None
+            self._begun = time.monotonic_ns(), time.time_ns()
             self.vmm.control.send(restore(STATE_FD))
-            self._resumed = True
 
     def clock(self) -> tuple[int, int]:
         """Waits for the guest. (The wall clock in ns, what the guest's CLOCK_MONOTONIC was then, or 0 for now).
@@ -123,7 +132,8 @@ class Guest:
             except (ProtocolError, Unavailable) as error:
                 if self._template is None:
                     raise
-                self.again(error)
+                # QEMU reads what a qcow2 says of itself, which may be what it ended over.
+                self.again(error, keep=self.machine.disk_format == "qcow2" or isinstance(error, _ClockWasSet))
 
     def _clock(self) -> tuple[int, int]:
         if self._template is None:
@@ -132,28 +142,41 @@ class Guest:
             return time.time_ns(), 0
         self.begin()
         control = self.vmm.control
-        assert control is not None
-        now = time.monotonic_ns()
-        resumed_ns = control.event("RESUME", now + _RESTORE_LIMIT_NS)
-        # It was after we asked, and before now.
-        waited_ns = time.monotonic_ns() - now
-        latest = time.time_ns()
-        if not latest - waited_ns - _RESTORE_LIMIT_NS <= resumed_ns <= latest:
+        assert control is not None and self._begun is not None
+        resumed_ns = control.event("RESUME", time.monotonic_ns() + _RESTORE_LIMIT_NS)
+        # It was after we asked, which may be long ago, and before now.
+        (asked, earliest), now, latest = self._begun, time.monotonic_ns(), time.time_ns()
+        if abs((latest - earliest) - (now - asked)) > _STEP_NS:
+            raise _ClockWasSet("the host's clock was set, or the host slept, since the guest was restored")
+        if not earliest - _STEP_NS <= resumed_ns <= latest + _STEP_NS:
             raise ProtocolError("QEMU tells a time that can't be")
         # Nothing is asked of it any more, and its guest may take it over soon.
         control.close()
         return resumed_ns, self._template.monotonic_ns
 
-    def again(self, error: Exception) -> None:
-        """The template didn't serve. Starts another guest in place of this one."""
+    def again(self, error: Exception, *, keep: bool = False) -> None:
+        """The template didn't serve. Starts another guest in place of this one, from one that is made anew.
+
+        keep: it needn't be the template's fault, as what is the caller's was in play. The other guest boots.
+        """
         assert self._template is not None
-        failed, self._template = self._template, None
-        self.vmm.close()
-        templates.forget(failed)
-        self._tries += 1
+        failed = self._template
+        self.close()
+        if keep:
+            self._tries = 2
+        else:
+            templates.forget(failed)
+            self._tries += 1
         self._why = f"a template did not serve: {error}"
         self.vmm = self._start()
         self.begin()
+
+    def close(self) -> None:
+        """May be called twice."""
+        self.vmm.close()
+        template, self._template = self._template, None
+        if template is not None:
+            templates.let_go(template)
 
     def applied(self) -> Applied:
         how = "restored" if self.restored else "booted"
@@ -199,7 +222,7 @@ class Waiting:
         guest, self._guest = self._guest, None
         if guest is None or guest.machine != machine:
             if guest is not None:
-                guest.vmm.close()
+                guest.close()
             return None
         guest.waited = True
         return guest
@@ -208,7 +231,7 @@ class Waiting:
         self._end_timer()
         guest, self._guest = self._guest, None
         if guest is not None:
-            guest.vmm.close()
+            guest.close()
 
     def forget(self) -> None:
         """In a forked child: closes what it holds, and ends nothing."""

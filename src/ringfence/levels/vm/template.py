@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str], None]
 
-__all__ = ["KIND", "Template", "forget", "key_of", "loaded", "machine_memory", "obtain"]
+__all__ = ["KIND", "Template", "forget", "key_of", "let_go", "loaded", "machine_memory", "obtain"]
 
 KIND = "templates"
 _FORMAT = 1
@@ -52,6 +52,8 @@ _STATE_BYTES = 64 << 20
 # How many this process has in its memory at once: each holds some 80 MB.
 _MOST_LOADED = 4
 _MIB = 1 << 20
+# By how much one may grow by what its guests touch until it is unpacked anew.
+MOST_GROWN_BYTES = 64 * _MIB
 # All templates together, on disk; the ones that weren't used for longest go.
 MOST_BYTES = 1 << 30
 
@@ -70,7 +72,7 @@ def machine_memory(wanted_bytes: int) -> int:
 class Template:
     """A template in this process's memory: two sealed files. monotonic_ns: the guest's clock when it was saved."""
 
-    __slots__ = ("folder", "key", "memory_fd", "monotonic_ns", "state_fd")
+    __slots__ = ("folder", "key", "memory_fd", "monotonic_ns", "state_fd", "unpacked_bytes")
 
     def __init__(self, key: str, folder: str, memory_fd: int, state_fd: int, monotonic_ns: int) -> None:
         self.key = key
@@ -78,15 +80,32 @@ class Template:
         self.memory_fd = memory_fd
         self.state_fd = state_fd
         self.monotonic_ns = monotonic_ns
+        self.unpacked_bytes = self.held_bytes
 
     @property
     def size_bytes(self) -> int:
         """On disk."""
         return sum(one.st_blocks * 512 for one in map(os.stat, os.scandir(self.folder)))
 
-    def open_state(self) -> int:
-        """A descriptor of the state with a position of its own, for one QEMU to read."""
-        return os.open(f"/proc/self/fd/{self.state_fd}", os.O_RDONLY | os.O_CLOEXEC)
+    @property
+    def held_bytes(self) -> int:
+        """Of the host's memory, by the file of the guest's memory."""
+        return os.fstat(self.memory_fd).st_blocks * 512
+
+    def open_both(self) -> tuple[int, int]:
+        """Descriptors of memory and state with positions of their own, for one QEMU. Raises OSError."""
+        opened: list[int] = []
+        try:
+            for fd in (self.memory_fd, self.state_fd):
+                # An unprivileged caller's QEMUs are of the uid that owns these files: one that its guest has taken over
+                # may have closed them to the next.
+                os.fchmod(fd, 0o666)
+                opened.append(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        except BaseException:
+            for fd in opened:
+                os.close(fd)
+            raise
+        return opened[0], opened[1]
 
     def __del__(self) -> None:
         # By its last user, of whom there may be one in every thread.
@@ -209,6 +228,17 @@ def forget(template: Template) -> None:
     with _lock:
         _loaded.pop(template.key, None)
     _cache.remove(KIND, template.key)
+
+
+def let_go(template: Template) -> None:
+    """A guest of it has ended. Holes that guests touch become pages of the file of its memory, and the seals keep us
+    from giving them back: where they are many, the next guest has a new file.
+    """
+    if template.held_bytes <= template.unpacked_bytes + MOST_GROWN_BYTES:
+        return
+    with _lock:
+        if _loaded.get(template.key) is template:
+            del _loaded[template.key]
 
 
 def _load(key: str, folder: str) -> Template:
