@@ -146,8 +146,11 @@ class ContainerSandbox(LocalSandbox):
         extra_gid: int | None = None,
         stays: bool = False,
         guest: bool = False,
+        writes: bool = True,
     ) -> None:
         self._guest = guest
+        # False for a command of ours that has nothing to write in its work directory.
+        self._work_flags = NOSUID | NODEV | (0 if writes else RDONLY | NOEXEC)
         self._extra = extra
         self._extra_gid = extra_gid
         self._hostname = spec.hostname or _HOSTNAME
@@ -311,7 +314,7 @@ class ContainerSandbox(LocalSandbox):
             steps += files.after
             self._local_dns = files.missing
         if spec.limits.disk_bytes is None:
-            steps.append(messages.bind(_HOME, self.run_path(name), NOSUID | NODEV))
+            steps.append(messages.bind(_HOME, self.run_path(name), self._work_flags))
         else:
             steps.append(layers.place(_HOME, 0o700))
             if not spec.overlay:

@@ -26,7 +26,6 @@ __all__ = ["MEMORY_OVERHEAD_BYTES", "STATE_FD", "Memory", "command_line", "shown
 MEMORY_OVERHEAD_BYTES = 256 << 20
 _OWN_CPUS = 0.5
 _OWN_THREADS = 128
-_OWN_DISK_BYTES = 1 << 20
 # Where a QEMU is shown that isn't in what the jail shows of the host anyway.
 _OWN_QEMU = b"/vm/qemu"
 _KVM = b"/dev/kvm"
@@ -114,8 +113,6 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             pids=spec.cpus + _OWN_THREADS if usable["pids"] else None,
             cpu_weight=spec.cpu_weight,
             cpuset=spec.cpuset,
-            # QEMU has nothing to write. One that its guest has taken over finds no room on the host's disk.
-            disk=_OWN_DISK_BYTES,
         )
         what = Spec.make(
             [shown_program(spec.program)[0]],
@@ -135,6 +132,7 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             extra_gid=group,
             stays=stays,
             guest=spec.card is not None,
+            writes=False,
         )
         fds = [state.null, errors_of_qemu, errors_of_qemu, theirs.fileno()]
         if memory is not None:
