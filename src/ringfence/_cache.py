@@ -251,6 +251,28 @@ def forget_old(kind: str, keep: int, cache_dir: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(lock)
+    sweep(cache_dir)
+
+
+def sweep(cache_dir: str | None = None) -> None:
+    """Remove what makers of any kind that were killed have left. What is being made now stays."""
+    for here, folders, _ in os.walk(root(cache_dir)):
+        if any(name.startswith(_SCRATCH) for name in folders):
+            try:
+                lock = os.open(os.path.join(here, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError:
+                continue
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _sweep(here)
+            except BlockingIOError:
+                pass  # one that lives
+            finally:
+                os.close(lock)
+        # An entry's own folders hold no entries.
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and not os.path.exists(os.path.join(here, name, _SEAL))
+        ]
 
 
 def remove(kind: str, key: str, cache_dir: str | None = None) -> None:
@@ -280,6 +302,7 @@ def limit(kind: str, most_bytes: int, *, keep: str = "", cache_dir: str | None =
         total += size
         if total > most_bytes and key != keep:
             remove(kind, key, cache_dir)
+    sweep(cache_dir)
 
 
 def entries(kind: str, cache_dir: str | None = None) -> list[tuple[str, int, int]]:

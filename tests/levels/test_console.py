@@ -17,7 +17,7 @@ import pytest
 import ringfence as rf
 from ringfence.levels.vm import debian, kernel
 from ringfence.wire.launcher import probe_path
-from support import leaks
+from support import disks, leaks
 from support.sandboxes import SOURCES, need_level
 
 # A boot of another system under emulation, on a busy machine.
@@ -99,6 +99,12 @@ def test_a_system_that_is_no_linux(disk: Path) -> None:
         console.write(b"k")
         console.wait(BOOT_S)
     assert disk.read_bytes() == before
+
+
+def test_a_system_on_a_qcow2(disk: Path) -> None:
+    disk.write_bytes(disks.qcow2(disk.read_bytes()))
+    with rf.Console(disk=disk, memory="32M") as console:
+        console.expect(b"no Linux at all> ", BOOT_S)
 
 
 def test_a_console_that_is_silent(disk: Path) -> None:

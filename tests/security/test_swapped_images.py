@@ -5,6 +5,7 @@ Each swap is at a known moment: after the look that a hook is in.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import ringfence as rf
 from ringfence.errors import SpecError
 from ringfence.images import disk, held, tree
 from ringfence.levels.vm import console, images, mkfs
-from support import unprivileged
+from support import disks, unprivileged
 from support.sandboxes import PROBE, need_level, need_root, output
 
 OTHER = 65432  # no account's
@@ -231,6 +232,22 @@ def test_a_file_of_a_system_that_was_replaced_is_refused(tmp_path: Path, which: 
     another(files[which])
     with pytest.raises(SpecError, match=f"{which} was replaced while it was looked at"):
         console._start(system)
+
+
+def test_a_systems_qcow2_has_nothing_behind_it(tmp_path: Path) -> None:
+    """Whatever its header says once it was looked at: QEMU is told so."""
+    (tmp_path / "disk").write_bytes(disks.qcow2(bytes(1 << 20)))
+    system = console.System(disk=os.fsencode(tmp_path / "disk"))
+    given = [os.fsdecode(one) for one in console.arguments(system, "tcg", b"qemu")]
+    drive = given[given.index("-drive") + 1]
+    before, _, node = drive.partition("file=json:")
+    assert before == "if=none,id=disk,snapshot=on,"
+    assert json.loads(node.replace(",,", ",")) == {
+        "driver": "qcow2",
+        "read-only": True,
+        "file": {"driver": "file", "filename": "/vm/disk", "read-only": True, "locking": "off"},
+        "backing": None,
+    }
 
 
 def test_a_path_without_symlinks(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ringfence import _cache
 from ringfence.errors import SpecError, Unavailable
 from ringfence.levels.vm import images
 
@@ -249,6 +253,41 @@ def test_a_tree_that_changes_while_it_is_read(rootfs: Path, tmp_path: Path, monk
     with pytest.raises(SpecError, match="changed while it was read"):
         images.erofs_disk(str(rootfs), str(tmp_path / "cache"))
     assert left(tmp_path / "cache") == []
+
+
+MAKER = """
+import sys
+from ringfence.levels.vm import images
+images.erofs_disk(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_mkfs_ends_with_its_caller_and_what_it_made_is_removed(
+    rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid_file, cache = tmp_path / "pid", tmp_path / "cache"
+    fake_mkfs(tmp_path, monkeypatch, f"echo $$ > '{pid_file}.new'; mv '{pid_file}.new' '{pid_file}'; exec sleep 60")
+    with subprocess.Popen([sys.executable, "-c", MAKER, str(rootfs), str(cache)]) as maker:
+        wait_until(pid_file.exists)
+        fd = os.pidfd_open(int(pid_file.read_text()))
+        try:
+            _cache.sweep(str(cache))
+            assert left(cache) != []  # it lives, and holds the lock
+            maker.kill()
+            maker.wait()
+            assert select.select([fd], [], [], 10)[0]
+        finally:
+            os.close(fd)
+    assert left(cache) != []
+    _cache.sweep(str(cache))
+    assert left(cache) == []
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_mkfs_that_fails(rootfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

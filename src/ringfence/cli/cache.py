@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
         raise OPTIONS.error(f"what to do is one of {', '.join(_ACTIONS)}, not {action!r}")
     if action != "prune" and (given["max-size"] is not None or given["unused-for"] is not None):
         raise OPTIONS.error("--max-size and --unused-for are for prune")
+    _cache.sweep()
     found = [one for one in _entries() if not given["kind"] or one["kind"] in given["kind"]]
     gone = _choose(action, found, given["kind"], given["max-size"], given["unused-for"])
     for one in gone:

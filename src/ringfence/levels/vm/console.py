@@ -124,6 +124,9 @@ def _identity(path: bytes, what: str) -> tuple[int, int]:
 def arguments(system: System, accelerator: str, qemu: bytes) -> list[bytes]:
     """QEMU's. Its files are where `_jail_steps` shows them."""
     megabytes = (system.memory_bytes + (1 << 20) - 1) >> 20
+    import json
+
+    node: dict[str, object]
     argv: list[str | bytes] = [
         qemu,
         # SeaBIOS, which every disk for PCs boots by. A PC's timers stay: another system may know no other clock.
@@ -140,7 +143,12 @@ def arguments(system: System, accelerator: str, qemu: bytes) -> list[bytes]:
         argv += ["-initrd", "/vm/initrd"]
     if system.disk is not None:
         # snapshot: what is written goes to a file in $TMPDIR that has no name any more.
-        argv += ["-drive", f"if=none,id=disk,file=/vm/disk,format={system.disk_format},snapshot=on,file.locking=off"]
+        # Only JSON can say that nothing is behind a qcow2, whatever its header says; its commas are written twice.
+        node = {"driver": system.disk_format, "read-only": True}
+        node["file"] = {"driver": "file", "filename": "/vm/disk", "read-only": True, "locking": "off"}
+        if system.disk_format == "qcow2":
+            node["backing"] = None
+        argv += ["-drive", f"if=none,id=disk,snapshot=on,file=json:{json.dumps(node).replace(',', ',,')}"]
         argv += ["-device", "virtio-blk-pci,drive=disk"]
     return [os.fsencode(one) for one in argv]
 

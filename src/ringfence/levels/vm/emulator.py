@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ringfence import _cache
+from ringfence import _cache, _trust
 from ringfence._value import Value
 from ringfence.errors import SpecError, Unavailable
 
@@ -63,6 +63,9 @@ def look() -> Emulator:
     about = os.stat(path)
     key = (path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
     if key not in _known:
+        # It is asked outside of any jail, and as the caller.
+        if reason := _trust.why_not_ours(path):
+            raise Unavailable("vm", f"{path} isn't run as QEMU: {reason}", _HELP)
         _known[key] = _from_cache(path, key) or _ask(path, key)
     return _known[key]
 
