@@ -250,6 +250,17 @@ def test_a_systems_qcow2_has_nothing_behind_it(tmp_path: Path) -> None:
     }
 
 
+def test_a_symlink_that_is_swapped_while_it_is_resolved(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place.top / "link").symlink_to("x")
+
+    def no_link(path: Any, **_: Any) -> str:
+        raise OSError(22, os.strerror(22), path)  # as for a folder
+
+    monkeypatch.setattr(os, "readlink", no_link)
+    with pytest.raises(SpecError, match="Invalid argument"):
+        rf.run(["probe", "exit", "0"], image=place.top / "link" / "root")
+
+
 def test_a_path_without_symlinks(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a")

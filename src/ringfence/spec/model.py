@@ -382,14 +382,14 @@ def _image(image: Path | None) -> str:
     folder = os.fsdecode(parse.host_path(image, "image"))
     try:
         mode = os.stat(folder).st_mode
+        real = os.path.realpath(folder)  # an error where a symlink on the way is swapped under way
     except OSError as error:
         raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder ({error.strerror})") from None
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         raise SpecError(f"image: {os.fsdecode(image)!r} is neither 'host' nor a folder nor a disk image")
-    folder = os.path.realpath(folder)
-    if folder == "/":
+    if real == "/":
         raise SpecError("image: / would show all of the host, its secrets too: use 'host'")
-    return folder
+    return real
 
 
 def _user(user: int | str) -> tuple[int, int] | str:
