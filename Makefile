@@ -126,7 +126,7 @@ test-long: setup test-tools
 # itself. Both are told.
 pytest:
 	$(call say,tests)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) tests || { \
+	@$(BIN)/python -m pytest --durations=25 --durations-min=5 $(PYTEST_ARGS) tests || { \
 	    status=$$?; [ $$status = 1 ] || exit $$status; \
 	    printf '\033[1m== once more, what failed\033[0m\n'; \
 	    $(BIN)/python -m pytest $(PYTEST_ARGS) --last-failed --last-failed-no-failures none tests; }
