@@ -156,7 +156,8 @@ except rf.SpecError as error:
 collected = time.monotonic()
 parent = os.environ.get("TMPDIR", "/tmp")
 path = next(os.path.join(parent, name) for name in os.listdir(parent) if name.startswith(f"ringfence-{os.getpid()}-"))
-told["left"] = [os.listdir(os.path.join(path, one)) for one in os.listdir(path)]
+folders = [one.path for one in os.scandir(path) if not one.is_symlink()]  # links say where the cgroups are
+told["left"] = [os.listdir(one) for one in folders]
 told["grown_kib"] = peak() - before
 told["seconds"] = [made - started, collected - made]
 print(json.dumps(told))
