@@ -100,8 +100,8 @@ def entry() -> Path:
         about = json.loads(one.read_text())
         if (about["memory_bytes"], about["cpus"], about["shares"]) == (192 << 20, 1, 1):
             found.append(one.parent)
-    (only,) = found
-    return only
+    # Those of older kernels may be there too; the one that was used last is the one in use.
+    return max(found, key=lambda one: one.stat().st_mtime_ns)
 
 
 def facts(**options: Any) -> dict[str, Any]:

@@ -249,8 +249,10 @@ class Level(abc.ABC):
 
     def check(self, spec: Spec, host: Host) -> None:
         """Raises CannotEnforce with every rule that was asked for and can't be enforced. Starts nothing."""
-        abilities = self._abilities(host) if spec.asked <= self.lasting else self.abilities(host)
         unmet = []
+        abilities: Mapping[str, Ability] = {}  # nobody asked: the command line's first run saves their modules
+        if spec.asked:
+            abilities = self._abilities(host) if spec.asked <= self.lasting else self.abilities(host)
         for rule in sorted(spec.asked):
             ability = abilities.get(f"network={spec.network.mode}" if rule == "network" else rule)
             if ability is None:

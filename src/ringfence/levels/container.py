@@ -11,10 +11,8 @@ from ringfence.errors import SpecError, Unmet
 from ringfence.images import held, tree
 from ringfence.levels import capabilities, filter, namespaces
 from ringfence.levels.base import PLAIN_RULES, Ability, Level, Outcome
-from ringfence.levels.layer import overlay_unmet, why_no_overlay
 from ringfence.levels.limits import limit_abilities, limit_unmet
 from ringfence.levels.local import LocalSandbox, open_local
-from ringfence.levels.network.rules import NetworkFiles, network_unmet
 from ringfence.levels.root import (
     device_steps,
     directories_above,
@@ -28,7 +26,7 @@ from ringfence.levels.users import resolve
 from ringfence.linux import ids, landlock, mounts, seccomp
 from ringfence.result import Applied
 from ringfence.spec.rules import Tmpfs
-from ringfence.wire import layers, messages
+from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOFOLLOW, NOSUID, RDONLY, RECURSIVE, MountStep
 
 TYPE_CHECKING = False
@@ -57,6 +55,8 @@ class ContainerLevel(Level):
         return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
+        from ringfence.levels.layer import why_no_overlay
+
         found = limit_abilities(host)
         found.update(no_host_files())
         found["hostname"] = Ability(rule="hostname", mechanism="UTS namespace")
@@ -87,14 +87,21 @@ class ContainerLevel(Level):
         return found
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        unmet = [*namespaces.unmet(spec, host), *limit_unmet(spec, host), *network_unmet(spec)]
+        unmet = [*namespaces.unmet(spec, host), *limit_unmet(spec, host)]
+        if spec.network.mode != "none":
+            from ringfence.levels.network.rules import network_unmet
+
+            unmet += network_unmet(spec)
         if spec.capabilities:
             unmet += capabilities.unmet(spec, host)
         if "seccomp" in spec.asked:
             unmet += filter.unmet(spec, host)
         elif not host.privileged:
             unmet += filter.cgroup_unmet(spec, host)
-        unmet += overlay_unmet(spec, host)
+        if spec.overlay:
+            from ringfence.levels.layer import overlay_unmet
+
+            unmet += overlay_unmet(spec, host)
         if spec.devices:
             from ringfence.levels import devices
 
@@ -306,7 +313,11 @@ class ContainerSandbox(LocalSandbox):
         else:
             steps = self._skeleton() + (self._extra(self) if self._extra is not None else [])
             sealed = False
-        files = NetworkFiles(spec.image, self._hostname, self.user) if self._network_kind == "nat" else None
+        files = None
+        if self._network_kind == "nat":
+            from ringfence.levels.network.rules import NetworkFiles
+
+            files = NetworkFiles(spec.image, self._hostname, self.user)
         steps += files.before if files else []
         host_proc = self.shared.is_own("user") and self.shared.kinds["pid"] == "host"
         steps += private_steps(self.user, host_proc=host_proc)
@@ -316,6 +327,8 @@ class ContainerSandbox(LocalSandbox):
         if spec.limits.disk_bytes is None:
             steps.append(messages.bind(_HOME, self.run_path(name), self._work_flags))
         else:
+            from ringfence.wire import layers
+
             steps.append(layers.place(_HOME, 0o700))
             if not spec.overlay:
                 steps.insert(0, layers.memory_layer(spec.limits.disk_bytes))
@@ -547,6 +560,8 @@ class ContainerSandbox(LocalSandbox):
         both: list[Mount | Tmpfs] = [*self.spec.mounts, *self.spec.tmpfs]
         for one in sorted(both, key=lambda one: one.target):
             if isinstance(one, Tmpfs):
+                from ringfence.wire import layers
+
                 steps += [*directories_above(one.target), messages.directory(one.target)]
                 steps.append(layers.tmpfs(one.target, one.size_bytes, one.mode, self.user))
             else:
