@@ -865,8 +865,9 @@ def _namespaces() -> set[str]:
 
 
 def _listens(port: int) -> bool:
-    with socket.socket() as one:
-        return one.connect_ex(("127.0.0.1", port)) == 0
+    """By the kernel's table: a connection would be the one that the server inside takes."""
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
 
 
 def _host_network() -> tuple[object, ...]:
