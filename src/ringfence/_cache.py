@@ -16,7 +16,7 @@ from ringfence.errors import SpecError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Progress = Callable[[str], None]
 
@@ -48,30 +48,54 @@ _MOST_LINKS = 40  # as the kernel follows
 
 def _resolved(path: str) -> str:
     """The path without symlinks. What is missing is made; whatever another account could replace is a SpecError."""
+
+    def look(here: str, last: bool) -> os.stat_result:
+        try:
+            return _judge(here, path, whole=last)
+        except FileNotFoundError:
+            _make(here)
+            return _judge(here, path, whole=last)
+
+    try:
+        return walk(path, look)
+    except TooManyLinks:
+        raise SpecError(f"the cache folder {path} has too many symlinks on its way") from None
+
+
+class TooManyLinks(Exception):
+    """More symlinks on a path than the kernel follows."""
+
+
+def walk(path: str, look: Callable[[str, bool], os.stat_result]) -> str:
+    """An absolute path without symlinks, found part by part. Raises TooManyLinks, OSError.
+
+    look: is given each part of the way, symlinks too, and whether it is the last; it returns what lstat does, or
+    raises.
+    """
     real, links = "/", 0
-    left = [one for one in reversed(path.split("/")) if one not in ("", ".")]
-    _judge(real, path, whole=not left)
+    left = _parts(path)
+    look(real, not left)
     while left:
         name = left.pop()
         if name == "..":
             real = os.path.dirname(real)
             continue
         here = os.path.join(real, name)
-        try:
-            about = _judge(here, path, whole=not left)
-        except FileNotFoundError:
-            _make(here)
-            about = _judge(here, path, whole=not left)
-        if stat.S_ISLNK(about.st_mode):
-            links += 1
-            if links > _MOST_LINKS:
-                raise SpecError(f"the cache folder {path} has too many symlinks on its way")
-            target = os.readlink(here)
-            real = "/" if target.startswith("/") else real
-            left += [one for one in reversed(target.split("/")) if one not in ("", ".")]
-        else:
+        if not stat.S_ISLNK(look(here, not left).st_mode):
             real = here
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            raise TooManyLinks
+        target = os.readlink(here)
+        real = "/" if target.startswith("/") else real
+        left += _parts(target)
     return real
+
+
+def _parts(path: str) -> list[str]:
+    """The last one first."""
+    return [one for one in reversed(path.split("/")) if one not in ("", ".")]
 
 
 def _make(path: str) -> None:
@@ -177,16 +201,23 @@ def path_of(kind: str, key: str, cache_dir: str | None = None) -> str:
 
 def kinds(cache_dir: str | None = None) -> list[str]:
     """The kinds of which there are entries; one of a folder's own is "erofs/0123"."""
-    found = []
     top = root(cache_dir)
+    return [
+        os.path.relpath(here, top)
+        for here, folders in _folders(top)
+        if here != top and any(not name.startswith(".") and _is_entry(here, name) for name in folders)
+    ]
+
+
+def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
+    """The cache's folders from the top on, each with the names of those in it. An entry's own hold no entries."""
     for here, folders, _ in os.walk(top):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        sealed = [name for name in folders if os.path.exists(os.path.join(here, name, _SEAL))]
-        if sealed and here != top:
-            found.append(os.path.relpath(here, top))
-        # An entry's own folders hold no entries.
-        folders[:] = [name for name in folders if name not in sealed]
-    return found
+        yield here, list(folders)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _is_entry(here, name))
+
+
+def _is_entry(folder: str, name: str) -> bool:
+    return os.path.exists(os.path.join(folder, name, _SEAL))
 
 
 def intact(folder: str, *, thorough: bool = False) -> bool:
@@ -256,7 +287,7 @@ def forget_old(kind: str, keep: int, cache_dir: str | None = None) -> None:
 
 def sweep(cache_dir: str | None = None) -> None:
     """Remove what makers of any kind that were killed have left. What is being made now stays."""
-    for here, folders, _ in os.walk(root(cache_dir)):
+    for here, folders in _folders(root(cache_dir)):
         if any(name.startswith(_SCRATCH) for name in folders):
             try:
                 lock = os.open(os.path.join(here, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -269,10 +300,6 @@ def sweep(cache_dir: str | None = None) -> None:
                 pass  # one that lives
             finally:
                 os.close(lock)
-        # An entry's own folders hold no entries.
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and not os.path.exists(os.path.join(here, name, _SEAL))
-        ]
 
 
 def remove(kind: str, key: str, cache_dir: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The base of ringfence's frozen values.
+"""The bases of ringfence's frozen values, and of what a `with` closes.
 
 Not dataclasses: importing that module costs some 20 ms, half of what `import ringfence` may take.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import TracebackType
     from typing import Any, ClassVar, Self
+
+__all__ = ["Closing", "Plain", "Value"]
 
 # A repr is for people: a Result with 50 MB of output has to fit on a screen.
 _REPR_LIMIT = 120
@@ -66,6 +69,33 @@ class Value:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), tuple(getattr(self, name) for name in self._fields))
+
+
+class Plain(Value):
+    """A value whose fields are all what JSON takes."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {name: getattr(self, name) for name in self._fields}
+
+
+class Closing:
+    """A context manager that is closed at its end."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def _restore(cls: type[Value], values: tuple[object, ...]) -> Value:

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 
+from ringfence._value import Closing
 from ringfence.api import check_spec, execute
 from ringfence.errors import RingfenceError
 from ringfence.sandbox import command_spec, sandbox_spec
@@ -17,8 +18,7 @@ from ringfence.spec import parse
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
-    from typing import Self, Unpack
+    from typing import Unpack
 
     from ringfence.levels.base import Sandbox as OpenSandbox
     from ringfence.result import Result
@@ -30,7 +30,7 @@ __all__ = ["Pool"]
 _MOST_WAITING = 256
 
 
-class Pool:
+class Pool(Closing):
     """Keeps `size` sandboxes of one kind waiting. Each is used once, for one command, and never again: what a command
     leaves goes with it, as with `rf.run`. A context manager; `close` leaves nothing of it.
 
@@ -85,14 +85,6 @@ class Pool:
         it would, and then its sandbox goes too. May be called twice.
         """
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Keeper:

@@ -6,6 +6,7 @@ import os
 import time
 from _thread import allocate_lock
 
+from ringfence._value import Closing
 from ringfence.api import check_spec, execute, put
 from ringfence.errors import RingfenceError, SpecError, StartError, WorkloadFailed
 from ringfence.spec import Limits, Spec, parse
@@ -13,8 +14,7 @@ from ringfence.spec import Limits, Spec, parse
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
-    from typing import Any, Self, Unpack
+    from typing import Any, Unpack
 
     from ringfence.levels.base import Sandbox as OpenSandbox
     from ringfence.result import Applied, Result, Usage
@@ -62,7 +62,7 @@ def command_spec(own: Spec, argv: Sequence[Path], options: CommandOptions) -> tu
     return spec, {"cwd": None if cwd is None else parse.path_bytes(cwd, "cwd"), "files": command.files}
 
 
-class Sandbox:
+class Sandbox(Closing):
     """A sandbox that stays: its file system, its background processes and its limits live on from one command to the
     next. A context manager; `close` leaves nothing of it.
 
@@ -203,14 +203,6 @@ class Sandbox:
         if self._pid != os.getpid():
             raise RingfenceError("the sandbox belongs to the process that opened it, not to one forked off it")
         return self._open
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"

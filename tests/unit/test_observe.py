@@ -40,7 +40,7 @@ KVM = {7: "anon_inode:kvm-vm", 9: "anon_inode:kvm-vcpu:0", 10: "anon_inode:kvm-v
     ],
 )
 def test_a_monitor(argv: str, exe: str, fds: dict[int, str], expected: tuple[object, ...]) -> None:
-    found = monitor(argv.split(), exe, fds, [])
+    found = monitor(argv.split(), exe, fds, list)
     assert found is not None
     assert (found.program, found.accelerator, found.memory_bytes, found.cpus, found.machine, found.devices) == expected
 
@@ -56,11 +56,12 @@ def test_a_monitor(argv: str, exe: str, fds: dict[int, str], expected: tuple[obj
     ],
 )
 def test_no_monitor(argv: str, exe: str) -> None:
-    assert monitor(argv.split(), exe, {3: "socket:[1]"}, []) is None
+    assert monitor(argv.split(), exe, {3: "socket:[1]"}, list) is None
 
 
 def test_a_virtual_cpus_thread_is_counted_where_descriptors_may_not_be_read() -> None:
-    found = monitor(["firecracker"], "/usr/bin/firecracker", None, ["firecracker", "fc_api", "fc_vcpu 0", "fc_vcpu 1"])
+    threads = ["firecracker", "fc_api", "fc_vcpu 0", "fc_vcpu 1"]
+    found = monitor(["firecracker"], "/usr/bin/firecracker", None, lambda: threads)
     assert found is not None
     assert (found.cpus, found.accelerator) == (2, None)
 

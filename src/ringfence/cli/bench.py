@@ -10,7 +10,8 @@ from ringfence.spec.parse import count
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
 
     from ringfence.cli._options import Parsed
 
@@ -117,22 +118,19 @@ def main(argv: Sequence[str]) -> int:
 def _guests(rounds: int, as_json: bool) -> int:
     from ringfence.comparison import guests
 
-    found = guests.measure(rounds, output.progress())
-    if as_json:
-        output.write_json(found)
-    else:
-        for line in guests.lines(found):
-            output.write_line(output.STDOUT, line)
-    return _MET
+    return _told(guests.measure(rounds, output.progress()), guests.lines, as_json)
 
 
 def _sustained(count: int, as_json: bool) -> int:
     from ringfence.comparison import sustained
 
-    found = sustained.measure(count, output.progress())
+    return _told(sustained.measure(count, output.progress()), sustained.lines, as_json)
+
+
+def _told(found: dict[str, Any], lines: Callable[[dict[str, Any]], Iterable[str]], as_json: bool) -> int:
     if as_json:
         output.write_json(found)
     else:
-        for line in sustained.lines(found):
+        for line in lines(found):
             output.write_line(output.STDOUT, line)
     return _MET

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 
-from ringfence._value import Value
+from ringfence._value import Plain, Value
 from ringfence.api import level, run
 from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.statistics import percentile
@@ -305,7 +305,7 @@ def _takes(isolation: str, argv: Sequence[str]) -> dict[str, Callable[[], int]]:
 # ---- results ----
 
 
-class Part(Value):
+class Part(Plain):
     """A start without a part, or with one made anew. p50, p99: nanoseconds; p99 None below 100 samples.
 
     cost_ns: by how much the whole start is dearer than this one (less than 0: cheaper), with its 95 % interval.
@@ -323,10 +323,6 @@ class Part(Value):
         self, *, name: str, p50: float, p99: float | None, cost_ns: float, low_ns: float, high_ns: float
     ) -> None:
         self._set(name=name, p50=p50, p99=p99, cost_ns=cost_ns, low_ns=low_ns, high_ns=high_ns)
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {name: getattr(self, name) for name in self._fields}
 
 
 class Ablation(Value):

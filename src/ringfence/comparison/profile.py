@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 
-from ringfence._value import Value
+from ringfence._value import Plain, Value
 from ringfence.api import run
 from ringfence.comparison.ablation import workload
 from ringfence.comparison.machine import machine_facts
@@ -49,7 +49,7 @@ _SWITCH = re.compile(r"prev_pid=(\d+) .*next_pid=(\d+)")
 _BIN_US = 50
 
 
-class Step(Value):
+class Step(Plain):
     """Something that a process did. who: "Python", "launcher", "init", "command" or "next" (the sandbox that is made
     ahead for a later run). start_us: from the call. us: how long, or 0 where it is a moment.
     """
@@ -62,10 +62,6 @@ class Step(Value):
 
     def __init__(self, *, who: str, what: str, start_us: int, us: int) -> None:
         self._set(who=who, what=what, start_us=start_us, us=us)
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {name: getattr(self, name) for name in self._fields}
 
 
 class Traced(Value):

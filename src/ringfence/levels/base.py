@@ -9,14 +9,12 @@ from __future__ import annotations
 import abc
 import time
 
-from ringfence._value import Value
+from ringfence._value import Closing, Value
 from ringfence.errors import CannotEnforce, Unmet
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import TracebackType
-    from typing import Self
 
     from ringfence.levels.host import Host
     from ringfence.levels.usage import Measured
@@ -120,7 +118,7 @@ class Outcome:
                 self.started_ns = min(self.started_ns, self.ended_ns - span)
 
 
-class Sandbox(abc.ABC):
+class Sandbox(Closing, abc.ABC):
     """An open sandbox. Its `close` leaves nothing of it, and may be called twice."""
 
     home: bytes
@@ -204,14 +202,6 @@ class Sandbox(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Ends what runs and removes everything."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Level(abc.ABC):

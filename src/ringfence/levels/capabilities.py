@@ -9,7 +9,7 @@ from __future__ import annotations
 from ringfence.errors import Unmet
 from ringfence.levels.base import Ability
 from ringfence.result import Applied
-from ringfence.spec.boundary import CAPABILITIES
+from ringfence.spec.boundary import CAPABILITIES, capability_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ringfence.spec import Spec
     from ringfence.wire.messages import Started
 
-__all__ = ["NETWORK", "REFUSED_AT_PROCESS", "ability", "applied", "mask", "names", "unmet"]
+__all__ = ["NETWORK", "REFUSED_AT_PROCESS", "ability", "applied", "mask", "unmet"]
 
 SET_NAMES = ("effective", "permitted", "inheritable", "bounding", "ambient")
 
@@ -64,13 +64,6 @@ def ability(mechanism: str) -> Ability:
 def mask(wanted: tuple[str, ...]) -> int:
     """As the kernel has them: bit N is capability N."""
     return sum(1 << CAPABILITIES.index(name) for name in wanted)
-
-
-def names(held: int) -> tuple[str, ...]:
-    """A set's capabilities by name; one that nobody knows by its number."""
-    found = [name for number, name in enumerate(CAPABILITIES) if held >> number & 1]
-    found += [f"CAP_{number}" for number in range(len(CAPABILITIES), 64) if held >> number & 1]
-    return tuple(found)
 
 
 def unmet(spec: Spec, host: Host) -> list[Unmet]:
@@ -122,7 +115,7 @@ def applied(spec: Spec, started: Started, mechanism: str, *, first_namespace: bo
     if not any(started.capabilities):
         asked = spec.capabilities or None
         return Applied(rule="capabilities", requested=asked, effective=None if asked else "none", mechanism=mechanism)
-    sets = dict(zip(SET_NAMES, map(names, started.capabilities), strict=True))
+    sets = dict(zip(SET_NAMES, map(capability_names, started.capabilities), strict=True))
     # An unprivileged caller may not empty the bounding set, which no_new_privs keeps from mattering.
     held = {name: "all" if len(one) == len(CAPABILITIES) else one for name, one in sets.items() if one}
     if spec.capabilities and not first_namespace:

@@ -12,13 +12,12 @@ import os
 import stat
 import struct
 
+from ringfence._value import Closing
 from ringfence.errors import KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
-    from typing import Self
 
 __all__ = [
     "ALL_FILES",
@@ -127,7 +126,7 @@ def gaps(version: int) -> tuple[str, ...]:
     return tuple(gap for needed, gap in _GAPS if version < needed)
 
 
-class Ruleset:
+class Ruleset(Closing):
     """A ruleset that is being built. It owns its file descriptor `fd`; a context manager closes it.
 
     handled_files, handled_network, scoped: the rights that it takes away, as the constants of this module.
@@ -197,14 +196,6 @@ class Ruleset:
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.detach())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def device_access(access: str) -> int:

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Surroundings", "find"]
+__all__ = ["Surroundings", "find", "number", "text"]
 
 _SYS_ADMIN, _SETFCAP = 21, 31
 _FOLDER_OF_PROFILES = "etc/apparmor.d"
@@ -173,7 +173,7 @@ def find(
     status = _status(root)
     capabilities = int(status.get("CapEff", "0"), 16)
     masked, chroot = _look_at_mounts(root) if mounts else (0, False)
-    restricted = _number(root, "proc/sys/kernel/apparmor_restrict_unprivileged_userns") == 1
+    restricted = number(root, "proc/sys/kernel/apparmor_restrict_unprivileged_userns") == 1
     return Surroundings(
         engine=_engine(root, os.environ if environ is None else environ) if engine else "",
         filtered=status.get("Seccomp") == "2",
@@ -183,12 +183,13 @@ def find(
         lone_root=status.get("Uid", "").split()[1:2] == ["0"] and not capabilities >> _SETFCAP & 1,
         profiled=_has_profile(root, helper) if restricted else None,
         has_user=os.path.lexists(os.path.join(root, "proc/self/ns/user")),
-        most_user=_number(root, "proc/sys/user/max_user_namespaces"),
-        clone_switch=_number(root, "proc/sys/kernel/unprivileged_userns_clone"),
+        most_user=number(root, "proc/sys/user/max_user_namespaces"),
+        clone_switch=number(root, "proc/sys/kernel/unprivileged_userns_clone"),
     )
 
 
-def _text(root: str, name: str) -> str:
+def text(root: str, name: str) -> str:
+    """A file's text; "" where it can't be read."""
     try:
         with open(os.path.join(root, name), encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -196,13 +197,14 @@ def _text(root: str, name: str) -> str:
         return ""
 
 
-def _number(root: str, name: str) -> int | None:
-    text = _text(root, name).strip()
-    return int(text) if text.isdecimal() else None
+def number(root: str, name: str) -> int | None:
+    """The number that a file holds; None where it can't be read, or holds something else."""
+    said = text(root, name).strip()
+    return int(said) if said.isdecimal() else None
 
 
 def _status(root: str) -> dict[str, str]:
-    lines = (line.partition(":") for line in _text(root, "proc/self/status").splitlines())
+    lines = (line.partition(":") for line in text(root, "proc/self/status").splitlines())
     return {name: value.strip() for name, _, value in lines}
 
 
@@ -214,17 +216,17 @@ def _engine(root: str, environ: Mapping[str, str]) -> str:
         if os.path.lexists(os.path.join(root, name)):
             return engine
     # systemd's convention (Container Interface), followed by LXC and nspawn too.
-    said = _text(root, "run/systemd/container").strip() or environ.get("container", "")
+    said = text(root, "run/systemd/container").strip() or environ.get("container", "")
     if said:
         return {"docker": "Docker", "podman": "Podman", "lxc": "LXC", "oci": "a container"}.get(said, said[:40])
-    paths = _text(root, "proc/self/cgroup") + _text(root, "proc/1/cgroup")
+    paths = text(root, "proc/self/cgroup") + text(root, "proc/1/cgroup")
     return next((engine for part, engine in _CGROUPS if part in paths), "")
 
 
 def _look_at_mounts(root: str) -> tuple[int, bool]:
     """(how many mounts hide parts of every /proc, whether no mount is our root)."""
     mounts = []
-    for line in _text(root, "proc/self/mountinfo").splitlines():
+    for line in text(root, "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         if len(fields) > 5:
@@ -247,7 +249,7 @@ def _has_profile(root: str, helper: str) -> bool:
     except OSError:
         return False
     for name in names:
-        text = _text(folder, name) if os.path.isfile(os.path.join(folder, name)) else ""
-        if helper and helper in text and "userns" in text:
+        said = text(folder, name) if os.path.isfile(os.path.join(folder, name)) else ""
+        if helper and helper in said and "userns" in said:
             return True
     return False

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 
-from ringfence._value import Value
+from ringfence._value import Plain
+from ringfence.linux.surroundings import number, text
 from ringfence.observe.proc import MountEntry, Proc
 
 TYPE_CHECKING = False
@@ -24,7 +25,7 @@ _MEMORY = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.ma
 _PIDS = {1: ("pids.max", "pids.current"), 2: ("pids.max", "pids.current")}
 
 
-class Bounds(Value):
+class Bounds(Plain):
     """paths: of each controller, that of version 2 as "". memory_bytes, pids, cpus: the limits, or None for none.
 
     memory_used_bytes, pids_used: of its own cgroup and below. unknown: the controllers whose files this caller can't
@@ -61,10 +62,6 @@ class Bounds(Value):
             unknown=unknown,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {name: getattr(self, name) for name in self._fields}
-
 
 def bounds(process: Proc, mounts: Iterable[MountEntry]) -> Bounds:
     """mounts: this caller's own, by which the files are read."""
@@ -80,7 +77,7 @@ def bounds(process: Proc, mounts: Iterable[MountEntry]) -> Bounds:
         version, top, below = where
         limit, used = names[version]
         found[field] = min(_limits(top, below, limit), default=None)
-        found["memory_used_bytes" if controller == "memory" else "pids_used"] = _number(top + below, used)
+        found["memory_used_bytes" if controller == "memory" else "pids_used"] = number(top + below, used)
     where = _where("cpu", paths, mounted)
     if where is None:
         unknown.append("cpu")
@@ -117,7 +114,7 @@ def _upwards(top: str, below: str) -> Iterator[str]:
 
 def _limits(top: str, below: str, name: str) -> Iterator[int]:
     for folder in _upwards(top, below):
-        limit = _number(folder, name)
+        limit = number(folder, name)
         if limit is not None and limit < _NO_LIMIT:
             yield limit
 
@@ -125,22 +122,9 @@ def _limits(top: str, below: str, name: str) -> Iterator[int]:
 def _cpus(version: int, top: str, below: str) -> Iterator[float]:
     for folder in _upwards(top, below):
         if version == 2:
-            words = _text(folder, "cpu.max").split()
+            words = text(folder, "cpu.max").split()
             quota, period = (words[0], words[1]) if len(words) == 2 else ("max", "0")
         else:
-            quota, period = _text(folder, "cpu.cfs_quota_us").strip(), _text(folder, "cpu.cfs_period_us").strip()
+            quota, period = text(folder, "cpu.cfs_quota_us").strip(), text(folder, "cpu.cfs_period_us").strip()
         if quota.isdecimal() and period.isdecimal() and int(period):
             yield int(quota) / int(period)
-
-
-def _text(folder: str, name: str) -> str:
-    try:
-        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
-def _number(folder: str, name: str) -> int | None:
-    text = _text(folder, name).strip()
-    return int(text) if text.isdecimal() else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 
-from ringfence._value import Value
+from ringfence._value import Plain, Value
 from ringfence.errors import KernelError
 from ringfence.observe import judge
 from ringfence.observe.groups import Bounds, bounds
 from ringfence.observe.proc import MountEntry, Proc, pids
 from ringfence.observe.vmm import Monitor, monitor
-from ringfence.spec.boundary import CAPABILITIES
+from ringfence.spec.boundary import NAMESPACES, capability_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _POWERFUL_GROUPS = ("docker", "podman", "lxd", "incus", "libvirt", "disk", "kvm"
 _SOCKET = "socket:["
 
 
-class Namespace(Value):
+class Namespace(Plain):
     """name: "mnt", "pid", ... inode: None where this caller may not see it. shared: with the host (its first process as
     this caller sees it); None where that can't be told. others: how many other processes are in it, and the lowest of
     their pids; (0, None) where it is the process's alone or wasn't looked for.
@@ -44,33 +44,30 @@ class Namespace(Value):
     ) -> None:
         self._set(name=name, inode=inode, shared=shared, others=others, first_other=first_other)
 
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {name: getattr(self, name) for name in self._fields}
-
 
 class Host(Value):
-    """What processes are compared with. namespaces: of the first process of this /proc, or, where that may not be
-    looked at, of this caller (`of_caller`). mounts: the same one's. root: identity of its root.
+    """What processes are compared with. namespaces, mounts: of the first process of this /proc, or, where that may not
+    be looked at, of this caller. own_mounts: of this caller. sockets: inodes of the IP and packet sockets of the first
+    process's network; none where that may not be looked at. groups: those of note, name by number.
     """
 
-    __slots__ = ("mounts", "namespaces", "of_caller", "own_mounts", "sockets")
+    __slots__ = ("groups", "mounts", "namespaces", "own_mounts", "sockets")
     namespaces: dict[str, int]
-    of_caller: bool
     mounts: tuple[MountEntry, ...]
     own_mounts: tuple[MountEntry, ...]
     sockets: frozenset[int]
+    groups: dict[int, str]
 
     def __init__(
         self,
         *,
         namespaces: dict[str, int],
-        of_caller: bool,
         mounts: tuple[MountEntry, ...],
         own_mounts: tuple[MountEntry, ...],
         sockets: frozenset[int],
+        groups: dict[int, str],
     ) -> None:
-        self._set(namespaces=namespaces, of_caller=of_caller, mounts=mounts, own_mounts=own_mounts, sockets=sockets)
+        self._set(namespaces=namespaces, mounts=mounts, own_mounts=own_mounts, sockets=sockets, groups=groups)
 
 
 class Inspection(Value):
@@ -150,16 +147,16 @@ def reference() -> Host:
     with Proc(os.getpid()) as own:
         own_mounts = tuple(own.mounts() or ())
         namespaces, mounts = own.namespaces(), own_mounts
-    of_caller = True
+    sockets = frozenset[int]()
     try:
         with Proc(1) as first:
             found = first.namespaces()
             if found.keys() >= namespaces.keys():
-                of_caller, namespaces, mounts = False, found, tuple(first.mounts() or own_mounts)
-            sockets = _network_sockets(first) if not of_caller else frozenset[int]()
-    except KernelError:  # no process 1 here
-        sockets = frozenset()
-    return Host(namespaces=namespaces, of_caller=of_caller, mounts=mounts, own_mounts=own_mounts, sockets=sockets)
+                namespaces, mounts = found, tuple(first.mounts() or own_mounts)
+                sockets = _network_sockets(first)
+    except KernelError:
+        pass  # no process 1 here
+    return Host(namespaces=namespaces, mounts=mounts, own_mounts=own_mounts, sockets=sockets, groups=_groups_of_note())
 
 
 def examine(pid: int, host: Host, *, company: bool = False, proc: str = "/proc") -> Inspection:
@@ -187,7 +184,7 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
             inode=own.get(name),
             shared=None if name not in own or name not in host.namespaces else own[name] == host.namespaces[name],
         )
-        for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
+        for name in NAMESPACES
     )
     shared = {one.name: one.shared for one in namespaces}
     exe = process.link("exe")
@@ -214,9 +211,9 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
         "uids": uids,
         "uid_map": process.id_map("uid_map"),
         "gid_map": process.id_map("gid_map"),
-        "groups": _powerful(status),
+        "groups": _powerful(status, host),
         "capabilities": {
-            name: _names(int(status.get(field, "0"), 16)) for name, field in zip(_SETS, _STATUS, strict=True)
+            name: capability_names(int(status.get(field, "0"), 16)) for name, field in zip(_SETS, _STATUS, strict=True)
         },
         "capabilities_on_host": shared["user"],
         "no_new_privs": _flag(status.get("NoNewPrivs")),
@@ -229,34 +226,32 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
         "sockets": _foreign_sockets(descriptors, shared["net"], host),
         "bounds": bounds(process, host.own_mounts),
         "resident_bytes": int(resident[0]) * 1024 if resident else None,
-        "monitor": monitor(argv, exe, descriptors, process.threads()),
+        "monitor": monitor(argv, exe, descriptors, process.threads),
         "partial": tuple(partial),
     }
-
-
-def _names(mask: int) -> tuple[str, ...]:
-    found = [name for number, name in enumerate(CAPABILITIES) if mask >> number & 1]
-    return (*found, *(f"CAP_{number}" for number in range(len(CAPABILITIES), 64) if mask >> number & 1))
 
 
 def _flag(text: str | None) -> bool | None:
     return None if text is None else text == "1"
 
 
-def _powerful(status: dict[str, str]) -> tuple[str, ...]:
-    """The groups of note that it is in, by their names on this host."""
+def _groups_of_note() -> dict[int, str]:
     import grp
 
-    numbers = {int(word) for word in status.get("Groups", "").split()}
-    numbers |= {int(word) for word in status.get("Gid", "").split()[1:2]}
-    found = []
+    found = {}
     for name in _POWERFUL_GROUPS:
         try:
-            if grp.getgrnam(name).gr_gid in numbers:
-                found.append(name)
+            found[grp.getgrnam(name).gr_gid] = name
         except KeyError:
             continue
-    return tuple(found)
+    return found
+
+
+def _powerful(status: dict[str, str], host: Host) -> tuple[str, ...]:
+    """The groups of note that it is in, by their names on this host."""
+    numbers = {int(word) for word in status.get("Groups", "").split()}
+    numbers |= {int(word) for word in status.get("Gid", "").split()[1:2]}
+    return tuple(name for number, name in host.groups.items() if number in numbers)
 
 
 def _root(mounts: list[MountEntry] | None, shared: bool | None, process: Proc) -> str | None:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 
-from ringfence._value import Value
+from ringfence._value import Closing, Value
 from ringfence.errors import KernelError
+from ringfence.spec.boundary import NAMESPACES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
-    from typing import Self
 
 __all__ = ["MountEntry", "Proc", "pids", "unescaped"]
 
@@ -68,7 +67,7 @@ def pids(proc: str = "/proc") -> list[int]:
     return sorted(int(name) for name in os.listdir(proc) if name.isdecimal())
 
 
-class Proc:
+class Proc(Closing):
     """One process. What this caller may not read is None, never a guess; a process that has ended raises KernelError
     (ESRCH) at `open`, and is None afterwards.
     """
@@ -84,14 +83,6 @@ class Proc:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     # ---- reading ----
 
@@ -133,14 +124,6 @@ class Proc:
         finally:
             os.close(fd)
 
-    def identity(self, name: str) -> tuple[int, int] | None:
-        """(st_dev, st_ino) of what a link of it leads to."""
-        try:
-            about = os.stat(name, dir_fd=self._fd)
-        except OSError:
-            return None
-        return about.st_dev, about.st_ino
-
     # ---- what is in the files ----
 
     def status(self) -> dict[str, str]:
@@ -150,7 +133,7 @@ class Proc:
     def namespaces(self) -> dict[str, int]:
         """Inode by name ("mnt", "pid", ...); without those that may not be read."""
         found = {}
-        for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"):
+        for name in NAMESPACES:
             link = self.link(f"ns/{name}")
             if link is not None and link.endswith("]"):
                 found[name] = int(link.partition("[")[2][:-1])

@@ -9,11 +9,11 @@ import itertools
 import os
 import re
 
-from ringfence._value import Value
+from ringfence._value import Plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
 __all__ = ["Monitor", "monitor"]
@@ -36,7 +36,7 @@ _CPU_THREAD = re.compile(r"CPU \d+/\w+|fc_vcpu ?\d+|vcpu\d+|crosvm_vcpu\d+|kvm-v
 _QEMU_DEFAULT_BYTES = 128 << 20
 
 
-class Monitor(Value):
+class Monitor(Plain):
     """program: "QEMU" or another's name, or "unknown". accelerator: "kvm", "tcg", "ptrace" or "systrap" of gVisor's, or
     None where nothing tells. memory_bytes: of the guest; cpus: virtual ones; None where nothing tells. devices: as its
     command line names them. machine: QEMU's machine type, or "".
@@ -69,15 +69,11 @@ class Monitor(Value):
             machine=machine,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {name: getattr(self, name) for name in self._fields}
-
 
 def monitor(
-    argv: Sequence[str], exe: str | None, descriptors: Mapping[int, str] | None, threads: Iterable[str]
+    argv: Sequence[str], exe: str | None, descriptors: Mapping[int, str] | None, threads: Callable[[], Iterable[str]]
 ) -> Monitor | None:
-    """None where the process is none. exe: the program's path, where it may be read."""
+    """None where the process is none. exe: the program's path, where it may be read. threads: gives their names."""
     links = list((descriptors or {}).values())
     program = _program(argv, exe)
     has_machine = any("anon_inode:kvm-vm" in link for link in links)
@@ -88,7 +84,7 @@ def monitor(
     found: dict[str, Any] = {"program": program or "unknown"}
     found["accelerator"] = "kvm" if has_machine else _accelerator(program, argv)
     counted = sum("anon_inode:kvm-vcpu" in link for link in links)
-    counted = counted or sum(bool(_CPU_THREAD.fullmatch(name)) for name in threads)
+    counted = counted or sum(bool(_CPU_THREAD.fullmatch(name)) for name in threads())
     found["cpus"] = counted or None
     if program == "QEMU":
         found |= _qemu(argv, counted)

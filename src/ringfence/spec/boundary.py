@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-__all__ = ["CAPABILITIES", "NAMESPACES", "Device", "Namespaces", "Seccomp", "capabilities"]
+__all__ = ["CAPABILITIES", "NAMESPACES", "Device", "Namespaces", "Seccomp", "capabilities", "capability_names"]
 
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
 
@@ -198,3 +198,10 @@ def capabilities(names: Any) -> tuple[str, ...]:
             raise SpecError(f"capabilities: {one!r} is none: see capabilities(7)")
         found.add(name)
     return tuple(sorted(found, key=CAPABILITIES.index))
+
+
+def capability_names(held: int) -> tuple[str, ...]:
+    """A set's capabilities by name, from the kernel's bits; one that nobody knows by its number."""
+    found = [name for number, name in enumerate(CAPABILITIES) if held >> number & 1]
+    found += [f"CAP_{number}" for number in range(len(CAPABILITIES), 64) if held >> number & 1]
+    return tuple(found)

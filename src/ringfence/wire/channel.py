@@ -12,9 +12,9 @@ from ringfence.wire import frames
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["Channel", "send_packet"]
+__all__ = ["Channel", "passed", "received", "send_packet"]
 
 _RECEIVE_BYTES = 256 << 10
 _FLUSH_LIMIT_MS = 30_000
@@ -27,13 +27,23 @@ _FD_BYTES = struct.calcsize("i")
 _CONTROL_BYTES = socket.CMSG_SPACE(4 * _FD_BYTES)
 
 
-def _packed(fds: Sequence[int]) -> bytes:
-    return struct.pack(f"{len(fds)}i", *fds)
+def passed(fds: Sequence[int]) -> list[tuple[int, int, bytes]]:
+    """What sendmsg takes besides, to hand over these descriptors."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+
+
+def received(control: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with what recvmsg read."""
+    found: list[int] = []
+    for level, kind, body in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.extend(struct.unpack_from(f"{len(body) // _FD_BYTES}i", body))
+    return found
 
 
 def send_packet(sock: socket.socket, packet: bytes, fds: Sequence[int]) -> None:
     """One packet with its descriptors, whole or not at all."""
-    sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(fds))])
+    sock.sendmsg([packet], passed(fds))
 
 
 class Channel:
@@ -81,9 +91,8 @@ class Channel:
     def flush(self) -> None:
         """Passes on what the socket takes now. That the other side is gone shows when reading."""
         while self._out:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(self._out_fds))] if self._out_fds else []
             try:
-                sent = self._socket.sendmsg([self._out[0]], ancillary, _NO_SIGNAL)
+                sent = self._socket.sendmsg([self._out[0]], passed(self._out_fds), _NO_SIGNAL)
             except BlockingIOError:
                 return
             except (BrokenPipeError, ConnectionResetError):
@@ -115,9 +124,7 @@ class Channel:
         try:
             if self._trusted:
                 data, control, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _CONTROL_BYTES, _CLOSE_ON_EXEC)
-                for level, kind, body in control:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        self._fds.extend(struct.unpack_from(f"{len(body) // _FD_BYTES}i", body))
+                self._fds += received(control)
                 if flags & _TRUNCATED:
                     raise ProtocolError("more descriptors came than the protocol allows")
             else:

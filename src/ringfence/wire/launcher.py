@@ -158,15 +158,7 @@ class Launcher:
 
         joins: descriptors of the namespaces that the request names.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._send(request, [theirs.fileno(), *joins])
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        channel = Channel(ours, trusted=True)
+        channel = self._post(request, joins)
         if self._unconfirmed:
             try:
                 self.confirm()  # while init is being started

@@ -6,7 +6,6 @@ down, it would only be cut off. See docs/design/network.md.
 
 from __future__ import annotations
 
-import array
 import functools
 import ipaddress
 import os
@@ -18,6 +17,7 @@ from ringfence.levels.network import tap
 from ringfence.levels.network.packets import fragments
 from ringfence.linux import netlink
 from ringfence.linux.netlink import expression
+from ringfence.wire.channel import received
 
 __all__ = ["ADDRESS4", "ADDRESS6", "GATEWAY4", "GATEWAY6", "MARK", "Inside", "Supply"]
 
@@ -75,9 +75,7 @@ class Supply:
             data, control, _, _ = self._ours.recvmsg(4, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
         except (TimeoutError, ConnectionResetError):
             raise ProtocolError("init hands over no socket") from None
-        found = array.array("i")
-        for _, _, body in control:
-            found.frombytes(body[: len(body) - len(body) % found.itemsize])
+        found = received(control)
         if len(data) != 4 or (data == bytes(4)) != (len(found) == 1):
             for fd in found:
                 os.close(fd)

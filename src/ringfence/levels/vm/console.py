@@ -13,25 +13,28 @@ import select
 import stat
 import time
 
-from ringfence._value import Value
+from ringfence._value import Closing, Value
 from ringfence.errors import ProtocolError, RingfenceError, SpecError, Unavailable
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.drive import SandboxEnded
 from ringfence.levels.host import host
 from ringfence.levels.state import state
 from ringfence.levels.vm import VmLevel, emulator
-from ringfence.levels.vm.qemu import MEMORY_OVERHEAD_BYTES, shown_program
+from ringfence.levels.vm.qemu import (
+    MEMORY_OVERHEAD_BYTES,
+    jail_limits,
+    kvm_group,
+    program_steps,
+    shown_program,
+)
 from ringfence.levels.vm.vmm import JailedVmm
-from ringfence.spec import Limits, Spec, parse
+from ringfence.spec import Spec, parse
 from ringfence.wire import messages
 from ringfence.wire.channel import Channel
 from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
     from ringfence.result import Applied
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -42,8 +45,6 @@ _QEMU_FD = 3
 _MOST_BYTES = 16 << 20
 _READ_BYTES = 64 << 10
 _LEAST_BYTES, _MOST_CPUS = 16 << 20, 64
-_OWN_CPUS, _OWN_THREADS = 0.5, 128
-_KVM = b"/dev/kvm"
 
 
 class System(Value):
@@ -160,12 +161,7 @@ def _jail_steps(system: System, jail: ContainerSandbox, accelerator: str, progra
     for (path, at), identity in zip(shown, system.identities, strict=True):
         if path is not None:
             steps += jail.host_mount(path, at, flags, expected=identity)
-    at, own = shown_program(program)
-    if own:
-        steps += jail.host_mount(os.fsencode(os.path.realpath(program)), at, RDONLY | NOSUID | NODEV)
-    if accelerator == "kvm":
-        steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
-    return steps
+    return steps + program_steps(jail, program, accelerator)
 
 
 def _start(system: System) -> tuple[socket.socket, JailedVmm, str]:
@@ -180,32 +176,26 @@ def _start(system: System) -> tuple[socket.socket, JailedVmm, str]:
     if missing is not None:
         raise Unavailable("vm", *missing)
     accelerator = "kvm" if kvm.probe().usable else "tcg"
-    usable = {name: machine.cgroups.controller(name).usable for name in ("memory", "cpu", "pids")}
     what = Spec.make(
         [shown_program(found.path)[0]],
         isolation="container",
         user="1000:1000",
         hostname="vmm",
         env={"TMPDIR": "/work"},
-        limits=Limits(
-            memory=system.memory_bytes + MEMORY_OVERHEAD_BYTES if usable["memory"] else None,
-            cpus=system.cpus + _OWN_CPUS if usable["cpu"] else None,
-            pids=system.cpus + _OWN_THREADS if usable["pids"] else None,
-        ),
+        limits=jail_limits(machine, system.memory_bytes + MEMORY_OVERHEAD_BYTES, system.cpus),
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     errors, errors_of_qemu = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     jail: ContainerSandbox | None = None
     try:
         os.set_blocking(errors_of_qemu, True)
-        group = os.stat(_KVM).st_gid if accelerator == "kvm" else None
         here = state()
         jail = ContainerSandbox(
             what,
             machine,
             here,
             extra=lambda one: _jail_steps(system, one, accelerator, found.path),
-            extra_gid=group,
+            extra_gid=kvm_group(accelerator),
         )
         argv = arguments(system, accelerator, shown_program(found.path)[0])
         request = messages.execute(argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4)
@@ -224,7 +214,7 @@ def _start(system: System) -> tuple[socket.socket, JailedVmm, str]:
         os.close(errors_of_qemu)
 
 
-class Console:
+class Console(Closing):
     """A whole operating system in a virtual machine of its own, and its serial console.
 
         with rf.Console(kernel="vmlinuz", initrd="initrd.img", append="console=ttyS0") as console:
@@ -388,11 +378,3 @@ class Console:
         if self._open:
             self._open = False
             self._vmm.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -17,10 +17,22 @@ from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, MountStep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from ringfence.levels.host import Host
     from ringfence.levels.state import State
 
-__all__ = ["MEMORY_OVERHEAD_BYTES", "STATE_FD", "Memory", "command_line", "shown_program", "start_qemu"]
+__all__ = [
+    "MEMORY_OVERHEAD_BYTES",
+    "STATE_FD",
+    "Memory",
+    "command_line",
+    "jail_limits",
+    "kvm_group",
+    "program_steps",
+    "shown_program",
+    "start_qemu",
+]
 
 # What QEMU takes beside the guest's memory: its own, the cache of translated code, buffers of 9p.
 MEMORY_OVERHEAD_BYTES = 256 << 20
@@ -40,6 +52,34 @@ def shown_program(path: str) -> tuple[bytes, bool]:
     name = os.fsencode(path)
     shown = any(name.startswith(b"/" + entry.name + b"/") for entry in tree.host_entries() if entry.kind == "directory")
     return (name, False) if shown else (_OWN_QEMU, True)
+
+
+def jail_limits(host: Host, memory_bytes: int, cpus: int, **more: Any) -> Limits:
+    """What a VMM may take of the host, as far as that has cgroups for it. memory_bytes: QEMU's own among them."""
+    usable = {name: host.cgroups.controller(name).usable for name in ("memory", "cpu", "pids")}
+    return Limits(
+        memory=memory_bytes if usable["memory"] else None,
+        # A vCPU each, and a share of one for QEMU's own threads. Its pool of those that wait for files is 64.
+        cpus=cpus + _OWN_CPUS if usable["cpu"] else None,
+        pids=cpus + _OWN_THREADS if usable["pids"] else None,
+        **more,
+    )
+
+
+def kvm_group(accelerator: str) -> int | None:
+    """/dev/kvm belongs to a group, and a jail's ids are nobody's: QEMU gets that group and no other."""
+    return os.stat(_KVM).st_gid if accelerator == "kvm" else None
+
+
+def program_steps(jail: ContainerSandbox, program: str, accelerator: str) -> list[MountStep]:
+    """QEMU itself where the jail doesn't show it anyway, and /dev/kvm where that is used."""
+    steps: list[MountStep] = []
+    at, own = shown_program(program)
+    if own:
+        steps += jail.host_mount(os.fsencode(os.path.realpath(program)), at, RDONLY | NOSUID | NODEV)
+    if accelerator == "kvm":
+        steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
+    return steps
 
 
 class Memory(Value):
@@ -65,8 +105,6 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
     if memory is None or saved:
         steps += jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
         steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
-    if shown_program(spec.program)[1]:
-        steps += jail.host_mount(os.fsencode(os.path.realpath(spec.program)), _OWN_QEMU, RDONLY | NOSUID | NODEV)
     for number, disk in enumerate(spec.disks):
         # A guest that is to be saved has a blank one of ours.
         identity = None if saved else spec.disk_identity
@@ -81,9 +119,7 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
             continue
         kept = NOSUID | NODEV | NOEXEC | (0 if share.writable else RDONLY)
         steps += jail.host_mount(share.source, at, kept, must=share.writable, secret=share.secret)
-    if spec.accelerator == "kvm":
-        steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
-    return steps
+    return steps + program_steps(jail, spec.program, spec.accelerator)
 
 
 def _taken_bytes(spec: Machine, memory: Memory | None) -> int:
@@ -105,15 +141,8 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
     errors, errors_of_qemu = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.set_blocking(errors_of_qemu, True)
-        usable = {name: host.cgroups.controller(name).usable for name in ("memory", "cpu", "pids")}
-        limits = Limits(
-            memory=_taken_bytes(spec, memory) if usable["memory"] else None,
-            # A vCPU each, and a share of one for QEMU's own threads. Its pool of those that wait for files is 64.
-            cpus=spec.cpus + _OWN_CPUS if usable["cpu"] else None,
-            pids=spec.cpus + _OWN_THREADS if usable["pids"] else None,
-            cpu_weight=spec.cpu_weight,
-            cpuset=spec.cpuset,
-        )
+        taken = _taken_bytes(spec, memory)
+        limits = jail_limits(host, taken, spec.cpus, cpu_weight=spec.cpu_weight, cpuset=spec.cpuset)
         what = Spec.make(
             [shown_program(spec.program)[0]],
             isolation="container",
@@ -122,14 +151,12 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             limits=limits,
             network=spec.card.network if spec.card is not None else None,
         )
-        # /dev/kvm belongs to a group, and the jail's ids are nobody's: QEMU gets that group and no other.
-        group = os.stat(_KVM).st_gid if spec.accelerator == "kvm" else None
         jail = ContainerSandbox(
             what,
             host,
             state,
             extra=lambda one: _jail_steps(spec, one, memory),
-            extra_gid=group,
+            extra_gid=kvm_group(spec.accelerator),
             stays=stays,
             guest=spec.card is not None,
             writes=False,

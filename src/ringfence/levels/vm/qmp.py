@@ -8,11 +8,11 @@ has taken over: it is bounded, and only what is looked for is read.
 from __future__ import annotations
 
 import _socket as socket
-import array
 import select
 import time
 
 from ringfence.errors import ProtocolError
+from ringfence.wire.channel import passed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ class Qmp:
 
     def send(self, commands: bytes, fds: tuple[int, ...] = ()) -> None:
         """A few hundred bytes, which a socket always takes."""
-        passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            sent = self._socket.sendmsg([commands], passed, socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg([commands], passed(fds), socket.MSG_NOSIGNAL)
         except (BrokenPipeError, ConnectionResetError):
             return  # that it is gone shows when reading
         if sent != len(commands):

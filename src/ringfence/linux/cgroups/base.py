@@ -15,6 +15,7 @@ import errno
 import os
 import time
 
+from ringfence._value import Closing
 from ringfence.errors import KernelError
 from ringfence.linux.cgroups import files
 from ringfence.linux.cgroups.values import (
@@ -32,8 +33,6 @@ from ringfence.linux.cgroups.values import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
-    from typing import Self
 
     Claim = Callable[..., None]
 
@@ -61,7 +60,7 @@ _CORE = {"memory", "pids", "cpu", "cpuacct"}
 _V1_NAMES = {"io": "blkio"}
 
 
-class Manager(abc.ABC):
+class Manager(Closing, abc.ABC):
     """Makes the cgroups of this process's sandboxes. One for each process; `close` removes what it made."""
 
     version: int
@@ -122,14 +121,6 @@ class Manager(abc.ABC):
     def asks(self) -> bool:
         """Whether somebody else, systemd, would have to be asked for the first cgroup."""
         return False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Cgroup(abc.ABC):
