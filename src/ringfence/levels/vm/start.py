@@ -79,13 +79,12 @@ class Guest:
         self._why = "" if use_template else "a boot was asked for"
         self._template: Template | None = None
         self._begun: tuple[int, int] | None = None  # CLOCK_MONOTONIC and CLOCK_REALTIME when it was told to resume
-        self.waited = False
-        self.restored = False
         self.vmm: Vmm = self._start()
 
     def _start(self) -> Vmm:
         self._template = self._find() if self._tries < 2 else None
         self._begun = None
+        self.waited = False  # whether its QEMU was there before it was wanted
         fds: tuple[int, ...] = ()
         if self._template is not None:
             try:
