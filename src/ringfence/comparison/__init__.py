@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 
+from ringfence import __version__
 from ringfence._value import Value
 from ringfence.api import level
 from ringfence.comparison.cost import Run, bare_memory, bare_run, differences, level_run, run_json, summaries
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["BARE", "Comparison", "Isolation", "LevelReport", "Run", "Summary", "Verdict", "compare", "ratio"]
+__all__ = ["BARE", "SCHEMA", "Comparison", "Isolation", "LevelReport", "Run", "Summary", "Verdict", "compare", "ratio"]
 
 BARE = "bare"
+# The version of the document that `to_json` makes.
+SCHEMA = 1
 _MOST_REPEATS = {BARE: 20, "process": 20, "container": 20, "vm": 3}
 # Where nobody says how often: a command that takes long is run less often than a quick one.
 _BUDGET_NS = 6_000_000_000
@@ -37,7 +40,8 @@ class LevelReport(Value):
     runs: every run, in order. differences: how the first differs from the first bare one; a sentence each.
     varies: whether its own runs differ among themselves, so that a difference may be the command's own.
     accelerator: "kvm" or "tcg" at the vm level, else None. isolation: the verdicts, by resource. facts: all that the
-    probe saw. memory_source: who measured the memory.
+    probe saw. memory_source: who measured the memory. probes, surface, measures: plain values as
+    docs/design/comparison.md has them; {}, None and {} where they weren't asked for.
     """
 
     __slots__ = (
@@ -46,9 +50,12 @@ class LevelReport(Value):
         "facts",
         "help",
         "isolation",
+        "measures",
         "memory_source",
         "name",
+        "probes",
         "runs",
+        "surface",
         "unavailable",
         "varies",
     )
@@ -62,6 +69,9 @@ class LevelReport(Value):
     isolation: dict[str, Verdict]
     facts: dict[str, Any]
     memory_source: str
+    probes: dict[str, Any]
+    surface: dict[str, Any] | None
+    measures: dict[str, Any]
 
     def __init__(
         self,
@@ -76,6 +86,9 @@ class LevelReport(Value):
         isolation: Mapping[str, Verdict] | None = None,
         facts: Mapping[str, Any] | None = None,
         memory_source: str = "",
+        probes: Mapping[str, Any] | None = None,
+        surface: Mapping[str, Any] | None = None,
+        measures: Mapping[str, Any] | None = None,
     ) -> None:
         self._set(
             name=name,
@@ -88,6 +101,9 @@ class LevelReport(Value):
             isolation=dict(isolation) if isolation else {},
             facts=dict(facts) if facts else {},
             memory_source=memory_source,
+            probes=dict(probes) if probes else {},
+            surface=None if surface is None else dict(surface),
+            measures=dict(measures) if measures else {},
         )
 
     @property
@@ -105,6 +121,9 @@ class LevelReport(Value):
             "differences": list(self.differences),
             "varies": self.varies,
             "isolation": {name: one.to_json() for name, one in self.isolation.items()},
+            "probes": self.probes,
+            "surface": self.surface,
+            "measures": self.measures,
             "costs": {name: one.to_json() if one else None for name, one in self.costs.items()},
             "memory_source": self.memory_source,
             "runs": [run_json(one) for one in self.runs],
@@ -113,15 +132,33 @@ class LevelReport(Value):
 
 
 class Comparison(Value):
-    """argv: the command. machine: where it was compared. levels: the bare run first, then each level, in order."""
+    """argv: the command. machine: where it was compared. levels: the bare run first, then each level, in order.
+    probes, measures: what the levels' probes and measures are, by name.
+    """
 
-    __slots__ = ("argv", "levels", "machine")
+    __slots__ = ("argv", "levels", "machine", "measures", "probes")
     argv: tuple[bytes, ...]
     machine: dict[str, Any]
+    probes: dict[str, Any]
+    measures: dict[str, Any]
     levels: tuple[LevelReport, ...]
 
-    def __init__(self, *, argv: Sequence[bytes], machine: Mapping[str, Any], levels: Sequence[LevelReport]) -> None:
-        self._set(argv=tuple(argv), machine=dict(machine), levels=tuple(levels))
+    def __init__(
+        self,
+        *,
+        argv: Sequence[bytes],
+        machine: Mapping[str, Any],
+        levels: Sequence[LevelReport],
+        probes: Mapping[str, Any] | None = None,
+        measures: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._set(
+            argv=tuple(argv),
+            machine=dict(machine),
+            probes=dict(probes) if probes else {},
+            measures=dict(measures) if measures else {},
+            levels=tuple(levels),
+        )
 
     def __getitem__(self, name: str) -> LevelReport:
         """The column "bare", "process", "container" or "vm". KeyError where it wasn't asked for."""
@@ -141,12 +178,18 @@ class Comparison(Value):
         return not any(one.unavailable for one in self.levels)
 
     def to_json(self) -> dict[str, Any]:
-        """For json.dumps: everything but the output itself. Words that are no UTF-8 are kept by surrogateescape."""
+        """The document of docs/design/comparison.md, for json.dumps: everything but the output itself. Words that are
+        no UTF-8 are kept by surrogateescape.
+        """
         return {
+            "schema": SCHEMA,
+            "ringfence": __version__,
             "argv": [word.decode("utf-8", "surrogateescape") for word in self.argv],
             "machine": self.machine,
             "identical": self.identical,
             "complete": self.complete,
+            "probes": self.probes,
+            "measures": self.measures,
             "levels": [one.to_json() for one in self.levels],
         }
 
