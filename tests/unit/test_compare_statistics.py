@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.comparison.statistics import interval, percentile, ratio, summarize
+from ringfence.comparison.statistics import block_interval, interval, percentile, ratio, summarize
 
 
 def test_percentiles_are_by_nearest_rank() -> None:
@@ -29,6 +29,14 @@ def test_a_summary_has_a_p99_only_of_a_hundred() -> None:
     assert (few.n, few.least, few.most, few.p50) == (99, 0, 98, 49)
     assert enough is not None
     assert enough.p99 == 98
+
+
+def test_a_summary_has_a_p90_only_of_ten() -> None:
+    few, enough = summarize(list(range(9))), summarize(list(range(10)))
+    assert few is not None
+    assert enough is not None
+    assert (few.p90, enough.p90) == (None, 8)
+    assert enough.to_json() == {"n": 10, "p50": 4.5, "p90": 8, "p99": None, "min": 0, "max": 9}
 
 
 def test_unknown_samples_are_left_out_and_none_is_none() -> None:
@@ -59,3 +67,20 @@ def test_the_interval_holds_the_ratio_and_narrows() -> None:
 def test_an_outlier_does_not_move_the_interval_much() -> None:
     low, high = interval([100] * 40 + [100_000], [100] * 41)
     assert low == high == 1
+
+
+def test_the_interval_of_rounds_is_as_wide_as_the_rounds_differ() -> None:
+    """Each round is twice as slow on one side, while the machine's own speed changes from round to round."""
+    speeds = (100, 140, 90, 200, 120, 160)
+    below = [[speed + i for i in range(10)] for speed in speeds]
+    above = [[2 * one for one in block] for block in below]
+    assert block_interval(above, below) == (2, 2)  # what a round has for both sides is no doubt about their ratio
+    # Where the sides go up and down by themselves there is: more than samples that were independent would leave.
+    shuffled = [above[at] for at in (3, 0, 5, 1, 4, 2)]
+    low, high = block_interval(shuffled, below)
+    narrow = interval([one for block in shuffled for one in block], [one for block in below for one in block])
+    assert low < 2 < high
+    assert high - low > narrow[1] - narrow[0]
+    assert block_interval(shuffled, below) == (low, high)
+    with pytest.raises(ValueError, match="no rounds"):
+        block_interval([], below)

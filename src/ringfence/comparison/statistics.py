@@ -1,7 +1,7 @@
 """What is said of a row of samples. Small and exact, so that every figure can be checked by hand.
 
-Starts on a shared machine have long tails, so nothing here is a mean: medians are compared, and a p99 is only told of
-enough samples to have one.
+Starts on a shared machine have long tails, so nothing here is a mean: medians are compared, and a p90 or a p99 is only
+told of enough samples to have one.
 """
 
 from __future__ import annotations
@@ -17,29 +17,38 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["Summary", "interval", "percentile", "ratio", "summarize"]
+__all__ = ["Summary", "block_interval", "interval", "percentile", "ratio", "summarize"]
 
-# Below this a p99 is the largest sample or next to it, and says more of the machine than of what was measured.
+# Below these it is the largest sample or next to it, and says more of the machine than of what was measured.
+_ENOUGH_FOR_P90 = 10
 _ENOUGH_FOR_P99 = 100
 _RESAMPLES = 400
 
 
 class Summary(Value):
-    """n samples, in their own unit. p99: None where there are fewer than 100."""
+    """n samples, in their own unit. p90, p99: None where there are fewer than 10, or 100."""
 
-    __slots__ = ("least", "most", "n", "p50", "p99")
+    __slots__ = ("least", "most", "n", "p50", "p90", "p99")
     n: int
     p50: float
+    p90: float | None
     p99: float | None
     least: float
     most: float
 
-    def __init__(self, *, n: int, p50: float, p99: float | None, least: float, most: float) -> None:
-        self._set(n=n, p50=p50, p99=p99, least=least, most=most)
+    def __init__(self, *, n: int, p50: float, p90: float | None, p99: float | None, least: float, most: float) -> None:
+        self._set(n=n, p50=p50, p90=p90, p99=p99, least=least, most=most)
 
     def to_json(self) -> dict[str, Any]:
         """For json.dumps."""
-        return {"n": self.n, "p50": self.p50, "p99": self.p99, "min": self.least, "max": self.most}
+        return {
+            "n": self.n,
+            "p50": self.p50,
+            "p90": self.p90,
+            "p99": self.p99,
+            "min": self.least,
+            "max": self.most,
+        }
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
@@ -57,6 +66,7 @@ def summarize(samples: Sequence[float | None]) -> Summary | None:
     return Summary(
         n=len(known),
         p50=statistics.median(known),
+        p90=percentile(known, 90) if len(known) >= _ENOUGH_FOR_P90 else None,
         p99=percentile(known, 99) if len(known) >= _ENOUGH_FOR_P99 else None,
         least=min(known),
         most=max(known),
@@ -80,5 +90,28 @@ def interval(above: Sequence[float], below: Sequence[float], confidence: float =
         statistics.median(chance.choices(above, k=len(above))) / statistics.median(chance.choices(below, k=len(below)))
         for _ in range(_RESAMPLES)
     )
+    aside = int(_RESAMPLES * (1 - confidence) / 2)
+    return found[aside], found[-1 - aside]
+
+
+def block_interval(
+    above: Sequence[Sequence[float]], below: Sequence[Sequence[float]], confidence: float = 0.95
+) -> tuple[float, float]:
+    """As `interval`, of samples that were taken in blocks, one of each side in each round.
+
+    Samples of a block have their moment in common, so they aren't independent: `interval` would be too narrow. Here
+    whole rounds are drawn, the same for both sides, as what disturbed a round disturbed both (the block bootstrap:
+    Efron and Tibshirani, 8.6). ValueError where the sides have no round in common.
+    """
+    rounds = min(len(above), len(below))
+    if not rounds:
+        raise ValueError("no interval of no rounds")
+    chance = random.Random(rounds)
+    found = []
+    for _ in range(_RESAMPLES):
+        drawn = [chance.randrange(rounds) for _ in range(rounds)]
+        over, under = ([one for at in drawn for one in side[at]] for side in (above, below))
+        found.append(statistics.median(over) / statistics.median(under))
+    found.sort()
     aside = int(_RESAMPLES * (1 - confidence) / 2)
     return found[aside], found[-1 - aside]
