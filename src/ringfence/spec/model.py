@@ -44,6 +44,7 @@ _MOST_HOSTNAME_BYTES = 64
 # (uid_t)-1 means "leave it" to setresuid(2), so it is no id.
 _MOST_ID = 2**32 - 2
 
+_NO_LIMITS = Limits()
 _NO_NETWORK = Network("none")
 _OWN_NAMESPACES = Namespaces()
 _DEFAULT_SECCOMP = Seccomp()
@@ -156,7 +157,7 @@ class Spec(Value):
             raise SpecError(f"isolation must be 'process', 'container' or 'vm', not {isolation!r}")
         if limits is not None and not isinstance(limits, Limits):
             raise SpecError(f"limits must be Limits(...), not {type(limits).__name__}")
-        limits = limits if limits is not None else Limits()
+        limits = limits if limits is not None else _NO_LIMITS
         command = _argv(argv)
         variables = _env(env)
         _check_exec_size(command, variables)
@@ -256,8 +257,11 @@ def _env(env: Mapping[Any, Any] | None) -> tuple[tuple[bytes, bytes], ...]:
 
 def _check_exec_size(argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ...]) -> None:
     pointer_and_nul = 9
-    total = sum(len(one) + pointer_and_nul for one in argv)
-    total += sum(len(name) + 1 + len(value) + pointer_and_nul for name, value in env)
+    total = 0
+    for one in argv:
+        total += len(one) + pointer_and_nul
+    for name, value in env:
+        total += len(name) + 1 + len(value) + pointer_and_nul
     if total > _MOST_STRINGS_BYTES:
         raise SpecError(f"argv and env together take {total} bytes, more than 1 MiB: pass them by input or files")
 

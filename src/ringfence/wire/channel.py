@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Channel", "passed", "received", "send_packet"]
 
+# At once. Of an init on this host, whose commands' output doesn't come this way, frames are small.
 _RECEIVE_BYTES = 256 << 10
+_RECEIVE_LOCAL_BYTES = 16 << 10
 _FLUSH_LIMIT_MS = 30_000
 _TRUNCATED = socket.MSG_CTRUNC
 _NO_SIGNAL = socket.MSG_NOSIGNAL
@@ -123,7 +125,7 @@ class Channel:
         """
         try:
             if self._trusted:
-                data, control, flags, _ = self._socket.recvmsg(_RECEIVE_BYTES, _CONTROL_BYTES, _CLOSE_ON_EXEC)
+                data, control, flags, _ = self._socket.recvmsg(_RECEIVE_LOCAL_BYTES, _CONTROL_BYTES, _CLOSE_ON_EXEC)
                 self._fds += received(control)
                 if flags & _TRUNCATED:
                     raise ProtocolError("more descriptors came than the protocol allows")

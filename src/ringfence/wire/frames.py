@@ -138,12 +138,12 @@ def string(tag: int, value: bytes) -> bytes:
 
 def attributes(payload: bytes) -> Iterator[tuple[int, bytes]]:
     """The (tag, data) pairs of a payload. ProtocolError where it is malformed."""
-    at, end = 0, len(payload)
+    at, end, header, unpack = 0, len(payload), _ATTRIBUTE.size, _ATTRIBUTE.unpack_from
     while at < end:
-        if end - at < _ATTRIBUTE.size:
+        if end - at < header:
             raise ProtocolError("a payload ends within an attribute's header")
-        tag, zero, length = _ATTRIBUTE.unpack_from(payload, at)
-        at += _ATTRIBUTE.size
+        tag, zero, length = unpack(payload, at)
+        at += header
         if zero != 0 or length > end - at:
             raise ProtocolError("an attribute passes the end of its payload")
         yield tag, payload[at : at + length]

@@ -479,10 +479,13 @@ class Entry(Value):
         self._set(kind=kind, mode=mode, size_bytes=size_bytes, path=path)
 
 
-def _unpack(form: str, data: bytes, what: str) -> tuple[int, ...]:
-    if struct.calcsize(form) != len(data):
+_U32, _U64, _SETS, _IDS, _LIMIT = map(struct.Struct, ("<I", "<Q", "<5Q", "<6I", "<IIQQ"))
+
+
+def _unpack(form: struct.Struct, data: bytes, what: str) -> tuple[int, ...]:
+    if form.size != len(data):
         raise ProtocolError(f"{what} has {len(data)} bytes")
-    return struct.unpack(form, data)
+    return form.unpack(data)
 
 
 def _text(data: bytes) -> str:
@@ -498,7 +501,7 @@ def parse_error(payload: bytes) -> StartError:
     errno, texts = 0, {2: "", 3: "", 4: ""}
     for tag, data in frames.attributes(payload):
         if tag == 1:
-            (errno,) = _unpack("<I", data, "an error's errno")
+            (errno,) = _unpack(_U32, data, "an error's errno")
         elif tag in texts:
             texts[tag] = _text(data)
         else:
@@ -516,28 +519,28 @@ def parse_started(payload: bytes) -> Started:
     hostname = kernel = ""
     for tag, data in frames.attributes(payload):
         if tag == 1:
-            (pid,) = _unpack("<I", data, "a pid")
+            (pid,) = _unpack(_U32, data, "a pid")
         elif tag == 2:
-            capabilities = _unpack("<5Q", data, "the capability sets")
+            capabilities = _unpack(_SETS, data, "the capability sets")
         elif tag == 3:
-            ids = _unpack("<6I", data, "the ids")
+            ids = _unpack(_IDS, data, "the ids")
         elif tag == 4:
-            (no_new_privs,) = _unpack("<I", data, "no_new_privs")
+            (no_new_privs,) = _unpack(_U32, data, "no_new_privs")
         elif tag == 5:
-            (seccomp,) = _unpack("<I", data, "the seccomp mode")
+            (seccomp,) = _unpack(_U32, data, "the seccomp mode")
         elif tag == 6:
             namespaces = _namespaces(data)
         elif tag == 7:
-            resource, _, soft, hard = _unpack("<IIQQ", data, "a resource limit")
+            resource, _, soft, hard = _unpack(_LIMIT, data, "a resource limit")
             rlimits[resource] = (soft, hard)
         elif tag == 8:
-            (landlock,) = _unpack("<I", data, "landlock")
+            (landlock,) = _unpack(_U32, data, "landlock")
         elif tag == 9:
             hostname = _text(data)
         elif tag == 10:
             kernel = _text(data)
         elif tag == 11:
-            (clock_ns,) = _unpack("<Q", data, "a time")
+            (clock_ns,) = _unpack(_U64, data, "a time")
         else:
             raise ProtocolError(f"STARTED has the unknown attribute {tag}")
     return Started(
@@ -569,12 +572,17 @@ def _namespaces(data: bytes) -> dict[str, int]:
     return found
 
 
+_EXITED_U32 = (1, 2, 6)
+
+
 def parse_exited(payload: bytes) -> Exited:
     values: dict[int, int] = {}
     for tag, data in frames.attributes(payload):
-        if tag not in range(1, 17):
+        if not 1 <= tag <= 16:
             raise ProtocolError(f"EXITED has the unknown attribute {tag}")
-        (values[tag],) = _unpack("<I" if tag in (1, 2, 6) else "<Q", data, "an attribute of EXITED")
+        if len(data) != (4 if tag in _EXITED_U32 else 8):
+            raise ProtocolError(f"an attribute of EXITED has {len(data)} bytes")
+        values[tag] = int.from_bytes(data, "little")
     how, status = values.get(1), values.get(2, 0)
     if not ((how == 1 and status <= 255) or (how == 2 and 1 <= status <= 64)):
         raise ProtocolError("EXITED says neither an exit status nor a signal")
@@ -622,13 +630,13 @@ def parse_ready(payload: bytes) -> dict[str, int]:
     for tag, data in frames.attributes(payload):
         if tag not in names:
             raise ProtocolError(f"READY has the unknown attribute {tag}")
-        (found[names[tag]],) = _unpack("<Q", data, "an attribute of READY")
+        (found[names[tag]],) = _unpack(_U64, data, "an attribute of READY")
     return found
 
 
 def parse_clock(payload: bytes) -> int:
     """A guest's CLOCK_MONOTONIC, ns."""
-    return _unpack("<Q", payload, "CLOCK")[0]
+    return _unpack(_U64, payload, "CLOCK")[0]
 
 
 _KINDS = frozenset((b"f", b"d", b"l", b"o"))

@@ -118,6 +118,8 @@ class V1Cgroup(Cgroup):
         self._to_renew: dict[str, int] = {}  # controller to its counter, open for writing
         self._refused_before = 0
         self._used_before = False
+        # What `usage` found last: bytes of memory, and how many were killed for it.
+        self._last_read: tuple[int | None, int | None] = (None, None)
         self._io_device = (0, 0)
 
     def add(self, controllers: Iterable[str], parent_fd: int) -> None:
@@ -265,12 +267,15 @@ class V1Cgroup(Cgroup):
     def usage(self) -> Usage:
         refused = self._keyed("pids", "pids.events", "max")
         io = self._io_bytes() if "io" in self._parents else {}
+        memory_bytes = self._number("memory", "memory.usage_in_bytes")
+        oom_kills = self._keyed("memory", "memory.oom_control", "oom_kill")
+        self._last_read = memory_bytes, oom_kills
         return Usage(
             memory_peak_bytes=self._number("memory", "memory.max_usage_in_bytes"),
-            memory_bytes=self._number("memory", "memory.usage_in_bytes"),
+            memory_bytes=memory_bytes,
             cpu_ns=self.cpu_ns(),
             # cpuacct has its parts only by the tick, or in units of 10 ms that can't be reset: init knows them better.
-            oom_kills=self._keyed("memory", "memory.oom_control", "oom_kill"),
+            oom_kills=oom_kills,
             # pids.peak needs Linux 6.1, pids.events 4.4. The peak can't be reset.
             pids_peak=None if self._used_before else self._number("pids", "pids.peak"),
             pids_refused=None if refused is None else refused - self._refused_before,
@@ -301,8 +306,12 @@ class V1Cgroup(Cgroup):
             return False
         if memory_bytes is not None and memory_bytes < _REUSED_FROM_BYTES:
             return False
-        left = self._number("memory", "memory.usage_in_bytes") or 0
-        if left > _LEFT_OVER_BYTES or self._keyed("memory", "memory.oom_control", "oom_kill"):
+        # Of the one command of who isn't live the usage was read after its end. What was still held then may be free.
+        left, oom_kills = self._last_read
+        if left is None or left > _LEFT_OVER_BYTES or oom_kills is None:
+            left = self._number("memory", "memory.usage_in_bytes") or 0
+            oom_kills = self._keyed("memory", "memory.oom_control", "oom_kill")
+        if left > _LEFT_OVER_BYTES or oom_kills:
             return False
         # Whoever joins one joins all. To read a list of processes takes longer than their number.
         count = self._number("pids", "pids.current")
@@ -318,6 +327,7 @@ class V1Cgroup(Cgroup):
                 os.write(self._to_renew[controller], b"0")
         self._refused_before = self._keyed("pids", "pids.events", "max") or 0
         self._used_before = True
+        self._last_read = None, None
 
     def _write_freezer(self, frozen: bool) -> None:
         if "freezer" not in self._parents:

@@ -107,10 +107,6 @@ class Limits(Value):
             io=io,
         )
 
-    # Cgroups are kept by their limits, and looked up twice a run: Value's own is some µs slower.
-    def __hash__(self) -> int:
-        return hash((self.memory_bytes, self.swap_bytes, self.cpus, self.cpu_weight, self.cpuset, self.pids, self.io))
-
     def controllers(self) -> set[str]:
         """The controllers that it takes."""
         needed = {
