@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
+import time
 
 __all__ = ["FOLDER", "find", "hold", "note"]
 
@@ -17,18 +19,25 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _PREFIX = b"ringfence-"
 _LINK = b"cgroups-"
 _RANDOM_LETTERS = 16
+_HELD = 0o711
+# One that isn't locked yet has a process that is about to, which may be in another PID namespace.
+_YOUNG_S = 60
 # As many as a launcher has room for beside what is its own.
 _MOST = 4
 
 
 def hold(fd: int) -> None:
-    """Locks our own run folder, for as long as this descriptor, or a forked child's copy of it, is open."""
+    """Locks our own run folder, for as long as this descriptor, or a forked child's copy of it, is open.
+
+    Only then others may pass through, to a work directory that lets them in, but not look around. By that those who
+    don't see our pid know that it was locked.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX)
     except OSError as error:
-        # A file system without locks, or somebody is just looking whether it is left over. Our pid says that it isn't.
-        if error.errno not in (errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks: our pid has to tell
             raise
+    os.fchmod(fd, _HELD)
 
 
 def note(run_fd: int, parent_fd: int) -> None:
@@ -64,7 +73,9 @@ def _if_left_over(parent_fd: int, name: bytes) -> list[int] | None:
     except OSError:
         return None  # not a folder, not ours, or not there any more
     try:
-        if os.fstat(fd).st_uid != os.geteuid():
+        about = os.fstat(fd)
+        held = stat.S_IMODE(about.st_mode) == _HELD
+        if about.st_uid != os.geteuid() or not (held or abs(time.time() - about.st_ctime) > _YOUNG_S):
             return None
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else its process lives, where we can't see it
         return _cgroup_parents(fd)

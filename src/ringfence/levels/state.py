@@ -68,8 +68,7 @@ class State:
         # The launcher first: a folder that it doesn't know of would outlive a SIGKILL.
         try:
             self._own(OWN_TREE, self._parent_fd, self._name)
-            # Others may pass through, to a work directory that lets them in, but not look around.
-            os.mkdir(self._name, 0o711, dir_fd=self._parent_fd)
+            os.mkdir(self._name, 0o700, dir_fd=self._parent_fd)
         except BaseException:
             os.close(self._parent_fd)
             os.close(self.null)
