@@ -7,6 +7,7 @@
 
 `run` does the work; `Limits`, `Mount`, `Network` and their like say under which rules; a `Result` tells how it ended,
 what it used, and what was in force. `Sandbox` stays and takes several commands, `Pool` keeps sandboxes waiting.
+`choose` tells which level would do, and why.
 `Console` boots an operating system of your own, and is its serial console.
 `inspect` tells what any live process is, `survey` all of this host's.
 Everything that is raised derives from `RingfenceError`.
@@ -14,6 +15,7 @@ Everything that is raised derives from `RingfenceError`.
 
 from __future__ import annotations
 
+from ringfence import api
 from ringfence.api import run
 from ringfence.errors import (
     CannotEnforce,
@@ -34,6 +36,7 @@ __all__ = [
     "Applied",
     "CannotEnforce",
     "Change",
+    "Choice",
     "Comparison",
     "Console",
     "Denial",
@@ -60,6 +63,7 @@ __all__ = [
     "Unmet",
     "Usage",
     "WorkloadFailed",
+    "choose",
     "compare",
     "host",
     "inspect",
@@ -74,14 +78,29 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ringfence.comparison import Comparison, compare
+    from ringfence.comparison.choice import Choice, choose
     from ringfence.levels.vm.console import Console
     from ringfence.observe import Inspection, inspect, survey
     from ringfence.pool import Pool
     from ringfence.sandbox import Sandbox
+    from ringfence.spec import Spec
+
+
+def _choose(spec: Spec, machine: Host) -> Spec:
+    from ringfence.comparison import choice
+
+    return choice.settled(spec, machine)
+
+
+api.chooser = _choose
 
 
 def __getattr__(name: str) -> Any:
     """What most callers never use, imported when first used."""
+    if name in ("Choice", "choose"):
+        from ringfence.comparison import choice
+
+        return getattr(choice, name)
     if name in ("Comparison", "compare"):
         from ringfence import comparison
 

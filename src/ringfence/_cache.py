@@ -159,9 +159,10 @@ def obtain(
     return path
 
 
-# What is of no concern to other accounts, should the cache folder be open to them: copies of images, guests' memory.
+# What is of no concern to other accounts, should the cache folder be open to them: copies of images, guests'
+# memory, what the caller sees of this host.
 # A VMM under another uid is shown single files by their descriptors, whatever is above them.
-_PRIVATE = frozenset(("erofs", "templates"))
+_PRIVATE = frozenset(("erofs", "templates", "choices"))
 
 
 def _kind_folder(kind: str, cache_dir: str | None) -> str:

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import time
 
-from ringfence.errors import KernelError, Unavailable
+from ringfence.errors import KernelError, RingfenceError, SpecError, Unavailable
 from ringfence.levels.base import Command
 from ringfence.levels.host import Host, host
 from ringfence.result import Result, TerminationReason
-from ringfence.spec import Spec
+from ringfence.spec import ISOLATIONS, Spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Unpack
 
     from ringfence.levels.base import Level, Outcome, Sandbox
     from ringfence.spec import FileIn
     from ringfence.spec.options import Options, Path
 
-__all__ = ["check_spec", "execute", "level", "put", "run", "run_spec"]
+__all__ = ["check_spec", "execute", "level", "put", "run", "run_spec", "settle"]
 
 # All that `collect` may bring back of one run, bytes.
 _COLLECT_BYTES = 1 << 30
 _REASON_CPU, _REASON_KILLED = 1, 2
 
+# What chooses a level where a spec leaves it open. Choosing measures, by means of this floor and those above it, so the
+# package itself, which knows all floors, puts it here.
+chooser: Callable[[Spec, Host], Spec] | None = None
+
 
 def level(isolation: str) -> Level:
     """The level of that name. Each is imported on first use."""
+    if isolation not in ISOLATIONS:
+        raise SpecError(f"there is no level {isolation!r}")
     if isolation == "process":
         from ringfence.levels.process import ProcessLevel
 
@@ -44,7 +50,10 @@ def level(isolation: str) -> Level:
 def run(argv: Sequence[Path], **options: Unpack[Options]) -> Result:
     """Runs a command behind a boundary, and waits for its end.
 
-    argv: a list of str or bytes; no shell is involved. isolation: "process", "container" (the default) or "vm".
+    argv: a list of str or bytes; no shell is involved. isolation: "process", "container" (the default), "vm", or
+    "auto": the cheapest of them that can do all that is asked for, as `Result.choice` explains.
+    require: {resource: "own" or "restricted"}, what the level has to isolate here, as measured on this host: "kernel",
+    "network", "files" and the other rows of `compare`.
     input: all of stdin; without it stdin is empty, never the caller's. env: over a clean one (PATH, HOME, LANG, TERM).
     files: {name: content} put into the work directory, which is the cwd. collect: patterns (`*` within a name, `**`
     across folders) of files brought back from there in `Result.files`. mounts: `Mount` and `Tmpfs` to show.
@@ -62,7 +71,19 @@ def run(argv: Sequence[Path], **options: Unpack[Options]) -> Result:
     CannotEnforce (a rule that was asked for can't be enforced here), Unavailable (the level can't run here), all before
     anything starts; StartError where the command was never run. An argument of another name is a TypeError.
     """
-    return run_spec(Spec.make(argv, **options))
+    return run_spec(settle(Spec.make(argv, **options)))
+
+
+def settle(spec: Spec, on: Host | None = None) -> Spec:
+    """The spec at a level: at its own, unless it leaves that to be chosen, or requires something of it.
+
+    `on`: as for `check_spec`. Raises SpecError, Unavailable, CannotEnforce.
+    """
+    if spec.settled:
+        return spec
+    if chooser is None:
+        raise RingfenceError("no level can be chosen: ringfence was not imported as a package")
+    return chooser(spec, on if on is not None else host())
 
 
 def check_spec(spec: Spec, on: Host | None = None) -> tuple[Level, Host]:
@@ -70,6 +91,8 @@ def check_spec(spec: Spec, on: Host | None = None) -> tuple[Level, Host]:
 
     `on`: another view of this host than the probed one, for tests. Raises Unavailable, CannotEnforce.
     """
+    if not spec.settled:
+        raise RingfenceError("a level has to be chosen before a spec is checked")
     machine = on if on is not None else host()
     boundary = level(spec.isolation)
     missing = boundary.unavailable(machine)
@@ -162,6 +185,7 @@ class _Ran:
             applied=self.applied,
             denials=outcome.denials,
             changes=self.changes,
+            choice=spec.choice,
             usage=measured.usage(
                 wall_ns=outcome.ended_ns - outcome.started_ns,
                 startup_ns=outcome.started_ns - self.called_ns,

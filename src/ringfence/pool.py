@@ -10,7 +10,7 @@ import time
 import weakref
 
 from ringfence._value import Closing
-from ringfence.api import check_spec, execute
+from ringfence.api import check_spec, execute, settle
 from ringfence.errors import RingfenceError
 from ringfence.sandbox import command_spec, sandbox_spec
 from ringfence.spec import parse
@@ -51,7 +51,7 @@ class Pool(Closing):
 
     def __init__(self, size: int, *, idle: float | str | None = None, **options: Unpack[SandboxOptions]) -> None:
         self.size = parse.count(size, "a pool's size", 1, _MOST_WAITING)
-        self._spec = sandbox_spec(options)
+        self._spec = settle(sandbox_spec(options))
         idle_ns = None if idle is None else parse.duration(idle, "a pool's idle time")
         self._keeper = _Keeper(self._spec, size, None if idle_ns is None else idle_ns / 1e9)
         # The thread holds the keeper, not the pool: a pool that is forgotten ends like one that is closed.
@@ -70,6 +70,11 @@ class Pool(Closing):
             return execute(sandbox, spec, called_ns, once=True, **command)
         finally:
             self._keeper.used(sandbox)
+
+    @property
+    def isolation(self) -> str:
+        """The level of its sandboxes."""
+        return self._spec.isolation
 
     @property
     def waiting(self) -> int:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any, ClassVar, Self
 
+    from ringfence.comparison.choice import Choice
+
 __all__ = ["Applied", "Change", "Denial", "Result", "TerminationReason", "Usage"]
 
 
@@ -266,12 +268,14 @@ class Result(Value):
     usage: what it cost. applied: rule by rule, what is in force (put into words when it is first asked for).
     denials: system calls that the filter denied; None where nobody looked (see `Seccomp.mode`).
     changes: what it did to its writable layer, sorted by path; None where it had none (see `overlay`).
+    choice: how the level was chosen; None where it was named, and nothing required of it.
     """
 
     __slots__ = (
         "_applied",
         "accelerator",
         "changes",
+        "choice",
         "denials",
         "exit_code",
         "files",
@@ -297,6 +301,7 @@ class Result(Value):
     _applied: tuple[Applied, ...] | Callable[[], Sequence[Applied]]
     denials: tuple[Denial, ...] | None
     changes: tuple[Change, ...] | None
+    choice: Choice | None
 
     def __init__(
         self,
@@ -314,6 +319,7 @@ class Result(Value):
         accelerator: str | None = None,
         denials: Sequence[Denial] | None = None,
         changes: Sequence[Change] | None = None,
+        choice: Choice | None = None,
     ) -> None:
         self._set(
             isolation=isolation,
@@ -329,6 +335,7 @@ class Result(Value):
             applied=applied,
             denials=None if denials is None else tuple(denials),
             changes=None if changes is None else tuple(changes),
+            choice=choice,
         )
 
     @property
@@ -402,6 +409,7 @@ class Result(Value):
             "applied": [one.to_json() for one in self.applied],
             "denials": None if self.denials is None else [one.to_json() for one in self.denials],
             "changes": None if self.changes is None else [one.to_json() for one in self.changes],
+            "choice": None if self.choice is None else self.choice.to_json(),
         }
 
 

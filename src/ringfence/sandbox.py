@@ -7,7 +7,7 @@ import time
 from _thread import allocate_lock
 
 from ringfence._value import Closing
-from ringfence.api import check_spec, execute, put
+from ringfence.api import check_spec, execute, put, settle
 from ringfence.errors import RingfenceError, SpecError, StartError, WorkloadFailed
 from ringfence.spec import Limits, Spec, parse
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Unpack
 
+    from ringfence.comparison.choice import Choice
     from ringfence.levels.base import Sandbox as OpenSandbox
     from ringfence.result import Applied, Result, Usage
     from ringfence.spec.options import CommandOptions, Path, SandboxOptions
@@ -80,7 +81,7 @@ class Sandbox(Closing):
     """
 
     def __init__(self, **options: Unpack[SandboxOptions]) -> None:
-        self._spec = sandbox_spec(options)
+        self._spec = settle(sandbox_spec(options))
         self._lock = allocate_lock()
         self._pid = os.getpid()
         boundary, machine = check_spec(self._spec)
@@ -90,6 +91,11 @@ class Sandbox(Closing):
     def isolation(self) -> str:
         """The level that it runs at."""
         return self._spec.isolation
+
+    @property
+    def choice(self) -> Choice | None:
+        """How its level was chosen; None where it was named, and nothing required of it."""
+        return self._spec.choice
 
     @property
     def closed(self) -> bool:

@@ -113,6 +113,7 @@ def test_json_has_every_field_and_keeps_binary_data() -> None:
         ],
         "denials": None,
         "changes": None,
+        "choice": None,
     }
 
 

@@ -406,7 +406,7 @@ def test_tmpfs_and_paths() -> None:
 
 
 def test_other_arguments_are_refused() -> None:
-    refused("isolation must be 'process', 'container' or 'vm', not 'chroot'", isolation="chroot")
+    refused("isolation must be 'process', 'container', 'vm' or 'auto', not 'chroot'", isolation="chroot")
     refused("input must be bytes or str, not int", input=7)
     refused("input has a character that UTF-8 can't encode", input="\ud800")
     refused("limits must be Limits(...), not dict", limits={"memory": 1})

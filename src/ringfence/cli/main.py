@@ -21,6 +21,7 @@ __all__ = ["COMMANDS", "REFUSED", "leave", "main"]
 # name -> (module with main(argv) -> exit status, one line of help). A module is imported when it is called for.
 COMMANDS = {
     "run": ("ringfence.cli.run", "run a command as a process, in a container or in a virtual machine"),
+    "choose": ("ringfence.cli.choose", "say which level would do for what is required, and why not the others"),
     "compare": ("ringfence.cli.compare", "run a command at every level, and show what each isolates and costs"),
     "inspect": ("ringfence.cli.inspect", "show what a live process is, whoever made it, and what is weak about it"),
     "ps": ("ringfence.cli.ps", "list what runs here, as virtual machines, containers and processes"),

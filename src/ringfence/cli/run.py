@@ -6,14 +6,14 @@ import errno
 import gc
 import os
 
-from ringfence.api import check_spec, run_spec
+from ringfence.api import check_spec, run_spec, settle
 from ringfence.cli import output
 from ringfence.cli._inputs import name_and_path, read_file
 from ringfence.cli._options import Option, Options
 from ringfence.cli.main import REFUSED
 from ringfence.errors import SpecError, StartError
 from ringfence.result import TerminationReason
-from ringfence.spec import ISOLATIONS, NAMESPACES, Device, File, Limits, Mount, Network, Seccomp, Spec, Tmpfs
+from ringfence.spec import AUTO, ISOLATIONS, NAMESPACES, Device, File, Limits, Mount, Network, Seccomp, Spec, Tmpfs
 from ringfence.wire.launcher import launcher
 
 TYPE_CHECKING = False
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ringfence.cli._options import Parsed
     from ringfence.result import Applied, Denial, Result
 
-__all__ = ["OPTIONS", "main"]
+__all__ = ["OPTIONS", "main", "spec_of", "tell_progress"]
 
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 _READ_BYTES = 1 << 20
@@ -71,6 +71,13 @@ def _namespace(word: str) -> tuple[str, str | int]:
     return name, int(value) if value.isdecimal() and name in NAMESPACES else value
 
 
+def _required(word: str) -> tuple[str, str]:
+    name, equals, verdict = word.partition("=")
+    if not equals or verdict not in ("own", "restricted"):
+        raise ValueError(f"must be RESOURCE=own or RESOURCE=restricted, not {word!r}")
+    return name, verdict
+
+
 def _published(word: str) -> tuple[str, str]:
     outer, colon, inner = word.partition(":")
     if not colon:
@@ -84,7 +91,19 @@ OPTIONS = Options(
     "Runs a command behind a boundary and ends as it does. What is asked for and can't be enforced here is an error,"
     " and then nothing is started.",
     [
-        Option("isolation", "the boundary (container)", short="i", choices=ISOLATIONS),
+        Option(
+            "isolation",
+            "the boundary (container); auto: the cheapest that can do all that is asked for",
+            short="i",
+            choices=(*ISOLATIONS, AUTO),
+        ),
+        Option(
+            "require",
+            "what it has to isolate here, own or restricted: kernel=own; see ringfence choose --help",
+            metavar="RESOURCE=own|restricted",
+            repeatable=True,
+            convert=_required,
+        ),
         Option("memory", 'how much memory it may use, swap included: "256M"', metavar="SIZE"),
         Option("swap", "how much more it may hold in swap, on top of --memory (0)", metavar="SIZE"),
         Option("cpus", "how many CPUs it may use: 0.5", metavar="NUMBER"),
@@ -203,13 +222,16 @@ def main(argv: Sequence[str]) -> int:
     if not given.operands:
         raise OPTIONS.error("a command is missing; see ringfence run --help")
     # Everything that can be wrong is found before stdin is read, which may take as long as its writer likes.
-    spec = _spec(given)
+    spec = spec_of(given)
     folder = _folder(given)
     launcher()  # it gets itself ready beside the look at this host, and the imports, that the check takes
+    if not spec.settled:
+        tell_progress()
+        spec = settle(spec)
     check_spec(spec)
     if not given["no-stdin"]:
         spec = spec.replace(input=_stdin())
-    if spec.isolation == "vm":
+    if spec.isolation == "vm" and spec.choice is None:
         from ringfence.levels.vm import start
 
         start.progress = output.progress()
@@ -230,10 +252,24 @@ def main(argv: Sequence[str]) -> int:
     return result.shell_status
 
 
-def _spec(given: Parsed) -> Spec:
+def tell_progress() -> None:
+    """Has a terminal told what choosing measures, and what it makes on the way."""
+    from ringfence.comparison.choice import measure
+    from ringfence.levels.vm import start
+
+    measure.progress = start.progress = output.progress()
+
+
+def spec_of(given: Parsed, *, isolation: str = "container") -> Spec:
+    """The spec that a command line says. isolation: the level where it says none. Raises SpecError."""
+    required: dict[str, str] = {}
+    for name, word in given["require"]:
+        if required.setdefault(name, word) != word:
+            raise OPTIONS.error(f"--require: {name!r} is given twice")
     return Spec.make(
-        [os.fsencode(word) for word in given.operands],
-        isolation=given["isolation"] or "container",
+        [os.fsencode(word) for word in given.operands] or ["-"],
+        isolation=given["isolation"] or isolation,
+        require=required,
         env=dict(given["env"]),
         files=_files(given["file"]),
         collect=given["collect"],
@@ -342,6 +378,8 @@ def _print(given: Parsed, result: Result) -> None:
     if result.termination_reason not in (TerminationReason.EXITED, TerminationReason.SIGNALED):
         output.complain(result.describe())
     if given["applied"]:
+        if result.choice is not None:
+            output.write_line(output.STDERR, f"chosen: {result.choice.why}")
         output.write_line(output.STDERR, applied_table(result.applied))
     if result.denials is not None and not given["json"]:
         output.write_line(output.STDERR, denials_table(result.denials))

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import Any
 
+    from ringfence.comparison.choice import Choice
+
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-__all__ = ["DEFAULT_ENV", "ISOLATIONS", "Spec"]
+__all__ = ["AUTO", "DEFAULT_ENV", "ISOLATIONS", "Spec"]
 
 ISOLATIONS = ("process", "container", "vm")
+# In place of one of these: whichever is the cheapest that will do.
+AUTO = "auto"
 
 # The whole environment of a workload whose caller gives none, but for HOME, which is its work directory.
 DEFAULT_ENV = (
@@ -53,7 +57,9 @@ _DEFAULT_SECCOMP = Seccomp()
 class Spec(Value):
     """What to run and under which rules, judged and normalised. Made by `Spec.make`; the fields are trusted.
 
-    argv: the command, bytes. isolation: "process", "container" or "vm".
+    argv: the command, bytes. isolation: "process", "container" or "vm"; "auto" until one is chosen.
+    require: (resource, "own" or "restricted") pairs, sorted: what the level has to isolate. choice: how the level was
+    chosen, or found to meet that; None where nothing was to be chosen, or it isn't yet.
     input: all of stdin; None is an empty one. env: the caller's own variables (see `environment`).
     files: what goes into the work directory. collect: patterns of what comes back (`parse.match_pattern`).
     mounts, tmpfs: sorted by target, so that parents come first. image: "host" or the absolute path of a rootfs
@@ -72,6 +78,7 @@ class Spec(Value):
         "asked",
         "capabilities",
         "check",
+        "choice",
         "collect",
         "devices",
         "env",
@@ -86,6 +93,7 @@ class Spec(Value):
         "network",
         "overlay",
         "readable",
+        "require",
         "seccomp",
         "text",
         "tmpfs",
@@ -115,9 +123,13 @@ class Spec(Value):
     check: bool
     text: bool
     asked: frozenset[str]
+    require: tuple[tuple[str, str], ...]
+    choice: Choice | None
 
-    def __init__(self, **fields: Any) -> None:
-        self._set(**fields)
+    def __init__(
+        self, *, require: tuple[tuple[str, str], ...] = (), choice: Choice | None = None, **fields: Any
+    ) -> None:
+        self._set(require=require, choice=choice, **fields)
 
     @classmethod
     def make(
@@ -142,6 +154,7 @@ class Spec(Value):
         devices: Iterable[Device | Path] = (),
         readable: Iterable[Path] | None = None,
         writable: Iterable[Path] = (),
+        require: Mapping[str, str] | None = None,
         check: bool = False,
         text: bool = False,
     ) -> Spec:
@@ -153,8 +166,8 @@ class Spec(Value):
         nobody asked for and a level may therefore apply as far as the host lets it. env: {name: value}, each str or
         bytes. files: {path: bytes, str, File or (data, mode)}. readable, writable: paths that exist.
         """
-        if isolation not in ISOLATIONS:
-            raise SpecError(f"isolation must be 'process', 'container' or 'vm', not {isolation!r}")
+        if isolation not in ISOLATIONS and isolation != AUTO:
+            raise SpecError(f"isolation must be 'process', 'container', 'vm' or 'auto', not {isolation!r}")
         if limits is not None and not isinstance(limits, Limits):
             raise SpecError(f"limits must be Limits(...), not {type(limits).__name__}")
         limits = limits if limits is not None else _NO_LIMITS
@@ -207,10 +220,16 @@ class Spec(Value):
             devices=nodes,
             readable=may_read,
             writable=may_write,
+            require=_require(require),
             check=bool(check),
             text=bool(text),
             asked=limits.asked | {name for name, was_given in given.items() if was_given},
         )
+
+    @property
+    def settled(self) -> bool:
+        """Whether its level is known, and known to isolate what is required."""
+        return self.choice is not None or (self.isolation != AUTO and not self.require)
 
     @property
     def image_is_disk(self) -> bool:
@@ -253,6 +272,18 @@ def _env(env: Mapping[Any, Any] | None) -> tuple[tuple[bytes, bytes], ...]:
         if len(name) + 1 + len(variables[name]) >= _MOST_STRING_BYTES:
             raise SpecError(f"env[{key!r}] is too long: Linux takes at most {_MOST_STRING_BYTES - 1} bytes a string")
     return tuple(variables.items())
+
+
+def _require(require: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """Which resources there are, is for those to say who judge them."""
+    if require is None:
+        return ()
+    if not hasattr(require, "items"):
+        raise SpecError(f"require must be a dict of {{resource: 'own' or 'restricted'}}, not {type(require).__name__}")
+    for name, word in require.items():
+        if word not in ("own", "restricted"):
+            raise SpecError(f"require: {name!r} must be 'own' or 'restricted', not {word!r}")
+    return tuple(sorted((str(name), str(word)) for name, word in require.items()))
 
 
 def _check_exec_size(argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ...]) -> None:

@@ -35,6 +35,7 @@ class SandboxOptions(TypedDict, total=False):
     devices: Iterable[Device | Path]
     readable: Iterable[Path] | None
     writable: Iterable[Path]
+    require: Mapping[str, str] | None
 
 
 class _RunOptions(TypedDict, total=False):
