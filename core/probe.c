@@ -43,6 +43,7 @@ static const struct verb verbs[] = {
 
     /* Each prints exactly one line: `ok` (exit 0), or `ERRNO call` (exit 1). */
     {"try-open-read", "PATH — open for reading, read a byte of a regular file", 1, 1, verb_try_open_read},
+    {"try-content", "PATH — read a byte of a file, or an entry of a directory", 1, 1, verb_try_content},
     {"try-open-write", "PATH — open for writing; nothing is written", 1, 1, verb_try_open_write},
     {"try-create", "PATH — create a file, which must not exist, and remove it", 1, 1, verb_try_create},
     {"try-mknod", "PATH — make a device node like /dev/null, and remove it", 1, 1, verb_try_mknod},
@@ -75,7 +76,21 @@ static const struct verb verbs[] = {
     {"try-reboot", "— reboot(2) with a wrong magic number", 0, 0, verb_try_reboot},
     {"escape", "NAME [ARGUMENT…] — one attempt to get out, by the names in probe_escape.c and probe_escape_kernel.c", 1, 4,
      verb_escape},
+    {"try-memory", "SIZE — touch SIZE bytes", 1, 1, verb_try_memory},
+    {"try-kernel-addresses", "— whether /proc/kallsyms tells where the kernel is", 0, 0, verb_try_kernel_addresses},
+    {"try-foreign", "i386|x32 — getpid by another system call table", 1, 1, verb_try_foreign},
     {"try-tiocsti", "— push input into a terminal of its own, from a bad address", 0, 0, verb_try_tiocsti},
+
+    /* Each prints how far it came, and `ok` or what stopped it. */
+    {"try-fds", "N — open N descriptors", 1, 1, verb_try_fds},
+    {"try-fill", "SIZE — write SIZE bytes to a file here", 1, 1, verb_try_fill},
+    {"statfs", "PATH — print the size of its file system", 1, 1, verb_statfs},
+
+    {"each", "[SECONDS] — a verb with its arguments on each line of stdin: print a line for each", 0, 1, verb_each},
+    {"hold", "TOKEN SECONDS [background] — set marks that others may find, print which, keep them", 2, 3, verb_hold},
+    {"find", "MARK TOKEN — look for a mark that `hold` set", 2, 2, verb_find},
+    {"surface", "[LAST] — every system call up to number LAST, with bad arguments: print `NUMBER RESULT`", 0, 1,
+     verb_surface},
 };
 
 enum { VERB_COUNT = sizeof verbs / sizeof verbs[0] };
@@ -96,19 +111,24 @@ static const struct verb *find_verb(const char *name)
     return NULL;
 }
 
-int main(int argc, char **argv)
+int run_verb(int count, char **words)
 {
-    const struct verb *verb = argc > 1 ? find_verb(argv[1]) : NULL;
+    const struct verb *verb = count > 0 ? find_verb(words[0]) : NULL;
     if (!verb) {
-        fprintf(stderr, "ringfence-probe: %s; try `ringfence-probe help`\n", argc > 1 ? "no such verb" : "no verb");
+        fprintf(stderr, "ringfence-probe: %s; try `ringfence-probe help`\n", count > 0 ? "no such verb" : "no verb");
         return PROBE_USAGE;
     }
-    int args = argc - 2;
+    int args = count - 1;
     if (args < verb->min_args || (verb->max_args >= 0 && args > verb->max_args)) {
         fprintf(stderr, "usage: ringfence-probe %s %s\n", verb->name, verb->usage);
         return PROBE_USAGE;
     }
-    int status = verb->fn(argc - 1, argv + 1);
+    return verb->fn(count, words);
+}
+
+int main(int argc, char **argv)
+{
+    int status = run_verb(argc - 1, argv + 1);
     /* A full disk or a closed pipe must not look like success. closeout has closed stdout on purpose. */
     if (fflush(stdout) != 0 && status == PROBE_OK)
         return complain_failed("write");

@@ -55,7 +55,7 @@ verb_fn verb_stubborn, verb_orphan, verb_orphan_exit, verb_spin, verb_spin_child
 verb_fn verb_ls_fds, verb_mkfile, verb_read, verb_write, verb_stat, verb_symlink, verb_touch_out, verb_tree;
 
 /* probe_try.c: one attempt at what a boundary should stop, on files, sockets and other processes */
-verb_fn verb_try_open_read, verb_try_open_write, verb_try_create, verb_try_mknod, verb_try_open_by_handle;
+verb_fn verb_try_open_read, verb_try_content, verb_try_open_write, verb_try_create, verb_try_mknod, verb_try_open_by_handle;
 verb_fn verb_try_connect4, verb_try_socket, verb_try_unix_abstract;
 verb_fn verb_try_kill, verb_try_ptrace, verb_try_procmem, verb_try_environ, verb_try_vm_readv;
 
@@ -69,5 +69,19 @@ verb_fn verb_escape;
 
 /* probe_facts.c */
 verb_fn verb_facts;
+
+/* probe_each.c: many attempts in one run */
+verb_fn verb_each;
+void leave_no_core(void);
+int run_verb(int count, char **words); /* probe.c: what main does with its arguments; returns the exit status */
+
+/* probe_marks.c: channels between two processes */
+verb_fn verb_hold, verb_find;
+
+/* probe_limits.c: using much, and other doors into the kernel */
+verb_fn verb_try_memory, verb_try_fds, verb_try_fill, verb_statfs, verb_try_kernel_addresses, verb_try_foreign;
+
+/* probe_surface.c: every system call, with arguments that do no harm */
+verb_fn verb_surface;
 
 #endif

@@ -198,16 +198,20 @@ def test_a_comparison_prints_and_goes_to_json(compared: Comparison, tmp_path: Pa
         print_comparison(compared, console(file))
         file.seek(0)
         text = file.read()
-    for word in ("identical", "capabilities", "own", "peak memory", "container"):
+    for word in ("identical", "capabilities", "own", "peak memory", "container", "process: ", " probes: 0 own"):
         assert word in text
     data = json.loads(json.dumps(compared.to_json()))
     assert data["identical"] is True
     assert [one["name"] for one in data["levels"]] == [BARE, *LOCAL]
     assert data["levels"][1]["isolation"]["kernel"]["verdict"] == "shared"
+    assert data["probes"]["kernel-identity"]["group"] == "kernel"
+    for one in data["levels"]:
+        assert one["probes"].keys() == data["probes"].keys()
+        assert one["probes"]["kernel-identity"]["verdict"] == "shared"
 
 
 def test_a_level_that_cannot_enforce_a_limit_is_a_column_that_says_why(tmp_path: Path) -> None:
-    found = compare(["true"], levels=("process",), limits=rf.Limits(disk="1G"), repeat=1)
+    found = compare(["true"], levels=("process",), limits=rf.Limits(disk="1G"), repeat=1, probes=False)
     report = found["process"]
     assert not found.complete
     assert "disk" in report.unavailable
@@ -219,7 +223,7 @@ def test_a_level_that_cannot_enforce_a_limit_is_a_column_that_says_why(tmp_path:
 
 
 def test_a_command_that_varies_is_told_to() -> None:
-    found = compare(["sh", "-c", "cat /proc/sys/kernel/random/uuid"], levels=("process",), repeat=2)
+    found = compare(["sh", "-c", "cat /proc/sys/kernel/random/uuid"], levels=("process",), repeat=2, probes=False)
     assert not found.identical
     assert found[BARE].varies
     assert "stdout differs in line 1" in found["process"].differences[0]
@@ -269,6 +273,13 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
     assert b"1 collected, identical" in done.stdout
     assert b"23 bytes, identical" in done.stdout
     assert done.stderr == b""  # progress is for terminals
+
+
+def test_every_probe_is_shown_where_that_is_asked_for() -> None:
+    done = command_line("compare", "--levels", "process", "--repeat", "1", "--probes", "--", "true")
+    assert done.returncode == 0, done.stderr
+    for words in ("channels between two sandboxes", "attack-fork-bomb", "mount: EPERM", " probes: 0 own"):
+        assert words in done.stdout.decode(), words
 
 
 def test_compare_as_json_and_its_exit_status() -> None:

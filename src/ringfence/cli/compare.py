@@ -49,6 +49,7 @@ OPTIONS = Options(
         Option("pids", "how many processes and threads it may have at a level", metavar="N"),
         Option("timeout", 'how long it may run, also without a boundary: "10s"', metavar="TIME"),
         Option("cpu-time", 'how much CPU time it may use at a level: "5s"', metavar="TIME"),
+        Option("probes", "show every probe of the isolation with its evidence, not just how many"),
         Option("json", "print all that was measured as JSON"),
     ],
     """\
@@ -91,6 +92,10 @@ def main(argv: Sequence[str]) -> int:
         from ringfence.comparison.report import console, print_comparison
 
         print_comparison(found, console())
+        if given["probes"]:
+            from ringfence.comparison.probes_table import print_probes
+
+            print_probes(found.to_json(), console())
         sys.stdout.flush()
     return _SAME if found.identical and found.complete else _NOT_ALL
 

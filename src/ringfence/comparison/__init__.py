@@ -12,6 +12,7 @@ from ringfence.comparison.cost import Run, bare_memory, bare_run, differences, l
 from ringfence.comparison.facts import bare_facts, level_facts
 from ringfence.comparison.isolation import RESOURCES, Isolation, Verdict, judge_all
 from ringfence.comparison.machine import machine_facts
+from ringfence.comparison.probes_run import catalogue, judge_all_probes, look
 from ringfence.comparison.statistics import Summary, ratio
 from ringfence.errors import RingfenceError, SpecError, Unavailable
 from ringfence.levels.host import host
@@ -204,13 +205,15 @@ def compare(
     collect: Iterable[Any] = (),
     limits: Limits | None = None,
     repeat: int | None = None,
+    probes: bool = True,
     tell: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Runs a command bare and at each level, interleaved, and looks at what each level isolates.
 
     argv, input, env, files, collect, limits: as for `run`; the bare command knows no limit but the wall time.
     levels: of "process", "container" and "vm". repeat: how often at each; by default 20 times, 3 in a VM, and less
-    often where the command takes long. tell: is called with what is being done.
+    often where the command takes long. probes: whether each probe of `probes_catalogue` is made, too.
+    tell: is called with what is being done.
 
     A level that can't run here, or that can't enforce a limit that was asked for, is a column that says why. Raises
     SpecError, and StartError where the bare command can't be started.
@@ -231,14 +234,15 @@ def compare(
     runs = _measure(bare, {name: spec for name, spec in specs.items() if name not in refused}, repeat, refused, tell)
     tell("the isolation of the bare process")
     unconfined = bare_facts()
-    found = [_bare_report(bare, runs[BARE], unconfined)]
+    seen = _probed([name for name in names if name not in refused], tell) if probes else {}
+    found = [_bare_report(bare, runs[BARE], unconfined, seen.get(BARE))]
     for name in names:
         if name in refused:
             found.append(LevelReport(name=name, unavailable=refused[name][0], help=refused[name][1]))
         else:
             tell(f"the isolation of the {name} level")
-            found.append(_report(name, runs, limits, unconfined))
-    return Comparison(argv=bare.argv, machine=machine_facts(), levels=found)
+            found.append(_report(name, runs, limits, unconfined, seen.get(name)))
+    return Comparison(argv=bare.argv, machine=machine_facts(), levels=found, probes=catalogue() if probes else None)
 
 
 def _silent(_: str) -> None:
@@ -292,7 +296,16 @@ def _measure(
     return samples
 
 
-def _bare_report(spec: Spec, runs: Sequence[Run], unconfined: Mapping[str, Any]) -> LevelReport:
+def _probed(names: Sequence[str], tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """The verdict of every probe, by column."""
+    seen, missing = look(names, tell)
+    found = {name: judge_all_probes(seen[BARE], one) for name, one in seen.items()}
+    return found | {name: judge_all_probes(seen[BARE], None, reason) for name, reason in missing.items()}
+
+
+def _bare_report(
+    spec: Spec, runs: Sequence[Run], unconfined: Mapping[str, Any], probes: Mapping[str, Any] | None
+) -> LevelReport:
     peak, source = bare_memory(spec)
     measured = [one.replace(memory_peak_bytes=peak) if at == 0 else one for at, one in enumerate(runs)]
     return LevelReport(
@@ -302,11 +315,16 @@ def _bare_report(spec: Spec, runs: Sequence[Run], unconfined: Mapping[str, Any])
         isolation=judge_all(unconfined, unconfined),
         facts=unconfined,
         memory_source=source,
+        probes=probes,
     )
 
 
 def _report(
-    name: str, runs: Mapping[str, Sequence[Run]], limits: Limits | None, unconfined: Mapping[str, Any]
+    name: str,
+    runs: Mapping[str, Sequence[Run]],
+    limits: Limits | None,
+    unconfined: Mapping[str, Any],
+    probes: Mapping[str, Any] | None,
 ) -> LevelReport:
     facts: dict[str, Any] = {}
     try:
@@ -324,6 +342,7 @@ def _report(
         isolation=verdicts,
         facts=facts,
         memory_source=runs[name][0].source,
+        probes=probes,
     )
 
 

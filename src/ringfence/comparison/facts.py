@@ -48,14 +48,10 @@ ATTEMPTS: tuple[tuple[str, str], ...] = (
 )
 
 
-def _script() -> list[str]:
-    """The facts on the first line, then an attempt a line: "ok", or "ERRNO call"."""
-    lines = [f"./{_PROBE} facts || exit"]
-    for _, attempt in ATTEMPTS:
-        verb = attempt.replace("VICTIM", str(os.getpid()))
-        # A probe that is killed prints nothing, and the next line must not be taken for its.
-        lines.append(f'said=$(./{_PROBE} {verb} 2>/dev/null); echo "${{said:-died $?}}"')
-    return ["/bin/sh", "-c", "\n".join(lines)]
+def _lines() -> bytes:
+    """For the probe's verb `each`: the facts, then an attempt a line."""
+    attempts = (attempt.replace("VICTIM", str(os.getpid())) for _, attempt in ATTEMPTS)
+    return "".join(f"{line}\n" for line in ("facts", *attempts)).encode()
 
 
 def parse(output: bytes) -> dict[str, Any]:
@@ -76,10 +72,10 @@ def bare_facts() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ringfence-bare-") as folder:
         os.symlink(probe_path(), os.path.join(folder, _PROBE))
         done = subprocess.run(
-            _script(),
+            [f"./{_PROBE}", "each"],
             cwd=folder,
             env={**dict(DEFAULT_ENV), b"HOME": os.fsencode(folder)},
-            stdin=subprocess.DEVNULL,
+            input=_lines(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             check=False,
@@ -96,7 +92,7 @@ def level_facts(isolation: str, *, limits: Limits | None = None) -> dict[str, An
         probe = File(file.read(), 0o755)
     # The command's own time, processes and output say nothing of what the probe needs.
     kept = None if limits is None else Limits(memory=limits.memory_bytes, cpus=limits.cpus)
-    done = run(_script(), isolation=isolation, files={_PROBE: probe}, limits=kept)
+    done = run([f"./{_PROBE}", "each"], isolation=isolation, input=_lines(), files={_PROBE: probe}, limits=kept)
     if not done.ok:
         raise ProtocolError(f"the probe gave no facts at the {isolation} level: {done.describe()}")
     facts = parse(done.stdout)

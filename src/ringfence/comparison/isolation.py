@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Facts = Mapping[str, Any]
     Judge = Callable[[Facts, Facts], "Verdict"]
 
-__all__ = ["RESOURCES", "Isolation", "Resource", "Verdict", "judge_all", "other_kernel"]
+__all__ = ["RESOURCES", "Isolation", "Resource", "Verdict", "judge_all", "namespace", "other_kernel"]
 
 
 class Isolation(enum.StrEnum):
@@ -33,6 +33,8 @@ class Isolation(enum.StrEnum):
     """The host's, as the caller has it."""
     UNKNOWN = "unknown"
     """It could not be seen."""
+    NOT_TESTABLE = "not testable"
+    """Of a probe: it would show nothing here, as its control fails or the host lacks what it is about."""
 
 
 class Verdict(Value):
@@ -102,7 +104,7 @@ def other_kernel(host: Facts, inside: Facts) -> bool | None:
     return True if all(releases) and releases[0] != releases[1] else None
 
 
-def _namespace(kind: str, host: Facts, inside: Facts) -> Verdict:
+def namespace(kind: str, host: Facts, inside: Facts) -> Verdict:
     """Of a namespace alone. Inode numbers of two kernels can't be compared: there the kernel decides for all."""
     other = other_kernel(host, inside)
     if other:
@@ -191,7 +193,7 @@ def _cpus(host: Facts, inside: Facts) -> Verdict:
 
 
 def _processes(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("pid", host, inside)
+    verdict = namespace("pid", host, inside)
     seen, there = inside.get("pid_count"), host.get("pid_count")
     if seen is None or there is None:
         return verdict
@@ -219,11 +221,11 @@ def _other_memory(host: Facts, inside: Facts) -> Verdict:
 
 def _apart(host: Facts, inside: Facts) -> bool:
     """Whether the workload's processes are counted apart from the host's."""
-    return bool(other_kernel(host, inside)) or _namespace("pid", host, inside).isolation is Isolation.OWN
+    return bool(other_kernel(host, inside)) or namespace("pid", host, inside).isolation is Isolation.OWN
 
 
 def _users(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("user", host, inside)
+    verdict = namespace("user", host, inside)
     ours, theirs = (facts.get("uids") or {} for facts in (host, inside))
     uid, caller = theirs.get("effective"), ours.get("effective")
     if uid is None or caller is None or verdict.isolation is Isolation.UNKNOWN:
@@ -264,7 +266,7 @@ def _capabilities(host: Facts, inside: Facts) -> Verdict:
         return _restricted("none, in all five sets")
     counts = ", ".join(f"{name} {value.bit_count()}" for name, value in numbers.items() if value)
     more = any(numbers[name] & ~theirs[name] for name in held)
-    if more and _namespace("user", host, inside).isolation is not Isolation.OWN:
+    if more and namespace("user", host, inside).isolation is not Isolation.OWN:
         return _shared(f"{counts}: more than the caller")
     return _restricted(counts)
 
@@ -307,7 +309,7 @@ def _new_privileges(host: Facts, inside: Facts) -> Verdict:
 
 
 def _mounts(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("mnt", host, inside)
+    verdict = namespace("mnt", host, inside)
     count, theirs = inside.get("mount_count"), host.get("mount_count")
     if count is None or theirs is None:
         return verdict
@@ -366,7 +368,7 @@ def _kernel_settings(host: Facts, inside: Facts) -> Verdict:
 
 
 def _network(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("net", host, inside)
+    verdict = namespace("net", host, inside)
     interfaces = inside.get("interfaces")
     names = "interfaces unknown" if interfaces is None else f"{', '.join(interfaces) or 'no interface'}"
     if interfaces is not None and list(interfaces) == ["lo"]:
@@ -380,7 +382,7 @@ def _network(host: Facts, inside: Facts) -> Verdict:
 
 
 def _ipc(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("ipc", host, inside)
+    verdict = namespace("ipc", host, inside)
     if verdict.isolation is not Isolation.SHARED:
         return verdict
     reached = _reach(host, inside, [("shm", "System V shared memory")])
@@ -399,7 +401,7 @@ def _keyrings(host: Facts, inside: Facts) -> Verdict:
 
 
 def _host_name(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("uts", host, inside)
+    verdict = namespace("uts", host, inside)
     name = inside.get("hostname")
     if verdict.isolation is Isolation.SHARED:
         reached = _reach(host, inside, [("sethostname", "sethostname")])
@@ -408,7 +410,7 @@ def _host_name(host: Facts, inside: Facts) -> Verdict:
 
 
 def _cgroups(host: Facts, inside: Facts) -> Verdict:
-    verdict = _namespace("cgroup", host, inside)
+    verdict = namespace("cgroup", host, inside)
     ours, theirs = inside.get("cgroup"), host.get("cgroup")
     if verdict.isolation is Isolation.SHARED and ours and theirs and ours != theirs:
         return _restricted(f"one of its own below the caller's; {verdict.evidence}")
@@ -422,7 +424,7 @@ def _clock(host: Facts, inside: Facts) -> Verdict:
     if reached is None:
         return _no_control("settimeofday")
     # time_namespaces(7): of the monotonic and the boot clock only; the wall clock has none.
-    offsets = _namespace("time", host, inside)
+    offsets = namespace("time", host, inside)
     apart = "; time namespace its own" if offsets.isolation is Isolation.OWN else ""
     return reached.replace(evidence=f"the host's; {reached.evidence}{apart}")
 

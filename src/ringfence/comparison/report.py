@@ -11,6 +11,7 @@ from rich.text import Text
 from ringfence.comparison import BARE
 from ringfence.comparison.bench import TARGETS
 from ringfence.comparison.isolation import Isolation
+from ringfence.comparison.probes_table import print_counts
 from ringfence.comparison.profile import Profile
 from ringfence.comparison.statistics import ratio
 
@@ -31,6 +32,7 @@ _STYLES = {
     Isolation.RESTRICTED: "yellow",
     Isolation.SHARED: "red",
     Isolation.UNKNOWN: "dim",
+    Isolation.NOT_TESTABLE: "dim",
 }
 # A file or a pipe has no width of its own; wide enough that no figure is broken.
 _WIDTH_WITHOUT_TERMINAL = 130
@@ -87,6 +89,7 @@ def print_comparison(comparison: Comparison, to: Console) -> None:
     to.print(Text(f"The same command, {len(comparison.levels)} ways: {command}", style="bold"))
     to.print(_output_table(comparison))
     to.print(_isolation_table(comparison))
+    print_counts(comparison.to_json(), to)
     to.print(_cost_table(comparison))
     for one in comparison.levels:
         for note in _notes(one):

@@ -1,0 +1,239 @@
+"""How probes are judged, each way by itself and the whole catalogue; what the probe's own verbs for them print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.comparison.isolation import Isolation
+from ringfence.comparison.probes import (
+    GROUPS,
+    Probe,
+    Seen,
+    Way,
+    between,
+    fewer,
+    instance,
+    overload,
+    reach,
+    same,
+)
+from ringfence.comparison.probes_catalogue import PROBES
+from ringfence.comparison.probes_table import counts
+from ringfence.wire.launcher import probe_path
+
+RECORDED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("compare_facts.json").read_text())
+OWN, RESTRICTED, SHARED, NOT_TESTABLE = (
+    Isolation.OWN,
+    Isolation.RESTRICTED,
+    Isolation.SHARED,
+    Isolation.NOT_TESTABLE,
+)
+
+
+def seen(level: str, **said: str) -> Seen:
+    """The recorded facts of a level, with these answers to attempts, whose names have _ for a space."""
+    return Seen(RECORDED[level], {name.replace("_", " "): answer for name, answer in said.items()})
+
+
+def verdict(way: Way, host: Seen, inside: Seen) -> Isolation:
+    found = way.judge(host, inside)
+    assert found.evidence
+    return found.isolation
+
+
+# ---- the catalogue ----
+
+
+def test_there_are_enough_of_every_group() -> None:
+    assert len(PROBES) >= 60
+    assert {one.group for one in PROBES} == set(GROUPS)
+    assert [one.group for one in PROBES] == sorted((one.group for one in PROBES), key=GROUPS.index)
+    names = [one.name for one in PROBES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda one: one.name)
+def test_a_probe_is_told_in_sentences(probe: Probe) -> None:
+    for sentence in (probe.tries, probe.why):
+        assert sentence[0].isupper() or sentence.startswith(("flock", "clone3", "vsock"))
+        assert sentence.endswith(".")
+        assert len(sentence) < 120
+    assert probe.name.replace("-", "").isalnum()
+    assert probe.name.islower()
+
+
+def told_ok(probe: Probe) -> str:
+    """An answer of an unconfined run that is one."""
+    if probe.way.attempt.startswith("read "):
+        return "a value"
+    return "did 1 ok" if "attack" in probe.name else "ok"
+
+
+def everything_worked(level: str) -> Seen:
+    said = {one.way.attempt: told_ok(one) for one in PROBES if one.way.attempt}
+    said |= {f"hold {one.way.attempt.split()[1]}": "ok" for one in PROBES if one.way.where == "pair"}
+    facts = {**RECORDED[level], "groups": [4, 24]}
+    return Seen(facts, said)
+
+
+def test_the_host_against_itself_is_shared_in_everything() -> None:
+    host = everything_worked("bare")
+    assert {one.name: one.judge(host, host).isolation for one in PROBES} == dict.fromkeys(
+        (one.name for one in PROBES), SHARED
+    )
+
+
+def test_nothing_is_claimed_where_the_control_fails() -> None:
+    """Even where what is inside looks best."""
+    facts = dict.fromkeys(RECORDED["bare"])
+    host = Seen(facts, {one.way.attempt: "EPERM call" for one in PROBES if one.way.attempt})
+    for one in PROBES:
+        assert one.judge(host, everything_worked("container")).isolation is NOT_TESTABLE, one.name
+
+
+def test_nothing_is_claimed_of_what_was_not_seen() -> None:
+    host = everything_worked("bare")
+    for one in PROBES:
+        assert one.judge(host, Seen({}, {})).isolation in (NOT_TESTABLE, RESTRICTED), one.name
+        if one.way.attempt:
+            assert one.judge(host, Seen(RECORDED["container"], {})).isolation in (NOT_TESTABLE, RESTRICTED), one.name
+
+
+@pytest.mark.parametrize("said", ["timeout", "nothing said", "ringfence-probe: no such verb", ""])
+def test_an_attempt_that_gave_no_answer_proves_nothing(said: str) -> None:
+    way = reach("try x")
+    assert verdict(way, seen("bare", try_x="ok"), seen("container", try_x=said)) is NOT_TESTABLE
+    assert verdict(way, seen("bare", try_x=said), seen("container", try_x="EPERM x")) is NOT_TESTABLE
+
+
+# ---- the ways ----
+
+
+def test_reach() -> None:
+    host = seen("bare", try_x="ok")
+    way = reach("try x")
+    assert verdict(way, host, seen("container", try_x="ok")) is SHARED
+    assert verdict(way, host, seen("container", try_x="EPERM x")) is RESTRICTED
+    assert verdict(way, host, seen("container", try_x="ENOENT x")) is RESTRICTED
+    assert verdict(way, host, seen("container", try_x="died signal 31")) is RESTRICTED
+    assert verdict(way, host, seen("vm", try_x="ok")) is OWN
+    assert verdict(reach("try x", kernel=False), host, seen("vm", try_x="ok")) is SHARED
+
+
+def test_reach_what_is_gone_or_of_a_namespace() -> None:
+    host = seen("bare", try_x="ok")
+    assert verdict(reach("try x", gone=True), host, seen("process", try_x="ENOENT x")) is OWN
+    assert verdict(reach("try x", gone=True), host, seen("process", try_x="EACCES x")) is RESTRICTED
+    # In a namespace of its own it acted on another; in the host's it did not.
+    assert verdict(reach("try x", private="uts"), host, seen("container", try_x="ok")) is OWN
+    assert verdict(reach("try x", private="uts"), host, seen("process", try_x="ok")) is SHARED
+
+
+def test_the_call_and_its_errno_are_shown() -> None:
+    found = reach("try x").judge(seen("bare", try_x="ok"), seen("process", try_x="EPERM sethostname"))
+    assert (found.evidence, found.control) == ("sethostname: EPERM", "ok")
+    failed = reach("try x").judge(seen("bare", try_x="ENOSYS init_module"), seen("process", try_x="ok"))
+    assert failed.evidence == "the control fails: init_module: ENOSYS"
+
+
+def channel(level: str, held: str, found: str) -> Isolation:
+    host = Seen(RECORDED["bare"], {"find key {pair}": "ok", "hold key": "ok"})
+    inside = Seen(RECORDED[level], {"find key {pair}": found, "hold key": held})
+    return verdict(between("key"), host, inside)
+
+
+def test_between() -> None:
+    assert channel("container", "ok", "ok") is SHARED
+    assert channel("vm", "ok", "ok") is SHARED  # whatever the kernels, it was seen
+    assert channel("container", "ok", "ENOKEY keyctl") is OWN
+    assert channel("container", "ok", "EPERM keyctl") is RESTRICTED
+    assert channel("container", "EPERM add_key", "ENOKEY keyctl") is RESTRICTED
+    assert channel("vm", "EPERM add_key", "EPERM keyctl") is OWN
+    assert channel("container", "ok", "timeout") is NOT_TESTABLE
+
+
+def test_same() -> None:
+    way = same(attempt="read x")
+    host = seen("bare", read_x="one")
+    assert verdict(way, host, seen("container", read_x="one")) is SHARED
+    assert verdict(way, host, seen("container", read_x="two")) is OWN
+    assert verdict(way, host, seen("container", read_x="EACCES open")) is RESTRICTED
+    assert verdict(way, host, seen("vm", read_x="one")) is OWN
+    assert verdict(way, seen("bare", read_x="EACCES open"), seen("container", read_x="one")) is NOT_TESTABLE
+    less = same(attempt="read x", differs=RESTRICTED)
+    assert verdict(less, host, seen("container", read_x="two")) is RESTRICTED
+
+
+def test_fewer() -> None:
+    def count(level: str, number: int) -> Seen:
+        return Seen({**RECORDED[level], "groups": list(range(number))}, {})
+
+    way = fewer("groups", "groups")
+    assert verdict(way, count("bare", 3), count("container", 2)) is RESTRICTED
+    assert verdict(way, count("bare", 3), count("container", 3)) is SHARED
+    assert verdict(way, count("bare", 3), count("vm", 9)) is OWN
+    assert verdict(way, count("bare", 0), count("container", 0)) is NOT_TESTABLE  # none can't get less
+
+
+def test_instance() -> None:
+    assert verdict(instance("uts"), seen("bare"), seen("container")) is OWN
+    assert verdict(instance("uts"), seen("bare"), seen("process")) is SHARED
+    assert verdict(instance("uts"), seen("bare"), seen("vm")) is OWN
+    assert verdict(instance("none"), seen("bare"), seen("container")) is NOT_TESTABLE
+
+
+def test_overload() -> None:
+    way = overload("fork x", "the limit")
+    host = seen("bare", fork_x="forked 100 ok")
+    assert verdict(way, host, seen("container", fork_x="forked 62 EAGAIN")) is RESTRICTED
+    assert verdict(way, host, seen("container", fork_x="forked 100 ok")) is SHARED
+    assert verdict(way, host, seen("vm", fork_x="forked 62 EAGAIN")) is OWN
+    assert verdict(way, seen("bare", fork_x="forked 9 EAGAIN"), seen("container", fork_x="ok")) is NOT_TESTABLE
+
+
+def test_counts() -> None:
+    probes = {str(n): {"verdict": word} for n, word in enumerate(["own", "own", "shared", "not testable"])}
+    assert counts(probes) == "4 probes: 2 own, 0 restricted, 1 shared, 1 not testable"
+
+
+# ---- the probe's verbs ----
+
+
+def probe(*words: str, given: str = "") -> list[str]:
+    done = subprocess.run([probe_path(), *words], input=given, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.splitlines()
+
+
+def test_each_tells_a_crash_a_kill_and_a_hang_and_goes_on() -> None:
+    lines = [
+        "exit 0",
+        "signal 11",
+        "spin 60",
+        "no-such-verb",
+        "both 1",
+        "read /no/such/file",
+        "cwd x",
+        "exit 3",
+        "argv last",
+    ]
+    found = probe("each", "0.5", given="".join(f"{line}\n" for line in lines))
+    assert found == [
+        "ok",
+        "died signal 11",
+        "timeout",
+        "ringfence-probe: no such verb; try `ringfence-probe help`",
+        "out 0; err 0",
+        "ENOENT open",
+        "usage: ringfence-probe cwd — print the working directory",
+        "nothing said",
+        "last ",
+    ]
+
+
+def test_each_does_not_wait_for_what_a_hung_attempt_has_started() -> None:
+    assert probe("each", "0.3", given="spin-children 2 60\nexit 0\n") == ["timeout", "ok"]
