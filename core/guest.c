@@ -1,4 +1,4 @@
-/* What only the init of a guest does: the first mounts, modules, the port, the clock, cgroups of its own. */
+/* What only the init of a guest does: the first mounts, modules, the port, the clock. */
 #include "rf.h"
 
 #include <dirent.h>
@@ -143,62 +143,19 @@ static int set_clock(const struct rf_plan *p, struct rf_error *e) {
 }
 
 /* Without a seed of its own a guest would have the same random numbers as all others of its template. */
-static int seed_pool(const struct rf_plan *p, struct rf_error *e) {
+static int seed_pool(const struct rf_plan *p, struct rf_ahead *a, struct rf_error *e) {
     struct {
         int bits, bytes;
         uint8_t seed[512];
     } pool = {.bits = (int)p->entropy_length * 8, .bytes = (int)p->entropy_length};
     memcpy(pool.seed, p->entropy, p->entropy_length);
-    int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
-    if (fd < 0) return fail(e, "open", "/dev/urandom");
-    int r = 0;
-    if (ioctl(fd, RNDADDENTROPY, &pool) < 0) r = fail(e, "ioctl", "RNDADDENTROPY");
+    if (a->random < 0 && (a->random = rf_guest_random(e)) < 0) return -1;
+    if (ioctl(a->random, RNDADDENTROPY, &pool) < 0) return fail(e, "ioctl", "RNDADDENTROPY");
     /* Linux 4.17: use it now, not at the next interval. */
-    else if (ioctl(fd, RNDRESEEDCRNG) < 0) r = fail(e, "ioctl", "RNDRESEEDCRNG");
-    close(fd);
-    return r;
+    return ioctl(a->random, RNDRESEEDCRNG) < 0 ? fail(e, "ioctl", "RNDRESEEDCRNG") : 0;
 }
 
-int rf_guest_clock(const struct rf_plan *p, struct rf_error *e) {
+int rf_guest_clock(const struct rf_plan *p, struct rf_ahead *a, struct rf_error *e) {
     if (p->realtime_ns && set_clock(p, e) < 0) return -1;
-    return p->entropy_length ? seed_pool(p, e) : 0;
-}
-
-/* ---- limits: cgroup v2 of the guest's own ---- */
-
-static int put(int dir, const char *file, const char *text, struct rf_error *e) {
-    int fd = openat(dir, file, O_WRONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : write(fd, text, strlen(text));
-    int r = n < 0 ? rf_fail(e, "cgroup", "write", file) : 0;
-    if (fd >= 0) close(fd);
-    return r;
-}
-
-static int put_number(int dir, const char *file, uint64_t v, struct rf_error *e) {
-    char text[21];
-    return v ? put(dir, file, rf_decimal(text, v), e) : 0;
-}
-
-int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e) {
-    if (!p->has_guest_limits) return 0;
-    int top = open("/cgroup", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (top < 0) return rf_fail(e, "cgroup", "open", "/cgroup");
-    if (put(top, "cgroup.subtree_control", "+memory +pids +cpu", e) < 0) return -1;
-    if (mkdirat(top, "sandbox", 0755) < 0 && errno != EEXIST) return rf_fail(e, "cgroup", "mkdir", "sandbox");
-    int dir = openat(top, "sandbox", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    close(top);
-    if (dir < 0) return rf_fail(e, "cgroup", "open", "sandbox");
-    if (put_number(dir, "memory.max", p->guest_memory, e) < 0 || put_number(dir, "pids.max", p->guest_pids, e) < 0) return -1;
-    if (p->guest_cpu_ns) {
-        char text[64];
-        snprintf(text, sizeof text, "%llu 100000", (unsigned long long)(p->guest_cpu_ns / 1000));
-        if (put(dir, "cpu.max", text, e) < 0) return -1;
-    }
-    int procs = openat(dir, "cgroup.procs", O_WRONLY | O_CLOEXEC);
-    if (procs < 0 || p->ncgroups == RF_CGROUPS_MAX) return rf_fail(e, "cgroup", "open", "cgroup.procs");
-    p->cgroup_fds[p->ncgroups++] = procs;
-    p->cpu_fd = openat(dir, "cpu.stat", O_RDONLY | O_CLOEXEC);
-    if (p->cpu_fd < 0) return rf_fail(e, "cgroup", "open", "cpu.stat");
-    *cgroup_dir = dir;
-    return 0;
+    return p->entropy_length ? seed_pool(p, a, e) : 0;
 }

@@ -52,6 +52,7 @@ struct init {
     struct rf_listen listen;
     struct rf_transfer transfer;
     struct rf_layer layer;
+    struct rf_ahead ahead; /* a guest's */
     struct command commands[COMMANDS_MAX];
     uint8_t plan_payload[RF_PAYLOAD_MAX];
     uint8_t in[sizeof(struct rf_header) + RF_PAYLOAD_MAX];
@@ -146,7 +147,7 @@ static void send_exited(struct init *s, const struct command *c) {
 
 static void send_started(struct init *s, uint32_t id, pid_t pid, const struct rf_readback *rb) {
     announce(s);
-    rf_report_started(&s->channel, id, pid, rb);
+    rf_report_started(&s->channel, id, pid, rb, s->where != RF_IN_GUEST);
 }
 
 /* ---- commands ---- */
@@ -262,6 +263,11 @@ static int start_command(struct init *s, const struct rf_frame *f, struct rf_err
         if (!s->commands[i].used) c = &s->commands[i];
     if (!c) return rf_fail_errno(e, EAGAIN, "start", "commands", "too many at once");
     if (rf_exec_parse(f->payload, f->length, &s->exec, e) < 0) return -1;
+    if (s->exec.flags & RF_X_OWN) {
+        if (s->where != RF_IN_GUEST || !(s->exec.flags & RF_X_WARM)) return rf_fail_errno(e, EPROTO, "protocol", "exec", "only a guest is warmed up by its init");
+        if (s->ahead.program < 0) return rf_fail_errno(e, ENOENT, "exec", "execveat", "/init");
+        s->exec.program = s->ahead.program;
+    }
     bool streams = s->exec.flags & RF_X_STREAMS;
     if (streams ? f->nfds != 0 : f->nfds < 3) return rf_fail_errno(e, EPROTO, "protocol", "exec", "descriptors");
     c->in = c->out[0] = c->out[1] = -1;
@@ -358,11 +364,11 @@ static int apply_plan(struct init *s, const struct rf_frame *f, struct rf_error 
     }
     const struct rf_plan *p = &s->plan;
     if (s->where == RF_IN_GUEST) {
-        if (rf_guest_clock(p, e) < 0) return -1;
-        if (rf_guest_limits(&s->plan, &s->cgroup_dir, e) < 0) return -1;
+        if (rf_guest_clock(p, &s->ahead, e) < 0) return -1;
+        if (rf_guest_limits(&s->plan, &s->ahead, &s->cgroup_dir, e) < 0) return -1;
     }
     if (p->hostname && sethostname(p->hostname, strlen(p->hostname)) < 0) return rf_fail(e, "hostname", "sethostname", p->hostname);
-    if (p->loopback && !s->launch.network_ready && rf_loopback_up(e) < 0) return -1;
+    if (p->loopback && !s->launch.network_ready && !s->ahead.loopback && rf_loopback_up(e) < 0) return -1;
     if (p->sockets_fd >= 0 || p->has_card) rf_sockets_any_port();
     if (p->has_card && rf_card_up(&p->card, e) < 0) return -1;
     if (p->tun_fd >= 0 && (s->tap = rf_tap_make(p->tun_fd, e)) < 0) return -1; /* the node may be root's on the host */
@@ -561,6 +567,7 @@ int rf_init_main(int channel_fd, enum rf_where where, const struct rf_launch *l,
     s->signals = signalfd(-1, &wanted, SFD_CLOEXEC | SFD_NONBLOCK);
     if (s->signals < 0) return 1;
     if (where == RF_IN_PROCESS && prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) return 1;
+    if (where == RF_IN_GUEST) rf_guest_ahead(&s->ahead);
     while (wait_and_serve(s) == 0) continue;
     leave(s);
     return 0;

@@ -24,6 +24,7 @@ int main(int argc, char **argv) {
     struct rf_ids ids;
     if (argc == 3 && strcmp(argv[1], "launcher") == 0 && strcmp(argv[2], "unprivileged") == 0) return rf_launcher_main(3, NULL);
     if (argc == 4 && strcmp(argv[1], "launcher") == 0 && parse_ids(argv[2], argv[3], &ids)) return rf_launcher_main(3, &ids);
+    if (argc == 2 && strcmp(argv[1], "warm") == 0) return rf_warm_main();
     if (argc == 2 && strcmp(argv[1], "--version") == 0) return puts("ringfence-core " RF_RELEASE) < 0;
     fputs("usage: ringfence-core launcher FIRST-ID COUNT | launcher unprivileged | --version   (started by ringfence, not by hand)\n", stderr);
     return 2;

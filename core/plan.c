@@ -171,6 +171,7 @@ int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf
     x->argv[0] = x->envp[0] = NULL;
     x->cwd = "/";
     x->flags = 0;
+    x->program = -1;
     struct rf_reader r = {payload, payload + n};
     struct rf_attr a;
     uint64_t seen = 0;

@@ -79,7 +79,7 @@ static size_t read_namespaces(const struct rf_readback *rb, char *buf, size_t ca
     return used;
 }
 
-int rf_report_started(struct rf_channel *ch, uint32_t id, pid_t pid, const struct rf_readback *rb) {
+int rf_report_started(struct rf_channel *ch, uint32_t id, pid_t pid, const struct rf_readback *rb, bool namespaces) {
     uint8_t buf[2048];
     struct rf_writer w = {.buf = buf, .capacity = sizeof buf};
     rf_put_u32(&w, 1, (uint32_t)pid);
@@ -87,8 +87,8 @@ int rf_report_started(struct rf_channel *ch, uint32_t id, pid_t pid, const struc
     rf_put(&w, 3, rb->ids, sizeof rb->ids);
     rf_put_u32(&w, 4, rb->no_new_privs);
     rf_put_u32(&w, 5, rb->seccomp);
-    char namespaces[512];
-    rf_put(&w, 6, namespaces, read_namespaces(rb, namespaces, sizeof namespaces));
+    char names[512];
+    rf_put(&w, 6, names, namespaces ? read_namespaces(rb, names, sizeof names) : 0);
     for (unsigned i = 0; i < rb->nrlimits; i++) {
         uint8_t r[24] = {0};
         memcpy(r, &rb->rlimits[i].resource, 4);

@@ -196,9 +196,10 @@ struct rf_exec {
     char *envp[RF_ARGS_MAX + 1];
     const char *cwd;
     uint32_t flags, id;
+    int program; /* what is executed in place of argv[0]'s file, or -1 */
 };
-/* warm: it is ours, and no CPU time of it or of what came before counts to the limit. */
-enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_WARM = 4, RF_X_ALL = 7 };
+/* warm: it is ours, and no CPU time of it or of what came before counts to the limit. own: a guest's init itself. */
+enum { RF_X_ONCE = 1, RF_X_STREAMS = 2, RF_X_WARM = 4, RF_X_OWN = 8, RF_X_ALL = 15 };
 int rf_exec_parse(const uint8_t *payload, size_t n, struct rf_exec *x, struct rf_error *e);
 
 /* The ids that this host has for sandboxes, RF_SLOT_IDS of them for each (ringfence.linux.ids). */
@@ -342,7 +343,8 @@ struct rf_ending {
 };
 
 int rf_report_exited(struct rf_channel *ch, const struct rf_ending *end);
-int rf_report_started(struct rf_channel *ch, uint32_t id, pid_t pid, const struct rf_readback *rb);
+/* namespaces: whether it says which ones. A guest's are its own kernel's first. */
+int rf_report_started(struct rf_channel *ch, uint32_t id, pid_t pid, const struct rf_readback *rb, bool namespaces);
 int rf_report_ready(struct rf_channel *ch, int cgroup_dir);
 
 /* ---- nest.c -------------------------------------------------------------------------------------------------- */
@@ -446,10 +448,19 @@ int rf_guest_modules(const char *set, struct rf_error *e);
  * shows what these names hold. */
 int rf_disk_open(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e);
 int rf_disk_show(int *root, const struct rf_mount *m, struct rf_layer *l, struct rf_error *e);
-/* cgroup v2 inside the guest: makes one for the command and fills in the plan's cgroup and CPU descriptors. */
-int rf_guest_limits(struct rf_plan *p, int *cgroup_dir, struct rf_error *e);
+/* ahead.c. What a guest has made before its plan came, or -1 and false: its commands' cgroup, the random pool, init's own
+ * program. */
+struct rf_ahead { int cgroup, random, program; bool loopback; };
+void rf_guest_ahead(struct rf_ahead *a);
+/* One part of it: a descriptor, or -1. */
+int rf_guest_cgroup(struct rf_error *e);
+int rf_guest_random(struct rf_error *e);
+/* warm.c. What init's own program does as a command that warms a guest up. */
+int rf_warm_main(void);
+/* Limits that cgroup, and fills in the plan's cgroup and CPU descriptors. */
+int rf_guest_limits(struct rf_plan *p, struct rf_ahead *a, int *cgroup_dir, struct rf_error *e);
 /* The wall clock, and a seed for the random pool that is in use at once: what a guest that was restored must have of its own. */
-int rf_guest_clock(const struct rf_plan *p, struct rf_error *e);
+int rf_guest_clock(const struct rf_plan *p, struct rf_ahead *a, struct rf_error *e);
 
 /* Transfers of files of the work directory, over the channel. */
 struct rf_transfer { int fd; uint32_t id; uint64_t left; };

@@ -15,7 +15,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
         check_error(&e);
         return 0;
     }
-    CHECK(x.argv[0] && (x.flags & ~(uint32_t)RF_X_ALL) == 0);
+    CHECK(x.program == -1 && x.argv[0] && (x.flags & ~(uint32_t)RF_X_ALL) == 0);
     check_vector(x.argv, data, n);
     check_vector(x.envp, data, n);
     if (*x.cwd != '/' || x.cwd[1]) check_string(x.cwd, data, n);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 
 import ringfence as rf
-from ringfence.levels.base import Command
+from ringfence.levels.base import Command, Outcome
+from ringfence.levels.host import host
 from ringfence.levels.state import state
 from ringfence.levels.vm import start
 from ringfence.levels.vm.sandbox import VmSandbox, _true_is_the_hosts
 from ringfence.spec import Spec
+from ringfence.wire.launcher import probe_path
 from support import leaks
 from support.sandboxes import EXITED_0, LOCAL_LEVELS, applied, ended, need_level, python
 
@@ -165,11 +168,47 @@ def test_only_the_hosts_own_program_warms_a_guest_up(tmp_path: Path) -> None:
     for place in ("/usr/bin", "/usr/lib/x", "/bin", "/lib/x", "/lib64/x", "/etc/x"):
         assert not warms(mounts=[rf.Mount(tmp_path, place)]), place
     assert not warms(mounts=[rf.Tmpfs("/usr/lib")])
-    with rf.Pool(1, isolation="vm", mounts=[rf.Tmpfs("/etc/opt")]) as pool:
-        (waits,) = pool._keeper.waiting
-        assert isinstance(waits, VmSandbox)
-        assert (waits._answered, waits._last) == (True, None)
-        assert ended(pool.run(["true"])) == EXITED_0
+
+
+def test_with_an_image_a_guest_is_warmed_up_by_the_program_of_its_init(tmp_path: Path) -> None:
+    """Under all restrictions of a command, and with nothing of the image run: its names are those of other programs."""
+    os.makedirs(tmp_path / "usr/bin")
+    for name in ("true", "ringfence", "probe"):
+        shutil.copyfile(probe_path(), tmp_path / "usr/bin" / name)
+        os.chmod(tmp_path / "usr/bin" / name, 0o755)
+    tmp_path.chmod(0o755)
+    wanted = Spec.make(["/usr/bin/probe", "exit", "0"], isolation="vm", image=str(tmp_path))
+    with VmSandbox(wanted, host(), stays=True) as sandbox:
+        said: list[Outcome] = []
+        first = sandbox._first
+
+        def noting(*given: Any, **more: Any) -> Any:
+            said.append(first(*given, **more))
+            return said[-1]
+
+        sandbox._first = noting  # type: ignore[method-assign]
+        sandbox.prepare()
+        (warm,) = said
+        # Its words are those of nothing in the image.
+        assert (bytes(warm.stdout), bytes(warm.stderr)) == (b"warm\n", b"warm\n")
+        assert warm.exited is not None and warm.exited.exit_code == 0 and warm.started is not None
+        # It was restricted as every command is.
+        assert warm.started.ids == (1000,) * 6 and warm.started.no_new_privs == 1 and warm.started.seccomp == 2
+        assert not any(warm.started.capabilities)
+        command = Command(
+            argv=wanted.argv,
+            env=wanted.environment(b"/work"),
+            cwd=b"/work",
+            input=None,
+            wall_time_ns=None,
+            output_bytes=4096,
+            once=False,
+        )
+        # Init's program is for nothing else.
+        with pytest.raises(rf.StartError, match="warmed up"):
+            sandbox._run(command, own=True)
+        again = sandbox.run(command).exited
+        assert again is not None and again.exit_code == 0
 
 
 @pytest.mark.parametrize("isolation", [*LOCAL_LEVELS, "vm"])

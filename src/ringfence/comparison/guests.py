@@ -102,14 +102,13 @@ def _nobody(text: str) -> None:
 
 
 def _image(stack: contextlib.ExitStack) -> str:
-    """A rootfs folder with nothing but the probe, which is its /bin/true too: a pool warms a guest up by that."""
+    """A rootfs folder with nothing but the probe."""
     folder: str = stack.enter_context(tempfile.TemporaryDirectory(prefix="ringfence-bench-"))
     os.chmod(folder, 0o755)
     os.mkdir(os.path.join(folder, "bin"), 0o755)
-    for name in ("probe", "true"):
-        program = os.path.join(folder, "bin", name)
-        shutil.copyfile(probe_path(), program)
-        os.chmod(program, 0o755)
+    program = os.path.join(folder, _PROBE[1:])
+    shutil.copyfile(probe_path(), program)
+    os.chmod(program, 0o755)
     return folder
 
 

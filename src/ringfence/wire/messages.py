@@ -286,13 +286,14 @@ def execute(
     streams: bool,
     nfds: int,
     warm: bool = False,
+    own: bool = False,
 ) -> bytes:
     """EXEC. With `streams`, stdin, stdout and stderr travel as frames; else they are the first descriptors. warm: it is
-    no command of the caller's, and doesn't count to the CPU time limit.
+    no command of the caller's, and doesn't count to the CPU time limit. own: a guest's init executes its own program.
     """
     payload = frames.attribute(1, b"\0".join(argv) + b"\0")
     payload += frames.attribute(2, b"".join(b"%s=%s\0" % pair for pair in env))
-    payload += frames.string(3, cwd) + frames.u32(4, once * 1 | streams * 2 | warm * 4)
+    payload += frames.string(3, cwd) + frames.u32(4, once * 1 | streams * 2 | warm * 4 | own * 8)
     return frames.encode(Type.EXEC, payload, id=id, nfds=nfds)
 
 

@@ -95,10 +95,10 @@ class VmSandbox(Sandbox):
         self._boot()
         return self._first(command)
 
-    def _first(self, command: Command, *, warm: bool = False) -> Outcome:
+    def _first(self, command: Command, *, warm: bool = False, own: bool = False) -> Outcome:
         """Runs a command. Where a restored guest has never said a word, by another guest, which boots."""
         try:
-            return self._run(command, warm=warm)
+            return self._run(command, warm=warm, own=own)
         except ProtocolError as error:
             if self._answered or not self._guest.restored or self._spec.image_is_disk:
                 raise
@@ -107,15 +107,23 @@ class VmSandbox(Sandbox):
             self._guest.again(error, keep=True)
             self._ready = None
             self._boot()
-            return self._run(command, warm=warm)
+            return self._run(command, warm=warm, own=own)
 
     def prepare(self) -> None:
-        """Restores the guest, hands it its plan and runs a command of ours, so that the first one of the caller's finds
+        """Restores the guest, hands it its plan and runs commands of ours, so that the first one of the caller's finds
         the kernel's ways of starting one translated, and what all programs need in its memory. Nothing of an image's or
-        a mount's: no limit of time is there for what runs before its command.
+        a mount's is run: no limit of time is there for what runs before its command.
         """
-        warm = Command(
-            argv=(b"/usr/bin/true",),
+        self._boot()
+        self._warm_up((b"ringfence", b"warm"), own=True)
+        if _true_is_the_hosts(self._spec):
+            self._warm_up((b"/usr/bin/true",))
+        self.mark()
+
+    def _warm_up(self, argv: tuple[bytes, ...], *, own: bool = False) -> None:
+        """own: the program of the guest's init, which is there whatever its tree is."""
+        command = Command(
+            argv=argv,
             env=(),
             cwd=HOME,
             input=None,
@@ -123,25 +131,28 @@ class VmSandbox(Sandbox):
             output_bytes=4096,
             once=False,
         )
-        self._boot()
-        if _true_is_the_hosts(self._spec):
-            try:
-                self._first(warm, warm=True)
-            except StartError as error:
-                if error.whole:
-                    raise
-                # A host without it: what comes first is slower then.
-        else:
-            self._agent.until(lambda: self._answered, _START_LIMIT_NS, "the guest did not take its plan")
-        self.mark()
+        try:
+            self._first(command, warm=True, own=own)
+        except StartError as error:
+            if error.whole:
+                raise
+            # A host without it, a filter that denies it: what comes first is slower then.
 
-    def _run(self, command: Command, *, warm: bool = False) -> Outcome:
+    def _run(self, command: Command, *, warm: bool = False, own: bool = False) -> Outcome:
         channel = self._vmm.channel
         self._layer.begin()
         id = self._agent.next_id()
         channel.send(
             messages.execute(
-                command.argv, command.env, command.cwd, id=id, once=command.once, streams=True, nfds=0, warm=warm
+                command.argv,
+                command.env,
+                command.cwd,
+                id=id,
+                once=command.once,
+                streams=True,
+                nfds=0,
+                warm=warm,
+                own=own,
             )
         )
         if command.once and self._kind is not None:
