@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from ringfence.comparison import ablation, profile
-from ringfence.comparison.report import console, print_parts
+from ringfence.comparison.bench_report import print_parts
+from ringfence.comparison.report import console
 from ringfence.levels.namespaces import own_namespaces
 from support.sandboxes import need_root
 

@@ -14,7 +14,8 @@ import pytest
 import ringfence as rf
 from ringfence.comparison import bench, peers
 from ringfence.comparison.bench import GROUPS, TARGETS, Bench, Measurement, Target, measure
-from ringfence.comparison.report import console, print_measurement
+from ringfence.comparison.bench_report import print_measurement
+from ringfence.comparison.report import console
 
 
 def test_rounds_interleave_and_a_name_may_have_fewer() -> None:

@@ -84,7 +84,8 @@ def _inside(given: Parsed) -> int:
     if given["json"]:
         output.write_json(measured.to_json())
     else:
-        from ringfence.comparison.report import console, print_parts
+        from ringfence.comparison.bench_report import print_parts
+        from ringfence.comparison.report import console
 
         print_parts(measured, console())
         sys.stdout.flush()
@@ -106,7 +107,8 @@ def main(argv: Sequence[str]) -> int:
     if given["json"]:
         output.write_json(found.to_json())
     else:
-        from ringfence.comparison.report import console, print_measurement
+        from ringfence.comparison.bench_report import print_measurement
+        from ringfence.comparison.report import console
 
         print_measurement(found, console())
         sys.stdout.flush()

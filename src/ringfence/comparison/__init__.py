@@ -9,6 +9,7 @@ from ringfence import __version__
 from ringfence._value import Value
 from ringfence.api import level
 from ringfence.comparison.cost import Run, bare_memory, bare_run, differences, level_run, run_json, summaries
+from ringfence.comparison.document import BARE, SCHEMA
 from ringfence.comparison.facts import bare_facts, level_facts
 from ringfence.comparison.isolation import RESOURCES, Isolation, Verdict, judge_all
 from ringfence.comparison.machine import machine_facts
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BARE", "SCHEMA", "Comparison", "Isolation", "LevelReport", "Run", "Summary", "Verdict", "compare", "ratio"]
 
-BARE = "bare"
-# The version of the document that `to_json` makes.
-SCHEMA = 1
 _MOST_REPEATS = {BARE: 20, "process": 20, "container": 20, "vm": 3}
 # Where nobody says how often: a command that takes long is run less often than a quick one.
 _BUDGET_NS = 6_000_000_000

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ringfence.comparison.statistics import Summary
     from ringfence.spec import Spec
 
-__all__ = ["MEASURES", "Run", "bare_memory", "bare_run", "differences", "level_run", "summaries"]
+__all__ = ["MEASURES", "Run", "bare_memory", "bare_run", "differences", "differing", "level_run", "summaries"]
 
 # In the order of the table. Times in nanoseconds, memory in bytes.
 MEASURES = ("startup_ns", "wall_ns", "teardown_ns", "total_ns", "cpu_ns", "memory_peak_bytes")
@@ -262,6 +262,19 @@ def differences(one: Run, other: Run) -> tuple[str, ...]:
         else:
             found += _stream_difference(f"the file {name}", one.files[name], other.files[name])
     return tuple(found)
+
+
+_BEGINNINGS = (
+    ("ending", ("it ended by ",)),
+    ("stdout", ("stdout differs ",)),
+    ("stderr", ("stderr differs ",)),
+    ("files", ("the file ", "there is a file ")),
+)
+
+
+def differing(sentences: Sequence[str]) -> dict[str, bool]:
+    """Which of ending, stdout, stderr and files those sentences of `differences` tell of."""
+    return {name: any(one.startswith(begin) for one in sentences) for name, begin in _BEGINNINGS}
 
 
 def _stream_difference(name: str, one: bytes, other: bytes) -> list[str]:

@@ -1,7 +1,8 @@
-"""Probes for people: a line of counts for each column, and every verdict with its evidence, from the document alone."""
+"""Probes for people: every verdict with its evidence, from the document alone."""
 
 from __future__ import annotations
 
+from ringfence.comparison.figures import visible
 from ringfence.comparison.isolation import Isolation
 
 TYPE_CHECKING = False
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["counts", "print_counts", "print_probes"]
+__all__ = ["counts", "print_probes"]
 
 _WORDS = (Isolation.OWN, Isolation.RESTRICTED, Isolation.SHARED, Isolation.NOT_TESTABLE)
 _STYLES = {"own": "bold green", "restricted": "yellow", "shared": "red", "not testable": "dim"}
@@ -21,13 +22,6 @@ def counts(probes: Mapping[str, Mapping[str, str]]) -> str:
     """ "63 probes: 41 own, 20 restricted, 1 shared, 1 not testable"."""
     verdicts = [one["verdict"] for one in probes.values()]
     return f"{len(verdicts)} probes: " + ", ".join(f"{verdicts.count(str(word))} {word}" for word in _WORDS)
-
-
-def print_counts(document: Mapping[str, Any], to: Console) -> None:
-    """A line for each column that has probes."""
-    for one in document["levels"]:
-        if one["probes"]:
-            to.print(f"{one['name']}: {counts(one['probes'])}", markup=False, style="dim", soft_wrap=True)
 
 
 def print_probes(document: Mapping[str, Any], to: Console) -> None:
@@ -50,7 +44,9 @@ def print_probes(document: Mapping[str, Any], to: Console) -> None:
             for one in columns:
                 found = one["probes"][name]
                 cells.append(
-                    Text.assemble((found["verdict"], _STYLES[found["verdict"]]), "\n", (found["evidence"], "dim"))
+                    Text.assemble(
+                        (found["verdict"], _STYLES[found["verdict"]]), "\n", (visible(found["evidence"]), "dim")
+                    )
                 )
             table.add_row(Text.assemble((name, "bold"), "\n", (document["probes"][name]["tries"], "dim")), *cells)
         to.print(table)
