@@ -135,13 +135,14 @@ lint:
 	$(call say,ruff)
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ." >&2; exit 1; }
-	$(call say,mypy --strict)
-	@$(BIN)/mypy
-	$(call say,import-linter)
-	@$(BIN)/lint-imports
-	$(call say,C warnings: gcc and clang)
+	$(call say,mypy --strict$(,) import-linter$(,) C warnings of gcc and clang)
 	@directory=$$(mktemp -d); trap 'rm -r "$$directory"' EXIT
+	# mypy takes as long as all the others.
+	$(BIN)/mypy >"$$directory/mypy" 2>&1 & types=$$!
+	$(BIN)/lint-imports
 	for compiler in gcc clang; do CC=$$compiler $(BIN)/python core/build.py --strict "$$directory" >/dev/null; done
+	wait $$types || { cat "$$directory/mypy"; exit 1; }
+	cat "$$directory/mypy"
 
 fuzz:
 	$(call say,fuzzing each parser for $(FUZZ_SECONDS) s)
