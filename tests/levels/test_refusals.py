@@ -7,6 +7,7 @@ that there is still no launcher, no child, no folder, no cgroup of it.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +240,15 @@ def test_a_guest_cannot_have_the_hosts_network() -> None:
     with pytest.raises(rf.CannotEnforce) as caught:
         run_probe("vm", "exit", "0", network="host", devices=["/dev/null"])
     assert sorted(one.rule for one in caught.value.unmet) == ["devices", "network"]
+
+
+def test_more_mounts_than_a_plan_holds(tmp_path: Path) -> None:
+    def mounts(count: int) -> list[rf.Mount]:
+        return [rf.Mount(tmp_path, f"/m{number}") for number in range(count)]
+
+    assert rf.run(["test", "-d", "/m39"], mounts=mounts(40)).ok
+    with pytest.raises(rf.CannotEnforce) as refused:
+        rf.run(["true"], mounts=mounts(80))
+    [unmet] = refused.value.unmet
+    assert unmet.rule == "mounts"
+    assert "of which init takes 64" in unmet.reason

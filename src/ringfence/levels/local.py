@@ -8,7 +8,7 @@ import resource
 import select
 import time
 
-from ringfence.errors import KernelError, ProtocolError, RingfenceError, SpecError
+from ringfence.errors import CannotEnforce, KernelError, ProtocolError, RingfenceError, SpecError, Unmet
 from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
@@ -225,11 +225,25 @@ class LocalSandbox(Sandbox):
         if self.later and self._unsent is None:
             self._unsent = (request, plan, joins)
             return
+        if len(plan.fds) > frames.FDS_MAX:
+            self._refuse_as_too_many(len(plan.fds))
         if self.state.launcher is not self._launcher:
             # What the plan refers to was made in another one's mount namespace.
             raise LauncherGone("the launcher was replaced while the sandbox was made")
         self.channel = self._launcher.launch(request, joins)
         self.channel.send(plan.encode(), plan.fds)
+
+    def _refuse_as_too_many(self, count: int) -> None:
+        """Init takes them with one message. What the rest is depends on the image, cgroups and devices."""
+        spec = self.spec
+        rule = "mounts" if spec.mounts else "devices" if spec.devices else "image"
+        reason = (
+            f"it takes {count} descriptors, of which init takes {frames.FDS_MAX}: about one for each mount, device and"
+        )
+        help = f"leave {count - frames.FDS_MAX} out, or mount a folder that holds several"
+        raise CannotEnforce(
+            spec.isolation, [Unmet(rule, requested(spec, rule), f"{reason} name at the image's top", help)]
+        )
 
     def send_off(self) -> None:
         """Has the init of a sandbox that is made ahead started."""
