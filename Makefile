@@ -100,6 +100,8 @@ test-tools: system
 	need clang clang --version
 	need e2fsprogs mkfs.ext4 -V
 	need iproute2 ip -V
+	# A browser without a window, for the page of `compare --html`: 96 MB to fetch, a third of chromium.
+	need chromium-headless-shell bash -c 'command -v chromium-headless-shell || command -v chromium || command -v google-chrome'
 	need uidmap test -x /usr/bin/newuidmap
 	need systemd test -x /lib/systemd/systemd # not run here: in a guest, for a user's scopes
 	install

@@ -45,6 +45,7 @@ PROMISES = frozenset(
         "a second CPU",
         "a disk below the work directories",
         "systemd, for the guest's userland",
+        "a browser without a window",
     )
 )
 

@@ -66,6 +66,8 @@ OPTIONS = Options(
         Option("cpu-time", 'how much CPU time it may use at a level: "5s"', metavar="TIME"),
         Option("probes", "show every probe of the isolation with its evidence, not just how many"),
         Option("json", "print all that was measured as JSON"),
+        Option("html", "write it as one page, with plots and all evidence (pip install 'ringfence[report]')",
+               metavar="FILE"),
         Option("save", "write that JSON to a file, for --against and --load", metavar="FILE"),
         Option("load", "show a comparison that was saved, and run nothing", metavar="FILE"),
         Option("against", "tell what changed since a comparison that was saved, and fail where it is worse",
@@ -95,12 +97,17 @@ def main(argv: Sequence[str]) -> int:
     """Runs `ringfence compare` and returns its exit status. Raises what `compare` raises."""
     given = OPTIONS.parse(argv)
     _check(given)
-    from ringfence.comparison.document import load, save
+    from ringfence.comparison.document import load, save, write_file
 
     # What is asked of files is found out before anything is run: that may take minutes.
     old = None if given["against"] is None else load(given["against"])
-    if given["save"] is not None:
-        _writable("--save", given["save"])
+    for name in ("save", "html"):
+        if given[name] is not None:
+            _writable(f"--{name}", given[name])
+    if given["html"] is not None:
+        from ringfence.comparison.html import need_packages
+
+        need_packages()
     document = _compared(given) if given["load"] is None else load(given["load"])
     if given["save"] is not None:
         save(document, given["save"])
@@ -109,6 +116,10 @@ def main(argv: Sequence[str]) -> int:
         from ringfence.comparison.changes import changes_between
 
         changes = changes_between(old, document, tolerance=given["tolerance"], allow_unknown=given["allow-unknown"])
+    if given["html"] is not None:
+        from ringfence.comparison.html import page
+
+        write_file(given["html"], page(document, changes))
     _show(given, document, changes)
     if changes is not None:
         return _NOT_ALL if changes.worse else _SAME
