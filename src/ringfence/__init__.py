@@ -30,7 +30,7 @@ from ringfence.errors import (
 )
 from ringfence.levels.host import Host, host
 from ringfence.result import Applied, Change, Denial, Result, TerminationReason, Usage
-from ringfence.spec import Device, File, Limits, Mount, Namespaces, Network, Seccomp, Tmpfs
+from ringfence.spec import Device, File, Kernel, Limits, Mount, Namespaces, Network, Seccomp, Tmpfs
 
 __all__ = [
     "Applied",
@@ -44,6 +44,7 @@ __all__ = [
     "File",
     "Host",
     "Inspection",
+    "Kernel",
     "KernelError",
     "Limits",
     "Mount",

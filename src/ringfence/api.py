@@ -63,6 +63,7 @@ def run(argv: Sequence[Path], **options: Unpack[Options]) -> Result:
     user: a uid, "uid:gid" or a name inside; the default is one without privileges. hostname: inside.
     network: "none" (the default), "host" or `Network`. limits: see `Limits`. namespaces: see `Namespaces`.
     capabilities: names of those that it keeps; none by default. seccomp: see `Seccomp`. devices: paths or `Device`.
+    kernel: of a virtual machine, a `Kernel` or the path of one, in place of the prepared one; our init runs in it.
     readable, writable: the paths, besides the work directory, to which Landlock narrows reading, and opens writing.
     check: raise WorkloadFailed unless it exits with 0. text: stdout and stderr as str (UTF-8, undecodable bytes kept by
     surrogateescape).
@@ -95,7 +96,7 @@ def check_spec(spec: Spec, on: Host | None = None) -> tuple[Level, Host]:
         raise RingfenceError("a level has to be chosen before a spec is checked")
     machine = on if on is not None else host()
     boundary = level(spec.isolation)
-    missing = boundary.unavailable(machine)
+    missing = boundary.unavailable(machine, spec)
     if missing is not None:
         raise Unavailable(spec.isolation, *missing)
     boundary.check(spec, machine)

@@ -236,7 +236,7 @@ def fetched(tmp_path: Path, *command: str) -> Path:
 
 
 @pytest.mark.long
-def test_two_kernels_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_kernels_side_by_side(tmp_path: Path) -> None:
     """Debian's generic and its cloud kernel, the same image and command, at once. The cloud one has no 9p."""
     image = tmp_path / "image"
     (image / "bin").mkdir(parents=True)
@@ -248,15 +248,17 @@ def test_two_kernels_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pytest.skip("apt knows no cloud kernel here")
     (tmp_path / "deb").mkdir()
     deb = fetched(tmp_path / "deb", "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", names[0])
-    with rf.Sandbox(isolation="vm", image=image) as generic:
-        monkeypatch.setenv("RINGFENCE_KERNEL", str(deb))
-        kernel.prepare()
-        with rf.Sandbox(isolation="vm", image=image) as cloud:
-            releases = []
-            for one in (generic, cloud):
-                result = one.run(["/bin/probe", "exit", "5"])
-                assert result.exit_code == 5
-                releases += [row.effective for row in result.applied if row.rule == "kernel"]
+    with (
+        rf.Sandbox(isolation="vm", image=image) as generic,
+        rf.Sandbox(isolation="vm", image=image, kernel=deb) as cloud,
+    ):
+        releases = []
+        for one in (generic, cloud):
+            result = one.run(["/bin/probe", "exit", "5"])
+            assert result.exit_code == 5
+            releases += [row.effective for row in result.applied if row.rule == "kernel"]
+    with pytest.raises(rf.CannotEnforce, match="cloud-amd64 has no 9p"):
+        rf.run(["true"], isolation="vm", kernel=deb)
     assert releases[1] == names[0].removeprefix("linux-image-")
     assert releases[0] != releases[1]
 

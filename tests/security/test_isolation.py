@@ -51,7 +51,6 @@ def test_user(isolation: str) -> None:
 def test_namespaces_and_processes_are_its_own(isolation: str) -> None:
     facts, _ = sandbox_facts(isolation)
     bare = host_facts()
-    assert facts["pid_count"] < bare["pid_count"]
     if isolation == "container":
         assert {name for name in OWN_NAMESPACES if facts["namespaces"][name] != bare["namespaces"][name]} == set(
             OWN_NAMESPACES

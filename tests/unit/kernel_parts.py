@@ -22,14 +22,14 @@ def elf_kernel(*, pvh: bool = True, size: int = 5000) -> bytes:
     return body + filler[: max(0, size - len(body))] + bytes(700) + b"end"
 
 
-def bzimage(payload: bytes, *, magic: bytes = b"HdrS", length: int | None = None) -> bytes:
+def bzimage(payload: bytes, *, magic: bytes = b"HdrS", length: int | None = None, release: str = RELEASE) -> bytes:
     """A bzImage with this payload, after four setup sectors and 100 bytes of decompressor."""
     image = bytearray(512 * 5)
     image[0x1F1] = 4
     image[0x202:0x206] = magic
     struct.pack_into("<H", image, 0x206, 0x20F)
     struct.pack_into("<H", image, 0x20E, 0x300)
-    text = RELEASE.encode() + b" (somebody@example) #1 SMP\0"
+    text = release.encode() + b" (somebody@example) #1 SMP\0"
     image[0x500 : 0x500 + len(text)] = text
     struct.pack_into("<II", image, 0x248, 100, len(payload) if length is None else length)
     return bytes(image) + bytes(100) + payload + b"tail"

@@ -13,7 +13,20 @@ from ringfence.cli._options import Option, Options
 from ringfence.cli.main import REFUSED
 from ringfence.errors import SpecError, StartError
 from ringfence.result import TerminationReason
-from ringfence.spec import AUTO, ISOLATIONS, NAMESPACES, Device, File, Limits, Mount, Network, Seccomp, Spec, Tmpfs
+from ringfence.spec import (
+    AUTO,
+    ISOLATIONS,
+    NAMESPACES,
+    Device,
+    File,
+    Kernel,
+    Limits,
+    Mount,
+    Network,
+    Seccomp,
+    Spec,
+    Tmpfs,
+)
 from ringfence.wire.launcher import launcher
 
 TYPE_CHECKING = False
@@ -159,6 +172,9 @@ OPTIONS = Options(
             convert=_device,
         ),
         Option("image", '"host", or a root file system: a folder, of a vm also a disk (host)', metavar="PATH"),
+        Option("kernel", "the kernel of a vm, in place of the prepared one: an image or a .deb", metavar="FILE"),
+        Option("kernel-modules", "its /lib/modules/RELEASE (looked for beside it, and here)", metavar="DIR"),
+        Option("append", "more of that kernel's command line", metavar="WORDS"),
         Option("overlay", "let the root be written to, in a layer that is gone with the sandbox"),
         Option("readable", "of the files, only this path, and below (process)", metavar="PATH", repeatable=True),
         Option("writable", "also this path, and below (process)", metavar="PATH", repeatable=True),
@@ -228,13 +244,13 @@ def main(argv: Sequence[str]) -> int:
     if not spec.settled:
         tell_progress()
         spec = settle(spec)
-    check_spec(spec)
-    if not given["no-stdin"]:
-        spec = spec.replace(input=_stdin())
     if spec.isolation == "vm" and spec.choice is None:
         from ringfence.levels.vm import start
 
         start.progress = output.progress()
+    check_spec(spec)
+    if not given["no-stdin"]:
+        spec = spec.replace(input=_stdin())
     try:
         result = run_spec(spec)
     except StartError as error:
@@ -283,6 +299,7 @@ def spec_of(given: Parsed, *, isolation: str = "container") -> Spec:
         capabilities=given["capability"],
         seccomp=_seccomp(given),
         devices=given["device"],
+        kernel=_kernel(given),
         readable=given["readable"] or None,
         writable=given["writable"],
         limits=Limits(
@@ -311,6 +328,14 @@ def _network(given: Parsed) -> Network | str | None:
     return Network(
         mode or "nat", allow=given["allow"] or None, publish=dict(given["publish"]), bandwidth=given["bandwidth"]
     )
+
+
+def _kernel(given: Parsed) -> Kernel | None:
+    if given["kernel"] is None:
+        if given["kernel-modules"] is not None or given["append"] is not None:
+            raise OPTIONS.error("--kernel-modules and --append need --kernel")
+        return None
+    return Kernel(given["kernel"], given["kernel-modules"], given["append"] or "")
 
 
 def _seccomp(given: Parsed) -> Seccomp | None:

@@ -7,6 +7,7 @@ A sandbox takes commands, one after the other, until it is closed; a one-shot ru
 from __future__ import annotations
 
 import abc
+import os
 import time
 
 from ringfence._value import Closing, Value
@@ -214,8 +215,8 @@ class Level(abc.ABC):
     lasting: frozenset[str] = frozenset()
 
     @abc.abstractmethod
-    def unavailable(self, host: Host) -> tuple[str, str] | None:
-        """Why the level can't run on that host at all, and what would help; None where it can."""
+    def unavailable(self, host: Host, spec: Spec | None = None) -> tuple[str, str] | None:
+        """Why the level can't run on that host at all, and what would help; None where it can. spec: what is to run."""
 
     @abc.abstractmethod
     def abilities(self, host: Host) -> Mapping[str, Ability]:
@@ -231,6 +232,10 @@ class Level(abc.ABC):
         its cgroup can be changed, and it can be frozen.
         """
 
+    def abilities_for(self, spec: Spec, host: Host) -> Mapping[str, Ability]:
+        """The same for one spec, where what it brings along makes a difference."""
+        return self.abilities(host)
+
     def _abilities(self, host: Host) -> Mapping[str, Ability]:
         known = _known.get(self.name)
         if known is None or known[0] is not host:
@@ -242,7 +247,7 @@ class Level(abc.ABC):
         unmet = []
         abilities: Mapping[str, Ability] = {}  # nobody asked: the command line's first run saves their modules
         if spec.asked:
-            abilities = self._abilities(host) if spec.asked <= self.lasting else self.abilities(host)
+            abilities = self._abilities(host) if spec.asked <= self.lasting else self.abilities_for(spec, host)
         for rule in sorted(spec.asked):
             ability = abilities.get(f"network={spec.network.mode}" if rule == "network" else rule)
             if ability is None:
@@ -305,6 +310,7 @@ def requested(spec: Spec, rule: str) -> object:
         "capabilities": spec.capabilities,
         "seccomp": f"{_shown(spec.seccomp.profile)}, {spec.seccomp.mode}",
         "devices": tuple((one.source, one.target, one.access) for one in spec.devices),
+        "kernel": None if spec.kernel is None else os.fsdecode(spec.kernel.path),
         "readable": spec.readable,
         "writable": spec.writable,
         "tmpfs": tuple((one.target, one.size_bytes) for one in spec.tmpfs),

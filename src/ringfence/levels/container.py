@@ -49,7 +49,7 @@ class ContainerLevel(Level):
     name = "container"
     lasting = PLAIN_RULES - {"user"}
 
-    def unavailable(self, host: Host) -> tuple[str, str] | None:
+    def unavailable(self, host: Host, spec: Spec | None = None) -> tuple[str, str] | None:
         if host.user_namespaces:
             return host.user_namespaces, host.user_namespaces_help or "see 'ringfence doctor'"
         return host.ids
@@ -72,6 +72,9 @@ class ContainerLevel(Level):
             Ability(rule="overlay", mechanism="overlayfs in the user namespace")
             if missing is None
             else Ability(rule="overlay", reason=missing[0], help=missing[1])
+        )
+        found["kernel"] = Ability(
+            rule="kernel", reason="a container runs on the host's kernel", help="use isolation='vm'"
         )
         found["devices"] = Ability(
             rule="devices",

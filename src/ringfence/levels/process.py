@@ -36,7 +36,7 @@ class ProcessLevel(Level):
     name = "process"
     lasting = PLAIN_RULES
 
-    def unavailable(self, host: Host) -> tuple[str, str] | None:
+    def unavailable(self, host: Host, spec: Spec | None = None) -> tuple[str, str] | None:
         return host.ids
 
     def abilities(self, host: Host) -> Mapping[str, Ability]:
@@ -50,6 +50,9 @@ class ProcessLevel(Level):
         found.update(reach.abilities(host))
         found["tmpfs"] = Ability(rule="tmpfs", reason="a process has no mounts of its own", help=container)
         found["overlay"] = Ability(rule="overlay", reason="a process has no mounts of its own", help=container)
+        found["kernel"] = Ability(
+            rule="kernel", reason="a process runs on the host's kernel", help="use isolation='vm'"
+        )
         found["namespaces"] = Ability(
             rule="namespaces", reason="a process has the host's, all of them", help="use isolation='container'"
         )

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 from ringfence._value import Value
 from ringfence.errors import SpecError
 from ringfence.spec import parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
     from typing import Any
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-__all__ = ["CAPABILITIES", "NAMESPACES", "Device", "Namespaces", "Seccomp", "capabilities", "capability_names"]
+__all__ = [
+    "CAPABILITIES",
+    "NAMESPACES",
+    "Device",
+    "Kernel",
+    "Namespaces",
+    "Seccomp",
+    "capabilities",
+    "capability_names",
+]
 
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
 
@@ -184,6 +195,54 @@ class Device(Value):
             if not path.startswith(b"/dev/"):
                 raise SpecError(f"a device is below /dev, and {parse.shown(path)} isn't")
         self._set(source=outside, target=inside, access=access)
+
+
+# COMMAND_LINE_SIZE of x86 is 2048, and ours take some 300.
+_MOST_APPEND = 1024
+
+
+class Kernel(Value):
+    """The kernel of a virtual machine, in place of the one that `ringfence setup` prepared.
+
+    path: a bzImage, an uncompressed ELF kernel, or a kernel package (.deb); built with CONFIG_PVH and what a guest is
+    made of: virtio_console and, unless its modules are at hand, virtio_mmio by ACPI (virtio_pci on the machine q35).
+    modules: its /lib/modules/<release>; without it that folder is looked for beside the image, above it, and on
+    this host. A kernel that has all built in needs none.
+    append: more of its command line.
+
+    Raises SpecError.
+    """
+
+    __slots__ = ("append", "modules", "path")
+    path: bytes
+    modules: bytes | None
+    append: str
+
+    def __init__(self, path: Path, modules: Path | None = None, append: str = "") -> None:
+        if not (append.isascii() and append.isprintable()):
+            raise SpecError("kernel: append must be one line of ASCII")
+        if len(append) > _MOST_APPEND:
+            raise SpecError(f"kernel: append has {len(append)} characters: at most {_MOST_APPEND} are taken")
+        if any(word.startswith("rf.") for word in append.replace('"', " ").split()):
+            raise SpecError("kernel: append must not have words that begin with 'rf.': they are ringfence's own")
+        self._set(
+            path=_real(path, "kernel", stat.S_ISREG, "file"),
+            modules=None if modules is None else _real(modules, "kernel modules", stat.S_ISDIR, "folder"),
+            append=append,
+        )
+
+
+def _real(path: Path, what: str, is_kind: Any, kind: str) -> bytes:
+    """The real path of something of the host that is there."""
+    given = parse.host_path(path, what)
+    try:
+        real = os.path.realpath(given, strict=True)
+        found = os.stat(real).st_mode
+    except OSError as error:
+        raise SpecError(f"{what}: {os.fsdecode(given)!r} is no {kind} ({error.strerror})") from None
+    if not is_kind(found):
+        raise SpecError(f"{what}: {os.fsdecode(given)!r} is no {kind}")
+    return real
 
 
 def capabilities(names: Any) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import stat
 from ringfence._value import Value
 from ringfence.errors import SpecError
 from ringfence.spec import boundary, parse
-from ringfence.spec.boundary import Device, Namespaces, Seccomp
+from ringfence.spec.boundary import Device, Kernel, Namespaces, Seccomp
 from ringfence.spec.network import Network
 from ringfence.spec.rules import File, FileIn, Limits, Mount, Tmpfs
 
@@ -67,6 +67,7 @@ class Spec(Value):
     user: (uid, gid) inside, a name that the level has to resolve there, or None for the level's default.
     hostname: or None for the level's default. network, limits, namespaces, seccomp: as given.
     capabilities: names, sorted by number. devices: sorted by target.
+    kernel: of a virtual machine, or None for the one that is prepared for all.
     readable: the only paths that may be read besides the work directory, or None for all. writable: paths that may be
     written to besides it.
     check: whether an end other than exit status 0 is an exception. text: whether stdout and stderr are str.
@@ -87,6 +88,7 @@ class Spec(Value):
         "image",
         "input",
         "isolation",
+        "kernel",
         "limits",
         "mounts",
         "namespaces",
@@ -118,6 +120,7 @@ class Spec(Value):
     capabilities: tuple[str, ...]
     seccomp: Seccomp
     devices: tuple[Device, ...]
+    kernel: Kernel | None
     readable: tuple[bytes, ...] | None
     writable: tuple[bytes, ...]
     check: bool
@@ -152,6 +155,7 @@ class Spec(Value):
         capabilities: Iterable[str] = (),
         seccomp: str | Mapping[str, Any] | Seccomp | None = None,
         devices: Iterable[Device | Path] = (),
+        kernel: Kernel | Path | None = None,
         readable: Iterable[Path] | None = None,
         writable: Iterable[Path] = (),
         require: Mapping[str, str] | None = None,
@@ -196,6 +200,7 @@ class Spec(Value):
             "capabilities": bool(granted),
             "seccomp": seccomp is not None,
             "devices": bool(nodes),
+            "kernel": kernel is not None,
             "readable": may_read is not None,
             "writable": bool(may_write),
         }
@@ -218,6 +223,7 @@ class Spec(Value):
             capabilities=granted,
             seccomp=_seccomp(seccomp),
             devices=nodes,
+            kernel=kernel if kernel is None or isinstance(kernel, Kernel) else Kernel(kernel),
             readable=may_read,
             writable=may_write,
             require=_require(require),

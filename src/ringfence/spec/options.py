@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-from ringfence.spec.boundary import Device, Namespaces, Seccomp
+from ringfence.spec.boundary import Device, Kernel, Namespaces, Seccomp
 from ringfence.spec.network import Network
 from ringfence.spec.rules import Limits, Mount, Tmpfs
 
@@ -33,6 +33,7 @@ class SandboxOptions(TypedDict, total=False):
     capabilities: Iterable[str]
     seccomp: str | Mapping[str, Any] | Seccomp | None
     devices: Iterable[Device | Path]
+    kernel: Kernel | Path | None
     readable: Iterable[Path] | None
     writable: Iterable[Path]
     require: Mapping[str, str] | None

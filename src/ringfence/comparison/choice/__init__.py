@@ -76,7 +76,7 @@ def _unmet(spec: Spec, machine: Host) -> tuple[Unmet, ...]:
     """Why that level can't do what the spec says, whatever it isolates."""
     boundary = level(spec.isolation)
     try:
-        missing = boundary.unavailable(machine)
+        missing = boundary.unavailable(machine, spec)
         if missing is not None:
             return (Unmet(UNAVAILABLE, spec.isolation, f"it is unavailable here: {missing[0]}", missing[1]),)
         boundary.check(spec, machine)

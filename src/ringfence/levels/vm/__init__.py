@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ringfence.levels.host import Host
+    from ringfence.levels.vm.kernel import GuestKernel
     from ringfence.spec import Spec
 
 __all__ = ["VmLevel", "VmSandbox"]
@@ -34,8 +35,10 @@ _MOST_MOUNTS = 32
 class VmLevel(Level):
     name = "vm"
 
-    def unavailable(self, host: Host, *, kernel_needed: bool = True) -> tuple[str, str] | None:
-        """As every level's. kernel_needed: False where the guest brings its own."""
+    def unavailable(
+        self, host: Host, spec: Spec | None = None, *, kernel_needed: bool = True
+    ) -> tuple[str, str] | None:
+        """As every level's. kernel_needed: False where the guest brings its own in any case."""
         from ringfence.levels.vm import emulator, kernel
 
         if host.machine != "x86_64":
@@ -46,9 +49,9 @@ class VmLevel(Level):
             return error.reason, error.help
         if host.user_namespaces:
             return f"QEMU is jailed in a container, and {host.user_namespaces}", "see 'ringfence doctor'"
-        found = kernel.find() if kernel_needed else None
-        if not kernel_needed:
-            return host.ids
+        if not kernel_needed or (spec is not None and spec.kernel is not None):
+            return host.ids  # what a spec's own kernel can't do is unmet
+        found = kernel.find()
         if found is None:
             return "the guest's kernel isn't prepared", "run 'ringfence setup'"
         if board == "q35" and "pci" not in found.sets:
@@ -58,6 +61,13 @@ class VmLevel(Level):
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         from ringfence.levels.vm import kernel
 
+        return self._abilities_with(kernel.find(), host)
+
+    def abilities_for(self, spec: Spec, host: Host) -> Mapping[str, Ability]:
+        # What a kernel of its own hasn't is told by `unmet`, of that kernel.
+        return self.abilities(host) if spec.kernel is None else self._abilities_with(None, host)
+
+    def _abilities_with(self, guest: GuestKernel | None, host: Host) -> Mapping[str, Ability]:
         cgroup = "the guest's cgroup v2"
         found = {
             "memory": f"the guest's memory, and {cgroup} memory.max",
@@ -67,6 +77,7 @@ class VmLevel(Level):
             "wall_time": "the caller's clock",
             "output": "the channel",
             "hostname": "the guest's own kernel",
+            "kernel": "the guest's own kernel, read back by uname",
             "image": "9p share of the host's userland, an erofs disk of a folder, or a raw or qcow2 disk",
             "user": "the guest's own kernel",
             "mounts": "9p shares",
@@ -90,7 +101,7 @@ class VmLevel(Level):
             )
         abilities["seccomp"] = filter.ability(host)
         abilities.update(no_host_files())
-        abilities["overlay"] = _overlay_ability()
+        abilities["overlay"] = _overlay_ability(guest)
         abilities["devices"] = Ability(
             rule="devices",
             reason="a guest has devices of its own, and none of the host's",
@@ -106,14 +117,12 @@ class VmLevel(Level):
             reason="a virtual machine has a network stack of its own",
             help="use isolation='container'",
         )
-        guest = kernel.find()
         abilities.update(card.abilities(guest.sets if guest is not None else ("net",)))
         return abilities
 
     def unmet(self, spec: Spec, host: Host) -> list[Unmet]:
-        from ringfence.levels.vm import kernel
-
-        unmet = cpuset_unmet(spec, host)
+        guest, unmet = _guest_kernel(spec)
+        unmet += cpuset_unmet(spec, host)
         if isinstance(spec.user, str):
             try:
                 resolve(spec.user, spec.image)
@@ -131,7 +140,6 @@ class VmLevel(Level):
         if not host.privileged:
             unmet += _unjailed(spec, host)
         if "seccomp" in spec.asked:
-            guest = kernel.find()
             unmet += filter.unmet(spec, host, kernel=guest.release if guest is not None else "")
         if spec.overlay and spec.image == "host":
             from ringfence.levels.vm import userland
@@ -163,10 +171,26 @@ def _unjailed(spec: Spec, host: Host) -> list[Unmet]:
     return found
 
 
-def _overlay_ability() -> Ability:
-    from ringfence.levels.vm import kernel
+def _guest_kernel(spec: Spec) -> tuple[GuestKernel | None, list[Unmet]]:
+    """The kernel for a spec, made ready where it is the spec's own, and what of the spec that one can't do."""
+    if spec.kernel is None:
+        from ringfence.levels.vm import kernel
 
-    found = kernel.find()
+        return (kernel.find() if "seccomp" in spec.asked else None), []
+    from ringfence.levels.vm import emulator, own_kernel, start
+
+    path = os.fsdecode(spec.kernel.path)
+    try:
+        found = own_kernel.prepare(spec.kernel, progress=start.progress)
+    except Unavailable as error:
+        help = error.help or "name another kernel, such as Debian's generic one"
+        return None, [Unmet("kernel", path, error.reason, help)]
+    except SpecError as error:
+        return None, [Unmet("kernel", path, str(error), "give a kernel that stays as it is")]
+    return found, own_kernel.unmet(spec, found, emulator.look().machine())
+
+
+def _overlay_ability(found: GuestKernel | None) -> Ability:
     if found is None or "overlay" in found.sets:
         return Ability(rule="overlay", mechanism="overlayfs in the guest")
     return Ability(rule="overlay", reason="the guest's kernel has no overlayfs", help="use isolation='container'")

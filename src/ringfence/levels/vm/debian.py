@@ -86,17 +86,20 @@ def download(package: Package, folder: str) -> str:
     return os.path.join(folder, files[0])
 
 
-def members(deb: str) -> Iterator[tuple[str, IO[bytes]]]:
+def members(deb: str, fds: tuple[int, ...] = ()) -> Iterator[tuple[str, IO[bytes]]]:
     """(path without a leading "./", its content) of each regular file of a .deb, in the archive's order.
 
-    A content can be read only until the next one is asked for. Raises Unavailable where it can't be read.
+    A content can be read only until the next one is asked for. fds: descriptors that the path is of, if any.
+    Raises Unavailable where it can't be read.
     """
     import subprocess
     import tarfile
 
     try:
         # dpkg-deb knows every compression that Debian and Ubuntu have used, and tarfile does not.
-        unpack = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        unpack = subprocess.Popen(
+            ["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=fds
+        )
     except FileNotFoundError:
         raise Unavailable("vm", "there is no dpkg-deb here", _BY_HAND) from None
     with unpack:

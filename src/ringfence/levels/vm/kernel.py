@@ -11,13 +11,13 @@ Where it comes from, in this order:
 
 from __future__ import annotations
 
-import abc
 import os
 
 from ringfence import _cache
 from ringfence._value import Value
 from ringfence.errors import SpecError, Unavailable
 from ringfence.levels.vm import bzimage, debian, modules
+from ringfence.levels.vm.kernel_source import DirectoryTree, MemoryTree, ModuleTree, unpack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def find(cache_dir: str | None = None) -> GuestKernel | None:
     """
     key = _key_of_file(named) if (named := _named()) else current()
     folder = _cache.find(_KIND, key, cache_dir)
-    return _load(os.path.realpath(folder)) if folder else None
+    return load(os.path.realpath(folder)) if folder else None
 
 
 def prepare(cache_dir: str | None = None, *, refresh: bool = False, progress: Progress | None = None) -> GuestKernel:
@@ -105,7 +105,7 @@ def prepare(cache_dir: str | None = None, *, refresh: bool = False, progress: Pr
     if not refresh and (found := find(cache_dir)):
         return found
     if named := _named():
-        return _load(_from_file(named, cache_dir, progress))
+        return load(_from_file(named, cache_dir, progress))
     failures: list[Unavailable] = []
     for source in (_from_package, _from_host):
         try:
@@ -114,7 +114,7 @@ def prepare(cache_dir: str | None = None, *, refresh: bool = False, progress: Pr
             failures.append(failure)
         else:
             _point(folder)
-            return _load(folder)
+            return load(folder)
     raise Unavailable(
         "vm",
         "no kernel for guests: " + "; ".join(failure.reason for failure in failures),
@@ -124,7 +124,7 @@ def prepare(cache_dir: str | None = None, *, refresh: bool = False, progress: Pr
 
 def current() -> str:
     """The name of the link to the kernel that `find` takes."""
-    return f"{_CURRENT}-{_sets_digest()}"
+    return f"{_CURRENT}-{sets_digest()}"
 
 
 def _named() -> str | None:
@@ -140,21 +140,24 @@ def _key_of_file(path: str) -> str:
 
     about = os.stat(path)
     named = os.environ.get("RINGFENCE_KERNEL_MODULES")
-    of = (path, about.st_size, about.st_mtime_ns, about.st_ino, named, _sets_digest())
+    of = (path, about.st_size, about.st_mtime_ns, about.st_ino, named, sets_digest())
     return f"file-{hashlib.sha256(repr(of).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
 
 
 def _from_file(path: str, cache_dir: str | None, progress: Progress | None) -> str:
     def fill(folder: str) -> None:
         _tell(progress, f"preparing the guest's kernel from {path}")
-        tree: _ModuleTree
+        tree: ModuleTree
         if path.endswith(".deb"):
-            image, tree = _unpack([path])
+            image, tree = unpack([path])
         else:
             with open(path, "rb") as file:
                 image = file.read()
             tree = _modules_beside(path, bzimage.release(image))
-        _write(folder, image, tree, source=path, required=("boot",))
+        try:
+            write(folder, image, tree, source=path, required=("boot",))
+        finally:
+            tree.close()
 
     return _cache.obtain(_KIND, _key_of_file(path), fill, cache_dir=cache_dir, progress=progress)
 
@@ -174,8 +177,8 @@ def _from_package(cache_dir: str | None, progress: Progress | None) -> str:
             os.makedirs(os.path.join(scratch, str(number)))
             debs.append(debian.download(package, os.path.join(scratch, str(number))))
         _tell(progress, "unpacking the guest's kernel")
-        vmlinuz, tree = _unpack(debs)
-        _write(
+        vmlinuz, tree = unpack(debs)
+        write(
             folder,
             vmlinuz,
             tree,
@@ -184,7 +187,7 @@ def _from_package(cache_dir: str | None, progress: Progress | None) -> str:
         )
         shutil.rmtree(scratch)
 
-    key = f"{image.name}_{image.version.replace(':', '%3a')}-{_sets_digest()}"
+    key = f"{image.name}_{image.version.replace(':', '%3a')}-{sets_digest()}"
     return _cache.obtain(_KIND, key, fill, cache_dir=cache_dir, progress=progress)
 
 
@@ -199,127 +202,34 @@ def _from_host(cache_dir: str | None, progress: Progress | None) -> str:
 
     def fill(folder: str) -> None:
         _tell(progress, f"preparing the guest's kernel from {path}")
-        tree = _DirectoryTree(f"/lib/modules/{release}")
-        _write(folder, image, tree, source=f"the host's own {path}", required=modules.REQUIRED)
+        tree = DirectoryTree(f"/lib/modules/{release}")
+        try:
+            write(folder, image, tree, source=f"the host's own {path}", required=modules.REQUIRED)
+        finally:
+            tree.close()
 
     return _cache.obtain(_KIND, f"host-{_key_of_file(path)}", fill, cache_dir=cache_dir, progress=progress)
 
 
-class _ModuleTree(abc.ABC):
-    """Where modules are looked up while a kernel is prepared: by name, as plain ELF."""
-
-    def __init__(self, builtin: frozenset[str] | None) -> None:
-        # None: there is no modules.builtin, so nothing tells what the kernel has in it.
-        self.builtin = builtin
-
-    @abc.abstractmethod
-    def read(self, name: str) -> bytes | None:
-        """A module's plain ELF, or None where there is no such file."""
-
-
-class _DirectoryTree(_ModuleTree):
-    """An installed /lib/modules/<release>."""
-
-    def __init__(self, folder: str) -> None:
-        self._paths = {
-            modules.canonical(name): os.path.join(here, name)
-            for here, _, names in os.walk(os.path.join(folder, "kernel"))
-            for name in names
-            if ".ko" in name
-        }
-        try:
-            with open(os.path.join(folder, "modules.builtin"), encoding="utf-8") as file:
-                builtin = _builtin(file.read())
-        except OSError:
-            builtin = None
-        super().__init__(builtin)
-
-    def read(self, name: str) -> bytes | None:
-        path = self._paths.get(name)
-        if path is None:
-            return None
-        with open(path, "rb") as file:
-            return modules.plain(path, file.read())
-
-
-class _MemoryTree(_ModuleTree):
-    """What was taken out of packages."""
-
-    def __init__(self, builtin: frozenset[str] | None, found: dict[str, bytes]) -> None:
-        super().__init__(builtin)
-        self._found = found
-
-    def read(self, name: str) -> bytes | None:
-        return self._found.get(name)
-
-
-def _builtin(text: str) -> frozenset[str]:
-    return frozenset(modules.canonical(line) for line in text.splitlines() if line)
-
-
-def _modules_beside(path: str, release: str) -> _ModuleTree:
+def _modules_beside(path: str, release: str) -> ModuleTree:
     if named := os.environ.get("RINGFENCE_KERNEL_MODULES"):
         if not os.path.isdir(named):
             raise SpecError(f"RINGFENCE_KERNEL_MODULES names {named!r}, which is not a folder")
-        return _DirectoryTree(named)
+        return DirectoryTree(named)
+    beside = folder_beside(path, release)
+    return DirectoryTree(beside) if beside is not None else MemoryTree(None, {})
+
+
+def folder_beside(path: str, release: str) -> str | None:
+    """Where the modules of a kernel of that path and release are, as a distribution has them."""
     here = os.path.dirname(path)
-    for root in (here, os.path.dirname(here), "/"):
-        folder = os.path.join(root, "lib/modules", release)
-        if os.path.isdir(folder):
-            return _DirectoryTree(folder)
-    return _MemoryTree(None, {})
+    # The release is what the image says of itself, which may be anything.
+    candidates = [] if "/" in release or release in (".", "..") else [here, os.path.dirname(here), "/"]
+    folders = (os.path.join(root, "lib/modules", release) for root in candidates)
+    return next((folder for folder in folders if os.path.isdir(folder)), None)
 
 
-def _unpack(debs: list[str]) -> tuple[bytes, _MemoryTree]:
-    """The kernel image and the wanted modules of kernel packages.
-
-    A package holds some 4000 modules, 300 MB; which ones the wanted ones require shows only in themselves, so
-    the packages are read again until nothing is missing. Once, but for a kernel with dependencies that we
-    don't foresee.
-    """
-    image, builtin = b"", None
-    found: dict[str, bytes] = {}
-    wanted = {modules.canonical(name) for name in modules.every(modules.SETS)} | _FORESEEN
-    while wanted:
-        for deb in debs:
-            for path, content in debian.members(deb):
-                name = os.path.basename(path)
-                if path.startswith("boot/vmlinuz-"):
-                    image = content.read()
-                elif name == "modules.builtin":
-                    builtin = _builtin(content.read().decode("utf-8", "replace"))
-                elif ".ko" in name and "/kernel/" in path and modules.canonical(name) in wanted:
-                    found[modules.canonical(name)] = modules.plain(name, content.read())
-        required = {before for module in found.values() for before in modules.requires(module)}
-        missing = required - found.keys() - (builtin or frozenset())
-        # What was looked for and isn't there won't be there the next time either.
-        wanted = missing - wanted
-    if not image:
-        raise Unavailable("vm", f"there is no kernel image in {', '.join(map(os.path.basename, debs))}")
-    return image, _MemoryTree(builtin, found)
-
-
-# What the modules of modules.SETS require in Linux 5.15 to 6.12, so that one pass over a package is enough.
-_FORESEEN = frozenset(
-    [
-        "virtio",
-        "virtio_ring",
-        "virtio_pci_modern_dev",
-        "virtio_pci_legacy_dev",
-        "9pnet",
-        "netfs",
-        "fscache",
-        "libcrc32c",
-        "crc32c_generic",
-        "lz4_decompress",
-        "zstd_decompress",
-        "failover",
-        "net_failover",
-    ]
-)
-
-
-def _write(folder: str, image: bytes, tree: _ModuleTree, *, source: str, required: tuple[str, ...]) -> None:
+def write(folder: str, image: bytes, tree: ModuleTree, *, source: str, required: tuple[str, ...]) -> None:
     """Write kernel, modules and manifest. Raises Unavailable where a required set isn't complete."""
     import hashlib
     import json
@@ -342,7 +252,7 @@ def _write(folder: str, image: bytes, tree: _ModuleTree, *, source: str, require
                 raise Unavailable(
                     "vm",
                     f"kernel {release} from {source} lacks the module {missing.args[0]}",
-                    "unset RINGFENCE_KERNEL, or name Debian's generic kernel",
+                    "name another kernel, such as Debian's generic one",
                 ) from missing
     os.mkdir(os.path.join(folder, "modules"), 0o755)
     digest = hashlib.sha256(kernel)
@@ -362,7 +272,7 @@ def _write(folder: str, image: bytes, tree: _ModuleTree, *, source: str, require
     _cache.write(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode())
 
 
-def _sets_digest() -> str:
+def sets_digest() -> str:
     import hashlib
 
     return hashlib.sha256(repr(sorted(modules.SETS.items())).encode()).hexdigest()[:8]
@@ -373,7 +283,7 @@ def _names_asked_for(kept: dict[str, bytes]) -> set[str]:
     return asked.union(*(modules.requires(module) for module in kept.values()))
 
 
-def _load(folder: str) -> GuestKernel:
+def load(folder: str) -> GuestKernel:
     import json
 
     with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:

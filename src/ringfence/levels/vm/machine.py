@@ -123,7 +123,8 @@ def arguments(
     if card_fd is not None:
         argv += card.arguments(card_fd, bus)
     if console_fd is not None:
-        argv += ["-add-fd", f"fd={console_fd},set=1", "-chardev", "file,id=console,path=/dev/fdset/1"]
+        # append: without it QEMU truncates, which a pipe refuses.
+        argv += ["-add-fd", f"fd={console_fd},set=1", "-chardev", "file,id=console,path=/dev/fdset/1,append=on"]
         argv += ["-serial", "chardev:console"]
     for number, (tag, folder, writable) in enumerate(shares):
         argv += [

@@ -130,9 +130,18 @@ def _taken_bytes(spec: Machine, memory: Memory | None) -> int:
     return own + MEMORY_OVERHEAD_BYTES
 
 
-def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, memory: Memory | None = None) -> Vmm:
+def start_qemu(
+    spec: Machine,
+    host: Host,
+    state: State,
+    *,
+    stays: bool = False,
+    memory: Memory | None = None,
+    console: int | None = None,
+) -> Vmm:
     """Starts QEMU in its jail. stays: as for `Level.open`. memory: of a guest that is to be saved, or that QEMU
-    waits for until it is told by QMP. Raises Unavailable, StartError; leaves nothing then.
+    waits for until it is told by QMP. console: where a guest that boots writes its console, or None.
+    Raises Unavailable, StartError; leaves nothing then.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     jail: ContainerSandbox | None = None
@@ -167,8 +176,10 @@ def start_qemu(spec: Machine, host: Host, state: State, *, stays: bool = False, 
             fds += [control[1].fileno(), memory.memory, *([] if memory.state is None else [memory.state])]
         if jail.network is not None:
             fds.append(jail.network.tap)
+        if console is not None:
+            fds.append(console)
         request = messages.execute(
-            command_line(spec, memory),
+            command_line(spec, memory, console=console is not None),
             what.environment(b"/work"),
             b"/work",
             id=1,
@@ -204,8 +215,11 @@ def _card_fd(memory: Memory | None) -> int:
     return (_MEMORY_FD if memory.state is None else STATE_FD) + 1
 
 
-def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = None) -> list[bytes]:
+def command_line(
+    spec: Machine, memory: Memory | None, *, console: bool = False, tsc_khz: int | None = None
+) -> list[bytes]:
     """QEMU's argv, with the descriptors as `start_qemu` hands them over. tsc_khz: as for `machine.arguments`."""
+    card = spec.card is not None
     boots = memory is None or memory.state is None
     return machine.arguments(
         kernel=b"/vm/kernel" if boots else None,
@@ -221,7 +235,10 @@ def command_line(spec: Machine, memory: Memory | None, *, tsc_khz: int | None = 
         disks=[b"/vm/disk%d" % number for number in range(len(spec.disks))],
         disk_format=spec.disk_format,
         sets=spec.sets,
-        card_fd=_card_fd(memory) if spec.card is not None else None,
+        card_fd=_card_fd(memory) if card else None,
+        # The last of all.
+        console_fd=_card_fd(memory) + card if console else None,
+        append=spec.append,
         board=spec.board,
         qemu=shown_program(spec.program)[0],
         memory=None if memory is None else (f"/proc/self/fd/{_MEMORY_FD}", boots),

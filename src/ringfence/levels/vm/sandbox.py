@@ -56,7 +56,7 @@ class VmSandbox(Sandbox):
 
         self._spec = spec
         self._host = host
-        self._kernel: GuestKernel = guest_kernel()
+        self._kernel: GuestKernel = guest_kernel(spec)
         state_of_kvm = kvm.probe()
         self.accelerator = "kvm" if state_of_kvm.usable else "tcg"
         self._why_accelerator = state_of_kvm.reason
@@ -74,7 +74,14 @@ class VmSandbox(Sandbox):
         self._clock = (0, 0)
         self._kind = kind_of(spec, host) if use_template and not stays else None
         self._next: Waiting | None = None
-        self._guest = self._waiting() or Guest(self._machine, host, state(), stays=stays, use_template=use_template)
+        self._guest = self._waiting() or Guest(
+            self._machine,
+            host,
+            state(),
+            stays=stays,
+            use_template=use_template,
+            own_kernel=spec.kernel is not None,
+        )
         self._guest.begin()
         self._meet()
 
@@ -375,7 +382,12 @@ class VmSandbox(Sandbox):
         if started is None:
             return found
         found += [
-            Applied(rule="kernel", requested=None, effective=started.kernel, mechanism="its own, read back by uname"),
+            Applied(
+                rule="kernel",
+                requested=requested(spec, "kernel"),
+                effective=started.kernel,
+                mechanism="its own, read back by uname",
+            ),
             Applied(
                 rule="user",
                 requested=requested(spec, "user"),

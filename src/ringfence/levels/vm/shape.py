@@ -32,8 +32,12 @@ _DEFAULT_MEMORY_BYTES = 512 << 20
 _initramfs: dict[tuple[object, ...], str] = {}
 
 
-def guest_kernel() -> GuestKernel:
-    """The kernel that guests have. Raises Unavailable."""
+def guest_kernel(spec: Spec | None = None) -> GuestKernel:
+    """The kernel that guests have, or that of a spec's own. Raises SpecError, Unavailable."""
+    if spec is not None and spec.kernel is not None:
+        from ringfence.levels.vm import own_kernel
+
+        return own_kernel.prepare(spec.kernel)
     found = kernel.find()
     if found is None:  # it was there a moment ago
         raise Unavailable("vm", "the guest's kernel isn't prepared", "run 'ringfence setup'")
@@ -86,6 +90,7 @@ def machine_for(spec: Spec, found: GuestKernel, accelerator: str) -> Machine:
         cpuset=limits.cpuset,
         sets=(*(("overlay",) if spec.overlay else ()), *(modules.LOADED_AHEAD if spec.image_is_disk else ())),
         card=card.of(spec),
+        append=spec.kernel.append if spec.kernel is not None else "",
         board=qemu.machine(),
         program=qemu.path,
     )

@@ -7,6 +7,7 @@ templates, and `Result.applied` tells why.
 from __future__ import annotations
 
 import os
+import select
 import time
 
 from ringfence.errors import ProtocolError, RingfenceError, Unavailable
@@ -34,6 +35,8 @@ __all__ = ["Guest", "Waiting", "prepare"]
 # Under emulation a cold boot takes 2 to 3 s on an idle machine; many at once on a busy one take their time.
 _BOOT_LIMIT_NS = 120_000_000_000
 _RESTORE_LIMIT_NS = 60_000_000_000
+# A kernel that doesn't come up is asked for its console: for how long, how much is kept, and how much of that is told.
+_CONSOLE_S, _CONSOLE_BYTES, _CONSOLE_WORDS = 30.0, 16 << 10, 400
 # How long a QEMU waits for a run of its kind.
 _IDLE_S = 60.0
 # By how much the wall clock and the monotonic one may differ, over any time, before the wall clock was set.
@@ -65,13 +68,22 @@ class _ClockWasSet(ProtocolError):
 class Guest:
     """A guest on its way up: its VMM, and what has to be known to hand it its plan.
 
-    use_template: False boots it in any case.
+    use_template: False boots it in any case. own_kernel: it isn't one that is known to come up, so where it doesn't
+    for a template, that is all there is to say.
     """
 
     def __init__(
-        self, machine: Machine, host: Host, state: State, *, stays: bool = False, use_template: bool = True
+        self,
+        machine: Machine,
+        host: Host,
+        state: State,
+        *,
+        stays: bool = False,
+        use_template: bool = True,
+        own_kernel: bool = False,
     ) -> None:
         self.machine = machine
+        self._own_kernel = own_kernel
         self._host = host
         self._state = state
         self._stays = stays
@@ -108,6 +120,8 @@ class Guest:
         try:
             found, there = templates.obtain(self.machine, self._host, self._state, progress)
         except (RingfenceError, OSError) as error:
+            if self._own_kernel and isinstance(error, templates.NotBooted):
+                raise ProtocolError(f"{error}{_console(self.machine, self._host, self._state)}") from None
             _failed[key] = self._why = f"no template could be made: {error}"
             return None
         self._why = "a template" if there else "a template, made by this run"
@@ -181,6 +195,34 @@ class Guest:
         how = "restored" if self.restored else "booted"
         why = self._why + (", by a QEMU that waited" if self.waited else "")
         return Applied(rule="start", requested=None, effective=how, mechanism=why)
+
+
+def _console(machine: Machine, host: Host, state: State) -> str:
+    """The end of what the kernel prints as it doesn't come up, as the end of a sentence; "" where it prints nothing."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    said = b""
+    try:
+        with open(reader, "rb", buffering=0) as console:
+            try:
+                vmm = start_qemu(machine, host, state, console=writer)
+            finally:
+                os.close(writer)
+            try:
+                poll = select.poll()
+                poll.register(console.fileno(), select.POLLIN)
+                until = time.monotonic() + _CONSOLE_S
+                while (left := until - time.monotonic()) > 0 and poll.poll(int(left * 1000) + 1):
+                    if not (data := console.read(65536)):
+                        break
+                    said = (said + data)[-_CONSOLE_BYTES:]
+            finally:
+                vmm.close()
+    except (RingfenceError, OSError):
+        return ""
+    lines = [" ".join(line.split()) for line in said.decode("ascii", "replace").splitlines()]
+    lines = ["".join(one if one.isprintable() else " " for one in line) for line in lines if line]
+    told = [line for line in lines if "Kernel panic" in line or "ringfence:" in line] or lines[-3:]
+    return f"; its console: {' / '.join(told)[-_CONSOLE_WORDS:]}" if told else ""
 
 
 class Waiting:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str], None]
 
-__all__ = ["KIND", "Template", "forget", "key_of", "let_go", "loaded", "machine_memory", "obtain"]
+__all__ = ["KIND", "NotBooted", "Template", "forget", "key_of", "let_go", "loaded", "machine_memory", "obtain"]
 
 KIND = "templates"
 _FORMAT = 1
@@ -67,6 +67,10 @@ def machine_memory(wanted_bytes: int) -> int:
     while wanted_bytes > 8 * step:
         step *= 2
     return -(-wanted_bytes // step) * step
+
+
+class NotBooted(ProtocolError):
+    """Its guest never said a word."""
 
 
 class Template:
@@ -342,7 +346,10 @@ def _save(vmm: Vmm, state_fd: int, deadline: int) -> int:
     control = vmm.control
     assert control is not None
     agent = Agent(vmm, _nothing_else)
-    agent.wait_for(Type.READY, deadline - time.monotonic_ns(), "the guest did not boot")
+    try:
+        agent.wait_for(Type.READY, deadline - time.monotonic_ns(), "the guest did not boot")
+    except ProtocolError as error:
+        raise NotBooted(str(error)) from error
     time.sleep(_SETTLE_S)
     ahead_ns = _clock(vmm, agent, deadline)
     control.capabilities(deadline)

@@ -79,11 +79,13 @@ class Machine(Value):
     disk_format: of all disks, "raw" or "qcow2". disk_identity: (st_dev, st_ino) of a disk that the user gave.
     user: (uid, gid) of the VMM in its jail, which own the shared files there. cpu_weight, cpuset: of the host's CPUs,
     for the VMM as a whole, or None. card: its network card, or None.
+    append: more of the kernel's command line.
     board: which machine of the VMM's, in its own words. program: the VMM's.
     """
 
     __slots__ = (
         "accelerator",
+        "append",
         "board",
         "card",
         "cpu_weight",
@@ -114,6 +116,7 @@ class Machine(Value):
     cpuset: tuple[int, ...] | None
     sets: tuple[str, ...]
     card: Card | None
+    append: str
     board: str
     program: str
 
@@ -134,6 +137,7 @@ class Machine(Value):
         cpuset: tuple[int, ...] | None = None,
         sets: tuple[str, ...] = (),
         card: Card | None = None,
+        append: str = "",
         board: str = "microvm",
         program: str = "/usr/bin/qemu-system-x86_64",
     ) -> None:
@@ -152,6 +156,7 @@ class Machine(Value):
             cpuset=cpuset,
             sets=sets,
             card=card,
+            append=append,
             board=board,
             program=program,
         )
