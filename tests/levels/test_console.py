@@ -107,6 +107,41 @@ def test_a_system_on_a_qcow2(disk: Path) -> None:
         console.expect(b"no Linux at all> ", BOOT_S)
 
 
+def writer(disk_bytes: int) -> bytes:
+    """A system in a boot sector that writes a sector of each 64 KiB of its disk, from 1 MiB on, until one fails."""
+    at = 0x7C00
+    texts = {"all": b"all written> \0", "full": b"it fails> \0"}
+    parts = bytes.fromhex("31c0 8ed8")  # xor ax,ax; mov ds,ax
+    length = 4 + 3 + 3 + 2 + 2 + 9 + 9 + 2 + 3 + 2 + 3 + 11 + 4 + 6
+    dap = at + length
+    everything, full = dap + 16, dap + 16 + len(texts["all"])
+    parts += b"\xbe" + struct.pack("<H", dap) + bytes.fromhex("b80043 cd13 7219")  # mov si; mov ax; int 13h; jc full
+    parts += bytes.fromhex("668106") + struct.pack("<HI", dap + 8, 128)  # add dword [dap+8],128
+    parts += bytes.fromhex("66813e") + struct.pack("<HI", dap + 8, disk_bytes // 512)  # cmp dword [dap+8],sectors
+    parts += bytes.fromhex("72e2")  # jb next
+    parts += b"\xbe" + struct.pack("<H", everything) + bytes.fromhex("eb03")  # mov si,all; jmp print
+    parts += b"\xbe" + struct.pack("<H", full)  # full: mov si,full
+    parts += bytes.fromhex("ac 84c0 7406 b40e cd10 ebf5")  # print: lodsb; test al,al; jz key; mov ah,0eh; int 10h; jmp
+    parts += bytes.fromhex("b400 cd16 b0fe e664 ebfe")  # key: mov ah,0; int 16h; mov al,0feh; out 64h,al; jmp $
+    assert len(parts) == length
+    # A packet of 16 bytes, one sector, from 0:7c00h, to sector 2048.
+    sector = parts + struct.pack("<BBHHHQ", 16, 0, 1, at, 0, 2048) + texts["all"] + texts["full"]
+    return sector.ljust(510, b"\0") + b"\x55\xaa"
+
+
+def test_what_it_writes_is_bounded_and_it_is_told(disk: Path) -> None:
+    """A sector of each 64 KiB: QEMU keeps 64 KiB for each."""
+    size = 4 << 20
+    disk.write_bytes(writer(size).ljust(size, b"\0"))
+    before = disk.read_bytes()
+    for writes, said in (("1M", b"it fails> "), ("8M", b"all written> ")):
+        with rf.Console(disk=disk, memory="32M", writes=writes) as console:
+            console.expect(said, BOOT_S)
+            console.write(b"k")
+            console.wait(BOOT_S)
+    assert disk.read_bytes() == before
+
+
 def test_a_console_that_is_silent(disk: Path) -> None:
     with rf.Console(disk=disk, memory="32M") as console:
         console.expect(b"> ", BOOT_S)
@@ -127,6 +162,7 @@ def test_what_is_no_system(tmp_path: Path, disk: Path) -> None:
         (lambda: rf.Console(kernel=disk, append="a\nb"), "one line"),
         (lambda: rf.Console(disk=disk, memory="1M"), "at least 16 MiB"),
         (lambda: rf.Console(disk=disk, cpus=0), "1 to 64 CPUs"),
+        (lambda: rf.Console(disk=disk, writes="1K"), "1 MiB to"),
     ]
     for make, words in made:
         with pytest.raises(rf.SpecError, match=words):

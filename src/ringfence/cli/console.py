@@ -33,6 +33,7 @@ OPTIONS = Options(
         Option("append", "its command line; Linux needs console=ttyS0 in it", metavar="WORDS"),
         Option("disk", "a raw or qcow2 disk image; without a kernel it is booted from", metavar="FILE"),
         Option("memory", "the machine's memory (512M)", metavar="SIZE"),
+        Option("writes", "how much of what it writes to its disk is kept, in memory (256M)", metavar="SIZE"),
         Option("cpus", "its CPUs (1)", metavar="N", convert=int),
         Option("timeout", "end it after that time", metavar="TIME"),
     ],
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
         append=given["append"] or "",
         memory=given["memory"] or "512M",
         cpus=given["cpus"] or 1,
+        writes=given["writes"] or "256M",
     ) as console:
         before = _raw()
         try:

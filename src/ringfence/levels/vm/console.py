@@ -45,15 +45,19 @@ _QEMU_FD = 3
 _MOST_BYTES = 16 << 20
 _READ_BYTES = 64 << 10
 _LEAST_BYTES, _MOST_CPUS = 16 << 20, 64
+# QEMU keeps what is written by clusters of 64 KiB, with tables of its own.
+_LEAST_WRITES, _MOST_WRITES = 1 << 20, 1 << 40
 
 
 class System(Value):
     """What is started. kernel, initrd, disk: files of the host, or None; at least a kernel or a disk. append: the
     kernel's command line. disk_format: "raw" or "qcow2", or None without a disk. identities: (st_dev,
-    st_ino) of each of these files when it was looked at.
+    st_ino) of each of these files when it was looked at. writes_bytes: how much of what it writes to its disk is kept.
     """
 
-    __slots__ = ("append", "cpus", "disk", "disk_format", "identities", "initrd", "kernel", "memory_bytes")
+    __slots__ = (
+        *("append", "cpus", "disk", "disk_format", "identities", "initrd", "kernel", "memory_bytes", "writes_bytes"),
+    )
     kernel: bytes | None
     initrd: bytes | None
     disk: bytes | None
@@ -62,6 +66,7 @@ class System(Value):
     append: str
     memory_bytes: int
     cpus: int
+    writes_bytes: int
 
     def __init__(
         self,
@@ -72,6 +77,7 @@ class System(Value):
         append: str = "",
         memory_bytes: int = 512 << 20,
         cpus: int = 1,
+        writes_bytes: int = 256 << 20,
     ) -> None:
         if kernel is None and disk is None:
             raise SpecError("an operating system needs a kernel or a disk to boot from")
@@ -83,6 +89,8 @@ class System(Value):
             raise SpecError(f"an operating system needs at least {_LEAST_BYTES >> 20} MiB of memory")
         if not 1 <= cpus <= _MOST_CPUS:
             raise SpecError(f"a machine has 1 to {_MOST_CPUS} CPUs, not {cpus}")
+        if not _LEAST_WRITES <= writes_bytes <= _MOST_WRITES:
+            raise SpecError(f"writes must be {_LEAST_WRITES >> 20} MiB to {_MOST_WRITES >> 30} GiB")
         kernel, initrd, disk = (None if one is None else os.path.realpath(one) for one in (kernel, initrd, disk))
         identities: list[tuple[int, int] | None] = []
         for path, what in ((kernel, "kernel"), (initrd, "initrd")):
@@ -105,6 +113,7 @@ class System(Value):
             append=append,
             memory_bytes=memory_bytes,
             cpus=cpus,
+            writes_bytes=writes_bytes,
         )
 
     def _init_arguments(self) -> dict[str, object]:
@@ -143,13 +152,17 @@ def arguments(system: System, accelerator: str, qemu: bytes) -> list[bytes]:
     if system.initrd is not None:
         argv += ["-initrd", "/vm/initrd"]
     if system.disk is not None:
-        # snapshot: what is written goes to a file in $TMPDIR that has no name any more.
+        # snapshot: what is written goes to a file in $TMPDIR that has no name any more. Where that is full the system
+        # is told so, as by a disk that is broken there; by default QEMU would stop it, and say so to nobody.
         # Only JSON can say that nothing is behind a qcow2, whatever its header says; its commas are written twice.
         node = {"driver": system.disk_format, "read-only": True}
         node["file"] = {"driver": "file", "filename": "/vm/disk", "read-only": True, "locking": "off"}
         if system.disk_format == "qcow2":
             node["backing"] = None
-        argv += ["-drive", f"if=none,id=disk,snapshot=on,file=json:{json.dumps(node).replace(',', ',,')}"]
+        argv += [
+            "-drive",
+            f"if=none,id=disk,snapshot=on,werror=report,rerror=report,file=json:{json.dumps(node).replace(',', ',,')}",
+        ]
         argv += ["-device", "virtio-blk-pci,drive=disk"]
     return [os.fsencode(one) for one in argv]
 
@@ -182,7 +195,13 @@ def _start(system: System) -> tuple[socket.socket, JailedVmm, str]:
         user="1000:1000",
         hostname="vmm",
         env={"TMPDIR": "/work"},
-        limits=jail_limits(machine, system.memory_bytes + MEMORY_OVERHEAD_BYTES, system.cpus),
+        limits=jail_limits(
+            machine,
+            # What is written is memory, too.
+            system.memory_bytes + MEMORY_OVERHEAD_BYTES + (system.writes_bytes if system.disk is not None else 0),
+            system.cpus,
+            disk=system.writes_bytes if system.disk is not None else None,
+        ),
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     errors, errors_of_qemu = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -196,6 +215,7 @@ def _start(system: System) -> tuple[socket.socket, JailedVmm, str]:
             here,
             extra=lambda one: _jail_steps(system, one, accelerator, found.path),
             extra_gid=kvm_group(accelerator),
+            writes=system.disk is not None,
         )
         argv = arguments(system, accelerator, shown_program(found.path)[0])
         request = messages.execute(argv, what.environment(b"/work"), b"/work", id=1, once=True, streams=False, nfds=4)
@@ -223,7 +243,8 @@ class Console(Closing):
 
     kernel: an image that QEMU boots (a bzImage, an ELF with a PVH note), its initrd, and its command line `append`,
     which must name the serial port (Linux: console=ttyS0). disk: a raw or qcow2 image, /dev/vda in Linux; without a
-    kernel it is booted from, by SeaBIOS. The image itself is never written to. memory: bytes, or "512M".
+    kernel it is booted from, by SeaBIOS. The image itself is never written to: what the system writes to it is kept in
+    memory until the end, up to `writes`, beyond which the disk fails it. memory, writes: bytes, or "512M".
 
     There is no network, and nothing of `run` reaches it: no files, no limits of processes in it. What the machine takes
     of the host is bounded, and it ends with the console. Raises SpecError, Unavailable; KernelError, StartError.
@@ -238,6 +259,7 @@ class Console(Closing):
         append: str = "",
         memory: str | int = "512M",
         cpus: int = 1,
+        writes: str | int = "256M",
     ) -> None:
         paths = {"kernel": kernel, "initrd": initrd, "disk": disk}
         self.system = System(
@@ -245,6 +267,7 @@ class Console(Closing):
             append=append,
             memory_bytes=parse.size(memory, "memory"),
             cpus=cpus,
+            writes_bytes=parse.size(writes, "writes"),
         )
         self._unread = bytearray()
         self._heard = False
