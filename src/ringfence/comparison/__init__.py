@@ -250,7 +250,7 @@ def _silent(_: str) -> None:
 def _refused(spec: Spec) -> tuple[str, str] | None:
     """Why that level can't run that spec here, and what would help; None where it can."""
     boundary, machine = level(spec.isolation), host()
-    missing = boundary.unavailable(machine)
+    missing = boundary.unavailable(machine, spec)
     if missing is not None:
         return missing
     try:
