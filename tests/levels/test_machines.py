@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringfence as rf
-from ringfence.levels.vm import emulator
-from support.sandboxes import PROBE_FILE, SOURCES, applied, ended, need_level
+from ringfence.levels.vm import emulator, machine
+from support.sandboxes import PROBE_FILE, SOURCES, applied, ended, need, need_level
 
 
 @pytest.fixture
@@ -44,15 +46,30 @@ def test_all_of_a_run(q35: None, tmp_path: Path) -> None:
     assert (found["memory"].effective, found["pids"].effective) == (128 << 20, 50)
 
 
-def test_a_disk_with_an_overlay(q35: None, tmp_path: Path) -> None:
-    (tmp_path / "root/bin").mkdir(parents=True)
+def test_a_disk_with_an_overlay_and_a_network_card(q35: None, tmp_path: Path) -> None:
+    for folder in ("root/bin", "root/etc"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "root/etc/resolv.conf").touch()
     (tmp_path / "root/bin/probe").write_bytes(PROBE_FILE["probe"].data)
     (tmp_path / "root/bin/probe").chmod(0o755)
-    result = rf.run(
-        ["/bin/probe", "write", "/bin/new", "x"], isolation="vm", image=tmp_path / "root", overlay=True, user=0
-    )
-    assert ended(result) == ("exited", 0, None), result
-    assert [(one.path, one.kind) for one in result.changes or ()] == [("/bin/new", "created")]
+    need("/dev/net/tun", os.path.exists("/dev/net/tun"))
+    options: dict[str, Any] = {"image": tmp_path / "root", "overlay": True, "user": 0, "network": "nat"}
+    with rf.Sandbox(isolation="vm", **options) as sandbox:
+        result = sandbox.run(["/bin/probe", "write", "/bin/new", "x"])
+        assert ended(result) == ("exited", 0, None), result
+        assert [(one.path, one.kind) for one in result.changes or ()] == [("/bin/new", "created")]
+        facts = json.loads(sandbox.run(["/bin/probe", "facts"]).stdout)
+        assert {"lo", "eth0"} == set(facts["interfaces"])
+
+
+def test_its_network_card_takes_no_rom() -> None:
+    """Of a package that need not be there; on microvm there is none to leave out."""
+    for board, options in (("q35", 1), ("microvm", 0)):
+        argv = machine.arguments(
+            kernel="k", initramfs="i", memory_bytes=1 << 28, cpus=1, accel="tcg", channel_fd=3, card_fd=4, board=board
+        )
+        [card] = [one for one in argv if one.startswith(b"virtio-net")]
+        assert card.split(b",").count(b"romfile=") == options
 
 
 def test_a_qemu_without_microvm_takes_q35_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,8 @@ def arguments(fd: int, bus: str) -> list[str]:
 
     mac = tap.GUEST_MAC.hex(":")
     off = ",".join(f"{one}=off" for one in _OFF)
+    if bus == "pci":
+        off += ",romfile="  # a ROM to boot from the network by: nobody does, and it is in a package of its own
     return [
         *("-netdev", f"tap,id=card,fd={fd},vhost=off"),
         *("-device", f"virtio-net-{bus},netdev=card,mac={mac},host_mtu={tap.MTU_BYTES},{off}"),
