@@ -39,6 +39,9 @@ static const struct verb verbs[] = {
     {"touch-out", "PATH — create PATH, which must not exist, and leave it", 1, 1, verb_touch_out},
     {"tree", "DIR — print `TYPE MODE SIZE PATH` for all below DIR, sorted", 1, 1, verb_tree},
 
+    {"bench", "NAME SAMPLES MICROSECONDS [ADDRESS PORT] — a line for each figure: its name, its samples", 3, 5, verb_bench},
+    {"bench-serve", "PORT SECONDS — the server of `bench client`, until that ends it", 2, 2, verb_bench_serve},
+
     {"facts", "— print one JSON object: all that this process can see of where it runs", 0, 0, verb_facts},
 
     /* Each prints exactly one line: `ok` (exit 0), or `ERRNO call` (exit 1). */

@@ -84,4 +84,7 @@ verb_fn verb_try_memory, verb_try_fds, verb_try_fill, verb_statfs, verb_try_kern
 /* probe_surface.c: every system call, with arguments that do no harm */
 verb_fn verb_surface;
 
+/* probe_bench.c, probe_bench_net.c: what things cost, timed inside */
+verb_fn verb_bench, verb_bench_serve;
+
 #endif

@@ -25,7 +25,7 @@ _SAME, _NOT_ALL = 0, 1
 # What says how a command is run, and so says nothing of a comparison that was saved.
 _OF_A_RUN = (
     *("levels", "repeat", "input", "file", "collect"),
-    *("memory", "cpus", "pids", "timeout", "cpu-time", "save"),
+    *("memory", "cpus", "pids", "timeout", "cpu-time", "measures", "peers", "save"),
 )
 
 
@@ -65,6 +65,8 @@ OPTIONS = Options(
         Option("timeout", 'how long it may run, also without a boundary: "10s"', metavar="TIME"),
         Option("cpu-time", 'how much CPU time it may use at a level: "5s"', metavar="TIME"),
         Option("probes", "show every probe of the isolation with its evidence, not just how many"),
+        Option("measures", "take the whole cost suite too: minutes, whatever the command"),
+        Option("peers", "run it by bwrap, crun, runc, runsc and podman as well, where they are installed"),
         Option("json", "print all that was measured as JSON"),
         Option("html", "write it as one page, with plots and all evidence (pip install 'ringfence[report]')",
                metavar="FILE"),
@@ -166,6 +168,8 @@ def _compared(given: Parsed) -> dict[str, Any]:
             cpu_time=given["cpu-time"],
         ),
         repeat=given["repeat"],
+        measures=bool(given["measures"]),
+        peers=bool(given["peers"]),
         tell=output.progress(),
     ).to_json()
 

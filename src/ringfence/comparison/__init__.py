@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 
@@ -13,6 +14,9 @@ from ringfence.comparison.document import BARE, SCHEMA
 from ringfence.comparison.facts import bare_facts, level_facts
 from ringfence.comparison.isolation import RESOURCES, Isolation, Verdict, judge_all
 from ringfence.comparison.machine import machine_facts
+from ringfence.comparison.measures import CATALOGUE, measure
+from ringfence.comparison.peer_runs import open_peers, peer_run
+from ringfence.comparison.peers import PEERS
 from ringfence.comparison.probes_run import catalogue, judge_all_probes, look
 from ringfence.comparison.statistics import Summary, ratio
 from ringfence.errors import RingfenceError, SpecError, Unavailable
@@ -25,15 +29,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
+    from ringfence.comparison.peers import Tool
+
 __all__ = ["BARE", "SCHEMA", "Comparison", "Isolation", "LevelReport", "Run", "Summary", "Verdict", "compare", "ratio"]
 
-_MOST_REPEATS = {BARE: 20, "process": 20, "container": 20, "vm": 3}
+_MOST_REPEATS = {"vm": 3}  # of all others 20
 # Where nobody says how often: a command that takes long is run less often than a quick one.
 _BUDGET_NS = 6_000_000_000
 
 
 class LevelReport(Value):
-    """One column: `name` is "bare" or a level.
+    """One column: `name` is "bare", a level, or another tool's, of which only the runs and the measures are known.
 
     unavailable, help: why the level did not run here, and what would help; "" where it did. The rest is empty then.
     runs: every run, in order. differences: how the first differs from the first bare one; a sentence each.
@@ -168,13 +174,13 @@ class Comparison(Value):
 
     @property
     def identical(self) -> bool:
-        """Whether every level that ran printed, wrote and returned what the bare command did."""
-        return not any(one.differences for one in self.levels)
+        """Whether every level that ran printed, wrote and returned what the bare command did. Of ours alone."""
+        return not any(one.differences for one in self.levels if one.name in ISOLATIONS)
 
     @property
     def complete(self) -> bool:
-        """Whether every level that was asked for ran."""
-        return not any(one.unavailable for one in self.levels)
+        """Whether every level that was asked for ran. Other tools needn't be here."""
+        return not any(one.unavailable for one in self.levels if one.name in ISOLATIONS)
 
     def to_json(self) -> dict[str, Any]:
         """The document of docs/design/comparison.md, for json.dumps: everything but the output itself. Words that are
@@ -204,14 +210,18 @@ def compare(
     limits: Limits | None = None,
     repeat: int | None = None,
     probes: bool = True,
+    measures: bool = False,
+    peers: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Runs a command bare and at each level, interleaved, and looks at what each level isolates.
 
     argv, input, env, files, collect, limits: as for `run`; the bare command knows no limit but the wall time.
     levels: of "process", "container" and "vm". repeat: how often at each; by default 20 times, 3 in a VM, and less
-    often where the command takes long. probes: whether each probe of `probes_catalogue` is made, too.
-    tell: is called with what is being done.
+    often where the command takes long. probes: whether each probe of `probes_catalogue` is made, too. measures: take
+    the cost suite too (`measures.CATALOGUE`), which is of no command; it takes minutes. peers: run the command by other
+    tools as well (`peers.PEERS`), whatever of them is installed, without limits. tell: is called with what is being
+    done.
 
     A level that can't run here, or that can't enforce a limit that was asked for, is a column that says why. Raises
     SpecError, and StartError where the bare command can't be started.
@@ -229,18 +239,40 @@ def compare(
     tell = tell or _silent
     bare = next(iter(specs.values()))
     refused = {name: reason for name, spec in specs.items() if (reason := _refused(spec)) is not None}
-    runs = _measure(bare, {name: spec for name, spec in specs.items() if name not in refused}, repeat, refused, tell)
-    tell("the isolation of the bare process")
-    unconfined = bare_facts()
-    seen = _probed([name for name in names if name not in refused], tell) if probes else {}
-    found = [_bare_report(bare, runs[BARE], unconfined, seen.get(BARE))]
-    for name in names:
-        if name in refused:
-            found.append(LevelReport(name=name, unavailable=refused[name][0], help=refused[name][1]))
-        else:
-            tell(f"the isolation of the {name} level")
-            found.append(_report(name, runs, limits, unconfined, seen.get(name)))
-    return Comparison(argv=bare.argv, machine=machine_facts(), levels=found, probes=catalogue() if probes else None)
+    with contextlib.ExitStack() as stack:
+        tools: dict[str, Tool] = {}
+        if peers:
+            tools, missing = open_peers(stack, tell)
+            refused.update(missing)
+        able = {name: spec for name, spec in specs.items() if name not in refused}
+        runs = _measure(bare, able, tools, repeat, refused, tell)
+        tell("the isolation of the bare process")
+        unconfined = bare_facts()
+        seen = _probed([name for name in names if name not in refused], tell) if probes else {}
+        found = [_bare_report(bare, runs[BARE], unconfined, seen.get(BARE))]
+        for name in (*names, *(PEERS if peers else ())):
+            if name in refused:
+                found.append(LevelReport(name=name, unavailable=refused[name][0], help=refused[name][1]))
+            elif name in tools:
+                found.append(_peer_report(tools[name], runs))
+            else:
+                tell(f"the isolation of the {name} level")
+                found.append(_report(name, runs, limits, unconfined, seen.get(name)))
+        taken: dict[str, dict[str, Any]] = {}
+        if measures:
+            ran = [one.name for one in found if not one.unavailable]
+            taken = measure(
+                [name for name in ran if name in ISOLATIONS],
+                [tools[name] for name in ran if name in tools],
+                tell=tell,
+            )
+    return Comparison(
+        argv=bare.argv,
+        machine=machine_facts(),
+        levels=[one.replace(measures=taken.get(one.name)) for one in found],
+        probes=catalogue() if probes else None,
+        measures={name: one.to_json() for name, one in CATALOGUE.items()} if measures else None,
+    )
 
 
 def _silent(_: str) -> None:
@@ -263,15 +295,17 @@ def _refused(spec: Spec) -> tuple[str, str] | None:
 def _measure(
     bare: Spec,
     specs: Mapping[str, Spec],
+    tools: Mapping[str, Tool],
     repeat: int | None,
     refused: dict[str, tuple[str, str]],
     tell: Callable[[str], None],
 ) -> dict[str, list[Run]]:
     """Every run, interleaved: what disturbs the machine for a while disturbs all of them alike. A level whose first run
-    is refused goes to `refused`.
+    is refused, and another tool that fails at any, go to `refused`.
     """
     takes: dict[str, Callable[[], Run]] = {BARE: functools.partial(bare_run, bare)}
     takes.update({name: functools.partial(level_run, spec) for name, spec in specs.items()})
+    takes.update({name: functools.partial(_by_tool, bare, tool) for name, tool in tools.items()})
     wanted: dict[str, int] = {}
     samples: dict[str, list[Run]] = {}
     for name, take in takes.items():
@@ -283,15 +317,29 @@ def _measure(
             refused[name] = error.reason, error.help
             continue
         took = max(1, time.monotonic_ns() - began)
-        wanted[name] = repeat if repeat is not None else max(1, min(_MOST_REPEATS[name], _BUDGET_NS // took))
+        wanted[name] = repeat if repeat is not None else max(1, min(_MOST_REPEATS.get(name, 20), _BUDGET_NS // took))
         # The first starts the launcher and fills caches, so it counts only where it is the only one.
         samples[name] = [first] if wanted[name] == 1 else []
     for turn in range(max(wanted.values())):
         for name, taken in samples.items():
-            if len(taken) < wanted[name]:
-                tell(f"run {turn + 1} of {wanted[name]}, {name}")
+            if len(taken) >= wanted[name] or (name in tools and name in refused):
+                continue
+            tell(f"run {turn + 1} of {wanted[name]}, {name}")
+            try:
                 taken.append(takes[name]())
+            except Unavailable as error:
+                if name not in tools:
+                    raise
+                refused[name] = error.reason, error.help
     return samples
+
+
+def _by_tool(spec: Spec, tool: Tool) -> Run:
+    """Raises Unavailable where it fails: it is no level of ours, so that isn't the comparison's failure."""
+    try:
+        return peer_run(spec, tool)
+    except (RingfenceError, OSError) as error:
+        raise Unavailable(tool.name, str(error)) from error
 
 
 def _probed(names: Sequence[str], tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -341,6 +389,16 @@ def _report(
         facts=facts,
         memory_source=runs[name][0].source,
         probes=probes,
+    )
+
+
+def _peer_report(tool: Tool, runs: Mapping[str, Sequence[Run]]) -> LevelReport:
+    return LevelReport(
+        name=tool.name,
+        runs=runs[tool.name],
+        differences=differences(runs[BARE][0], runs[tool.name][0]),
+        varies=_varies(runs[tool.name]),
+        facts={"tool": tool.version, "note": tool.note},
     )
 
 

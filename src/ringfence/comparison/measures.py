@@ -11,9 +11,17 @@ from ringfence._value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["CATALOGUE", "GROUPS", "Measure"]
+    from ringfence.comparison.peers import Tool
+    from ringfence.comparison.taken import Effort, Taken
+
+    Part = Callable[
+        [Iterable["Measure"], Sequence[Any], Effort, Callable[[str], None]], Mapping[str, Mapping[str, Taken]]
+    ]
+
+__all__ = ["CATALOGUE", "GROUPS", "Measure", "measure"]
 
 # In the order of the table.
 GROUPS = ("start", "launches", "memory", "cpu", "kernel", "files", "network", "tools")
@@ -137,3 +145,61 @@ _TOOLS = (
 )
 
 CATALOGUE: dict[str, Measure] = {one.name: one for one in (*_starts(), *_many(), *_INSIDE, *_NETWORK, *_TOOLS)}
+
+
+def _parts() -> dict[str, Part]:
+    """By `Measure.by`, in this order: what comes first is measured on a machine with the fewest sandboxes open."""
+    from ringfence.comparison import density, inside, starts, tools, traffic
+
+    return {
+        "density": density.memory,
+        "starts": starts.take,
+        "launches": density.launches,
+        "verb": inside.take,
+        "python": inside.take,
+        "traffic": traffic.take,
+        "tool": tools.take,
+    }
+
+
+def measure(
+    levels: Sequence[str],
+    peers: Sequence[Tool] = (),
+    *,
+    effort: Effort | None = None,
+    names: Iterable[str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The cost suite, bare and at each level and peer, interleaved: by place ("bare", "vm", "runc") and measure, as
+    docs/design/comparison.md has it.
+
+    effort: how much is taken; all there is by default. names: of CATALOGUE; all by default. tell: is called with what
+    is being done. A measure that can't be taken at a place says why in "unavailable". Raises Unavailable where a
+    level can't run here at all, KeyError for a name that isn't known.
+    """
+    from ringfence.comparison.document import BARE
+    from ringfence.comparison.places import Bare, Level, Other
+    from ringfence.comparison.taken import FULL, judged
+
+    wanted = [CATALOGUE[name] for name in (CATALOGUE if names is None else names)]
+    effort = FULL if effort is None else effort
+    places = [Bare(), *(Level(one) for one in levels), *(Other(one) for one in peers)]
+    found: dict[str, dict[str, dict[str, Any]]] = {one.name: {} for one in places}
+    try:
+        for by, part in _parts().items():
+            measures = [one for one in wanted if one.by == by]
+            if not measures:
+                continue
+            taken = part(measures, places, effort, tell or _silent)
+            for place in places:
+                for one in measures:
+                    bare = None if place.name == BARE else taken[BARE][one.name]
+                    found[place.name][one.name] = judged(taken[place.name][one.name], bare)
+    finally:
+        for place in places:
+            place.close()
+    return {place: {one.name: taken[one.name] for one in wanted} for place, taken in found.items()}
+
+
+def _silent(_: str) -> None:
+    return

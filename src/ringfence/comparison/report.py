@@ -81,7 +81,18 @@ def notes(level: dict[str, Any]) -> list[str]:
     found = [f"{name}: {sentence}" for sentence in level["differences"]]
     if level["varies"]:
         found.append(f"{name}: its own output varies from run to run")
-    return found
+    if level["facts"].get("note"):  # another tool
+        found.append(f"{name}: {level['facts'].get('tool') or name}: {level['facts']['note']}")
+    return found + [f"{name}: not measured: {sentence}" for sentence in unmeasured(level["measures"])]
+
+
+def unmeasured(measures: dict[str, dict[str, Any]]) -> list[str]:
+    """What has no figures and why, a sentence for each reason."""
+    why: dict[str, list[str]] = {}
+    for name, one in measures.items():
+        if one["unavailable"]:
+            why.setdefault(one["unavailable"], []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in why.items()]
 
 
 def cost_ratio(level: dict[str, Any], bare: dict[str, Any], measure: str) -> float | None:

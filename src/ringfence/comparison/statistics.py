@@ -101,17 +101,19 @@ def block_interval(
 
     Samples of a block have their moment in common, so they aren't independent: `interval` would be too narrow. Here
     whole rounds are drawn, the same for both sides, as what disturbed a round disturbed both (the block bootstrap:
-    Efron and Tibshirani, 8.6). ValueError where the sides have no round in common.
+    Efron and Tibshirani, 8.6). Where one side has fewer rounds each is drawn by itself. ValueError where one has none.
     """
-    rounds = min(len(above), len(below))
-    if not rounds:
+    if not above or not below:
         raise ValueError("no interval of no rounds")
-    chance = random.Random(rounds)
+    chance = random.Random(len(above) * 1_000_003 + len(below))
     found = []
     for _ in range(_RESAMPLES):
-        drawn = [chance.randrange(rounds) for _ in range(rounds)]
-        over, under = ([one for at in drawn for one in side[at]] for side in (above, below))
-        found.append(statistics.median(over) / statistics.median(under))
+        over = [chance.randrange(len(above)) for _ in above]
+        under = over if len(above) == len(below) else [chance.randrange(len(below)) for _ in below]
+        found.append(
+            statistics.median([one for at in over for one in above[at]])
+            / statistics.median([one for at in under for one in below[at]])
+        )
     found.sort()
     aside = int(_RESAMPLES * (1 - confidence) / 2)
     return found[aside], found[-1 - aside]

@@ -89,11 +89,13 @@ class Outcome:
 
     started: what it read back of itself. exited: what init reported, or None where the sandbox ended without a word.
     stopped: "wall_time", "output" or "killed" where we ended it, else None. started_ns, ended_ns: CLOCK_MONOTONIC.
-    denials: what the filter denied meanwhile, or None where nobody looked.
+    first_output_ns: the same, when the first that it printed had come; 0 where nothing did. denials: what the filter
+    denied meanwhile, or None where nobody looked.
     """
 
     __slots__ = (
-        *("denials", "ended_ns", "exited", "started", "started_ns", "stderr", "stdout", "stopped", "truncated"),
+        *("denials", "ended_ns", "exited", "first_output_ns", "started", "started_ns", "stderr", "stdout", "stopped"),
+        "truncated",
     )
 
     def __init__(self) -> None:
@@ -106,6 +108,7 @@ class Outcome:
         self.denials: tuple[Denial, ...] | None = None
         self.started_ns = 0
         self.ended_ns = 0
+        self.first_output_ns = 0
 
     def settle(self) -> None:
         """The times, once all is known. For the command's own span init's clock is the better one: both reports may

@@ -334,6 +334,8 @@ class _Drive:
         self._output(self.out if frame.type == Type.STDOUT else self.err, frame.payload)
 
     def _output(self, kept: _Kept, data: bytes) -> None:
+        if not self.outcome.first_output_ns and data:
+            self.outcome.first_output_ns = time.monotonic_ns()
         kept.add(data)
         if kept.over:
             self._stop("output")
