@@ -24,8 +24,8 @@ __all__ = ["COSTS", "STYLES", "console", "cost_ratio", "print_changes", "print_c
 STYLES = {"own": "bold green", "restricted": "yellow", "shared": "red", "unknown": "dim", "not testable": "dim"}
 # A file or a pipe has no width of its own; wide enough that no figure is broken.
 _WIDTH_WITHOUT_TERMINAL = 130
-# With more columns than this there is no room for evidence in them.
-_MOST_WITH_EVIDENCE = 5
+# With more columns than this there is no room in them for evidence, tails and the like.
+_ROOMY = 5
 # (what a row is called, its key in "costs", its unit)
 COSTS = (
     ("start", "startup_ns", "ns"),
@@ -46,18 +46,19 @@ def console(file: TextIO | None = None) -> Console:
 
 def print_comparison(document: dict[str, Any], to: Console) -> None:
     """Whether the output was the same, what was isolated, what got through, and what it cost."""
-    levels = document["levels"]
+    # One that didn't run would be a column of nothing; why it didn't is told below.
+    levels = [one for one in document["levels"] if not one["unavailable"]]
     to.print(_plain(f"The same command, {len(levels)} ways: {command_line(document)}", "bold"))
     to.print(_output_table(levels))
     to.print(_isolation_table(levels))
     if document["probes"] and any(one["probes"] for one in levels):
-        to.print(_probe_table(document))
+        to.print(_probe_table(document["probes"], levels))
     if any(one["surface"] for one in levels):
         to.print(_surface_table(levels))
     to.print(_cost_table(levels))
     if document["measures"] and any(one["measures"] for one in levels):
-        to.print(_measure_table(document))
-    for one in levels:
+        to.print(_measure_table(document["measures"], levels))
+    for one in document["levels"]:
         for note in notes(one):
             to.print(_plain(note))
 
@@ -139,8 +140,10 @@ def _output_table(levels: Sequence[dict[str, Any]]) -> Table:
                 "files": f"{len(run['files'])} collected",
             }[name]
             other = differing(one["differences"])[name]
-            judged = "" if one["name"] == BARE else ", DIFFERENT" if other else ", identical"
-            cells.append(_plain(shown + judged, "bold red" if other else ""))
+            judged = "DIFFERENT" if other else "identical"
+            if one["name"] != BARE:
+                shown = judged if len(levels) > _ROOMY else f"{shown}, {judged}"
+            cells.append(_plain(shown, "bold red" if other else ""))
         table.add_row(name, *cells)
     return table
 
@@ -156,31 +159,30 @@ def _verdict(found: dict[str, Any] | None, evidence: bool) -> Text:
 
 def _isolation_table(levels: Sequence[dict[str, Any]]) -> Table:
     table = _table("Isolation", levels)
-    evidence = len(levels) <= _MOST_WITH_EVIDENCE
+    evidence = len(levels) <= _ROOMY
     table.show_lines = evidence
     for resource in dict.fromkeys(name for one in levels for name in one["isolation"]):
         table.add_row(resource, *(_verdict(one["isolation"].get(resource), evidence) for one in levels))
     return table
 
 
-def _probe_table(document: dict[str, Any]) -> Table:
+def _probe_table(catalogue: dict[str, Any], levels: Sequence[dict[str, Any]]) -> Table:
     """How many of each verdict, group by group."""
-    levels = document["levels"]
-    heading = f"Probes: what {len(document['probes'])} attempts inside gave (--probes shows each, with its evidence)"
+    heading = f"Probes: what {len(catalogue)} attempts inside gave (--probes shows each, with its evidence)"
     table = _table(heading, levels, "group")
     groups: dict[str, list[str]] = {}
-    for name, one in by_group(document["probes"]):
+    for name, one in by_group(catalogue):
         groups.setdefault(one["group"], []).append(name)
     for group, names in groups.items():
         found = [[one["probes"][name]["verdict"] for name in names if name in one["probes"]] for one in levels]
-        table.add_row(_plain(group), *map(_counts, found))
+        table.add_row(_plain(group), *(_counts(one, ", " if len(levels) <= _ROOMY else "\n") for one in found))
     return table
 
 
-def _counts(words: Sequence[str]) -> Text:
+def _counts(words: Sequence[str], between: str) -> Text:
     """ "4 own, 1 shared", each in its colour."""
     parts = [(f"{words.count(word)} {word}", style) for word, style in STYLES.items() if word in words]
-    return Text(", ").join(Text(*part) for part in parts) if parts else _none()
+    return Text(between).join(Text(*part) for part in parts) if parts else _none()
 
 
 def by_group(catalogue: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -210,18 +212,19 @@ def _cost_table(levels: Sequence[dict[str, Any]]) -> Table:
                 cells.append(_none("-" if none else "unknown"))
                 continue
             ratio = cost_ratio(one, bare, measure)
-            source = f"\n{one['memory_source']}" if unit == "bytes" and one["memory_source"] else ""
-            shown = figure(found["p50"], unit) + (f"  {times(ratio)}" if ratio is not None else "")
-            cells.append(Text.assemble(shown, (f"\n{spread(found, unit)}{source}", "dim")))
+            shown = Text(figure(found["p50"], unit) + (f"  {times(ratio)}" if ratio is not None else ""))
+            if len(levels) <= _ROOMY:
+                source = f"\n{one['memory_source']}" if unit == "bytes" and one["memory_source"] else ""
+                shown.append(f"\n{spread(found, unit)}{source}", style="dim")
+            cells.append(shown)
         table.add_row(name, *cells)
     return table
 
 
-def _measure_table(document: dict[str, Any]) -> Table:
-    levels = document["levels"]
+def _measure_table(catalogue: dict[str, Any], levels: Sequence[dict[str, Any]]) -> Table:
     table = _table("Measures: the median, its ratio to bare with its 95 % interval", levels, "group", "measure")
     last = None
-    for name, one in by_group(document["measures"]):
+    for name, one in by_group(catalogue):
         if last is not None and one["group"] != last:
             table.add_section()
         cells = (_measured(level["measures"].get(name), one["unit"]) for level in levels)
