@@ -280,6 +280,12 @@ def test_saved_and_compared_on_the_command_line(tmp_path: Path) -> None:
     assert b"worse   container: it is gone" in other.stdout
 
 
+def test_what_is_saved_can_go_to_a_pipe() -> None:
+    done = command_line("--levels", "process", "--repeat", "1", "--save", "/dev/stderr", "--", "true")
+    assert done.returncode == 0
+    assert json.loads(done.stderr)["argv"] == ["true"]
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     saved, foreign = tmp_path / "saved.json", tmp_path / "foreign.json"
     save(a_document(), str(saved))

@@ -145,8 +145,11 @@ def _check(given: Parsed) -> None:
 
 
 def _writable(option: str, path: str) -> None:
+    from ringfence.comparison.document import may_be_replaced
+
     folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    in_place = not may_be_replaced(path)  # /dev/stdout
+    if os.path.isdir(path) or not (in_place or (os.path.isdir(folder) and os.access(folder, os.W_OK))):
         raise OPTIONS.error(f"{option}: {path}: can't be written")
 
 

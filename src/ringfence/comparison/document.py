@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-__all__ = ["BARE", "SCHEMA", "WORDS", "check", "level_named", "load", "save", "schema", "write_file"]
+__all__ = ["BARE", "SCHEMA", "WORDS", "check", "level_named", "load", "may_be_replaced", "save", "schema", "write_file"]
 
 # The version of the document. A reader takes unknown keys in its stride; what changes a key's meaning, or takes one
 # away, is another version.
@@ -158,20 +158,24 @@ def save(document: dict[str, Any], path: str) -> None:
     write_file(path, json.dumps(document, indent=1).encode("ascii") + b"\n")
 
 
+def may_be_replaced(path: str) -> bool:
+    """Whether there is a regular file, or none: not a terminal, a pipe or a folder. Raises OSError."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return True
+
+
 def write_file(path: str, data: bytes) -> None:
     """All of it or nothing: whoever reads the file meanwhile, or after a crash, finds the old one or the new one.
 
     What is no regular file (a terminal, a pipe) is written to, and a link stays one. Raises OSError.
     """
-    target = os.path.realpath(path)
-    try:
-        regular = stat.S_ISREG(os.stat(target).st_mode)
-    except FileNotFoundError:
-        regular = True
-    if not regular:
-        with open(target, "wb") as file:
+    if not may_be_replaced(path):
+        with open(path, "wb") as file:
             file.write(data)
         return
+    target = os.path.realpath(path)
     folder, name = os.path.split(target)
     scratch = os.path.join(folder, f".{name[:100]}.{os.urandom(6).hex()}")
     try:
