@@ -110,6 +110,13 @@ def test_which_qemu_is_remembered_until_it_changes(tmp_path: Path, monkeypatch: 
     script.write_text(text.replace("8.1.2", "9.0.1"))
     assert emulator.look().version == (9, 0, 1)
     assert asked() == 4
+    for number in range(20):
+        (tmp_path / f"cache/qemu-{number}").write_text("of one that was replaced\n")
+        os.utime(tmp_path / f"cache/qemu-{number}", (number, number))
+    script.write_text(text.replace("8.1.2", "9.0.12"))
+    assert emulator.look().version == (9, 0, 12)
+    kept = [one.name for one in (tmp_path / "cache").glob("qemu-*")]
+    assert len(kept) == 16 and "qemu-4" not in kept and "qemu-19" in kept
 
 
 @pytest.mark.long

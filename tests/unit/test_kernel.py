@@ -146,6 +146,21 @@ def test_plain_decompresses_and_drops_the_signature() -> None:
         assert modules.plain(name, data) == bare
 
 
+def test_a_module_that_unpacks_to_too_much_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "MAX_MODULE_BYTES", 1 << 20)
+    big = bytes(8 << 20)
+    packed = [("a.ko.xz", lzma.compress(big)), ("a.ko.gz", gzip.compress(big)), ("a.ko", big)]
+    if shutil.which("zstd"):
+        done = subprocess.run(["zstd", "-c"], input=big, stdout=subprocess.PIPE, check=True)
+        packed.append(("a.ko.zst", done.stdout))
+    for name, data in packed:
+        with pytest.raises(Unavailable, match="more than 1 MiB"):
+            modules.plain(name, data)
+    for name, data in (("a.ko.xz", b"x" * 100), ("a.ko.gz", b"x" * 100)):
+        with pytest.raises(Unavailable, match="damaged"):
+            modules.plain(name, data)
+
+
 def test_load_order_puts_what_is_required_first() -> None:
     tree = {name: modules.plain(name, data) for name, data in debian_modules().items()}
     order = list(modules.load_order(modules.every(modules.SETS), tree.get, frozenset()))

@@ -102,35 +102,52 @@ def _decompress(payload: bytes) -> bytes:
     )
 
 
-def unzstd(data: bytes) -> bytes:
-    """Decompress zstd: by the standard library (Python 3.14), the zstandard package, or the zstd command."""
+def unzstd(data: bytes, most_bytes: int = MAX_KERNEL_BYTES) -> bytes:
+    """Decompress zstd: by the standard library (Python 3.14), the zstandard package, or the zstd command.
+
+    What becomes more than so much is cut off there.
+    """
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
 
-        return bytes(zstd.ZstdDecompressor().decompress(data, MAX_KERNEL_BYTES))
+        return bytes(zstd.ZstdDecompressor().decompress(data, most_bytes))
     except ImportError:
         pass
     try:
+        import io
+
         import zstandard  # type: ignore[import-not-found, unused-ignore]
 
-        return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(data))
+        return bytes(zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read(most_bytes))
     except ImportError:
         pass
+    return _by_the_zstd_command(data, most_bytes)
+
+
+def _by_the_zstd_command(data: bytes, most_bytes: int) -> bytes:
     import subprocess
+    import tempfile
 
     try:
-        # zstd complains about the four bytes of size after the frame, and exits with 1, but has written all
-        # of it.
-        run = subprocess.run(["zstd", "-dcq"], input=data, capture_output=True, timeout=120, check=False)
+        with tempfile.TemporaryFile() as source:
+            source.write(data)
+            source.seek(0)
+            # zstd complains about the four bytes of size after the frame, and exits with 1, but has written all of it.
+            # Who writes more than is read here ends by SIGPIPE.
+            with subprocess.Popen(
+                ["zstd", "-dcq"], stdin=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as run:
+                assert run.stdout is not None
+                found = run.stdout.read(most_bytes)
     except FileNotFoundError:
         raise Unavailable(
             "vm",
             "the kernel is compressed by zstd and nothing here can undo that",
             "install the zstd command (Debian: apt-get install zstd) or the Python package zstandard",
         ) from None
-    if not run.stdout:
-        raise Unavailable("vm", f"zstd can't read the kernel: {run.stderr.decode(errors='replace').strip()}")
-    return run.stdout
+    if not found:
+        raise Unavailable("vm", "zstd can't read the kernel, or a module of it")
+    return found
 
 
 def _lz4_legacy(payload: bytes) -> bytes:

@@ -22,6 +22,7 @@ LEAST_VERSION = (5, 2)
 _QEMU = "/usr/bin/qemu-system-x86_64"
 _SECONDS = 10
 _WORDS_BYTES = 64 << 10
+_KEPT = 16
 _HELP = "run 'ringfence setup', or name another one in RINGFENCE_QEMU"
 
 
@@ -107,9 +108,18 @@ def _ask(path: str, key: tuple[object, ...]) -> Emulator:
     found = Emulator(path=path, version=version, machines=machines)
     try:
         _cache.write(_cache_file(key), f"{match[1]}\n{' '.join(machines)}\n".encode())
+        _forget_old()
     except OSError:
         pass  # it will be asked again
     return found
+
+
+def _forget_old() -> None:
+    """Of the answers of programs that were replaced since, few are kept. Raises OSError."""
+    with os.scandir(_cache.root()) as found:
+        kept = sorted((one.stat().st_mtime_ns, one.path) for one in found if one.name.startswith("qemu-"))
+    for _, path in kept[:-_KEPT]:
+        os.unlink(path)
 
 
 def _output(path: str, *words: str) -> str:

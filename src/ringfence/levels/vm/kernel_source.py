@@ -9,11 +9,10 @@ import stat
 from ringfence.errors import Unavailable
 from ringfence.images.held import beneath
 from ringfence.levels.vm import debian, modules
+from ringfence.levels.vm.bzimage import MAX_KERNEL_BYTES
 
-__all__ = ["MAX_MODULE_BYTES", "DirectoryTree", "MemoryTree", "ModuleTree", "unpack"]
+__all__ = ["DirectoryTree", "MemoryTree", "ModuleTree", "unpack"]
 
-# The largest of a distribution's, with all that is there to debug it, have some 100 MB.
-MAX_MODULE_BYTES = 256 << 20
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -62,13 +61,13 @@ class DirectoryTree(ModuleTree):
             if not stat.S_ISREG(os.fstat(held).st_mode):
                 return None
             with open(f"/proc/self/fd/{held}", "rb") as file:
-                data = file.read(MAX_MODULE_BYTES + 1)
+                data = file.read(modules.MAX_MODULE_BYTES + 1)
         except OSError as error:
             raise Unavailable("vm", f"the kernel module {path} can't be read ({error.strerror})") from error
         finally:
             os.close(held)
-        if len(data) > MAX_MODULE_BYTES:
-            raise Unavailable("vm", f"the kernel module {path} has more than {MAX_MODULE_BYTES >> 20} MiB")
+        if len(data) > modules.MAX_MODULE_BYTES:
+            raise Unavailable("vm", f"the kernel module {path} has more than {modules.MAX_MODULE_BYTES >> 20} MiB")
         return data
 
     def read(self, name: str) -> bytes | None:
@@ -110,15 +109,17 @@ def unpack(debs: list[str], fds: tuple[int, ...] = ()) -> tuple[bytes, MemoryTre
             for path, content in debian.members(deb, fds):
                 name = os.path.basename(path)
                 if path.startswith("boot/vmlinuz-"):
-                    image = content.read()
+                    image = content.read(MAX_KERNEL_BYTES + 1)
                 elif name == "modules.builtin":
-                    built_in = builtin(content.read().decode("utf-8", "replace"))
+                    built_in = builtin(content.read(modules.MAX_MODULE_BYTES).decode("utf-8", "replace"))
                 elif ".ko" in name and "/kernel/" in path and modules.canonical(name) in wanted:
-                    found[modules.canonical(name)] = modules.plain(name, content.read())
+                    found[modules.canonical(name)] = modules.plain(name, content.read(modules.MAX_MODULE_BYTES + 1))
         required = {before for module in found.values() for before in modules.requires(module)}
         missing = required - found.keys() - (built_in or frozenset())
         # What was looked for and isn't there won't be there the next time either.
         wanted = missing - wanted
+    if len(image) > MAX_KERNEL_BYTES:
+        raise Unavailable("vm", f"the kernel has more than {MAX_KERNEL_BYTES >> 20} MiB")
     if not image:
         raise Unavailable("vm", f"there is no kernel image in {', '.join(map(os.path.basename, debs))}")
     return image, MemoryTree(built_in, found)

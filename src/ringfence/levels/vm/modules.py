@@ -48,6 +48,9 @@ _ALGORITHMS = {
     "blake2b-256": "blake2b_generic",
 }
 
+# The largest of a distribution's, with all that is there to debug it, have some 100 MB.
+MAX_MODULE_BYTES = 256 << 20
+
 _SIGNATURE_MARK = b"~Module signature appended~\n"
 _SIGNATURE_HEADER = 12
 
@@ -60,20 +63,25 @@ def canonical(name: str) -> str:
 def plain(name: str, data: bytes) -> bytes:
     """A module file's ELF: decompressed by its suffix (.ko.xz, .ko.gz, .ko.zst), and without its signature.
 
-    The signature goes because our kernels don't demand one, and a boot has less to read.
+    The signature goes because our kernels don't demand one, and a boot has less to read. Raises Unavailable where it
+    is damaged, or has more than MAX_MODULE_BYTES.
     """
-    if name.endswith(".xz"):
-        import lzma
+    import lzma
+    import zlib
 
-        data = lzma.decompress(data)
-    elif name.endswith(".gz"):
-        import gzip
+    try:
+        if name.endswith(".xz"):
+            data = lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, MAX_MODULE_BYTES + 1)
+        elif name.endswith(".gz"):
+            data = zlib.decompressobj(31).decompress(data, MAX_MODULE_BYTES + 1)
+        elif name.endswith(".zst"):
+            from ringfence.levels.vm.bzimage import unzstd
 
-        data = gzip.decompress(data)
-    elif name.endswith(".zst"):
-        from ringfence.levels.vm.bzimage import unzstd
-
-        data = unzstd(data)
+            data = unzstd(data, MAX_MODULE_BYTES + 1)
+    except (lzma.LZMAError, zlib.error, EOFError) as error:
+        raise Unavailable("vm", f"the kernel module {name} is damaged: {error}") from error
+    if len(data) > MAX_MODULE_BYTES:
+        raise Unavailable("vm", f"the kernel module {name} has more than {MAX_MODULE_BYTES >> 20} MiB")
     return _unsigned(data)
 
 
