@@ -123,6 +123,10 @@ def test_what_guests_cannot_be_started_from(image: Path, cache: str) -> None:
     with pytest.raises(Unavailable, match="neither an x86 bzImage"):
         own_kernel.prepare(Kernel(image), cache)
     image.write_bytes(bzimage(gzip.compress(KERNEL)))
+    (modules_of(image) / "modules.builtin").unlink()
+    with pytest.raises(Unavailable, match=r"no file modules\.builtin"):
+        own_kernel.prepare(Kernel(image), cache)
+    (modules_of(image) / "modules.builtin").touch()
     (modules_of(image) / "kernel/fs/virtio_ring.ko").unlink()
     with pytest.raises(Unavailable, match="lacks the module virtio_ring"):
         own_kernel.prepare(Kernel(image), cache)

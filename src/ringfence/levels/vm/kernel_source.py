@@ -42,6 +42,14 @@ class DirectoryTree(ModuleTree):
     def __init__(self, folder: str | int) -> None:
         self._folder = os.open(folder, _FOLDER) if isinstance(folder, str) else os.open(".", _FOLDER, dir_fd=folder)
         self._paths: dict[str, str] = {}
+        try:
+            super().__init__(self._look())
+        except BaseException:
+            self.close()
+            raise
+
+    def _look(self) -> frozenset[str] | None:
+        """Finds the modules, and gives what is built into the kernel."""
         # What is to be used in place of a distribution's own is in other folders, such as "updates" or "extra".
         for here, folders, names, _ in os.fwalk(".", dir_fd=self._folder):
             folders.sort(reverse=True)
@@ -49,7 +57,7 @@ class DirectoryTree(ModuleTree):
                 if ".ko" in name:
                     self._paths.setdefault(modules.canonical(name), os.path.join(here, name))
         text = self._read("modules.builtin")
-        super().__init__(None if text is None else builtin(text.decode("utf-8", "replace")))
+        return None if text is None else builtin(text.decode("utf-8", "replace"))
 
     def _read(self, path: str) -> bytes | None:
         """A regular file's content, or None where it is none. Raises Unavailable where it is too large."""

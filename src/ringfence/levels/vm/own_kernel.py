@@ -130,6 +130,10 @@ def _make(given: Kernel, image: int, folder: int, key: str, cache_dir: str | Non
             data = _whole(image)
             tree = DirectoryTree(folder) if folder >= 0 else MemoryTree(None, {})
         try:
+            if folder >= 0 and tree.builtin is None:
+                # Nothing would tell what is missing there from what the kernel has in it.
+                reason = "the folder of the kernel's modules has no file modules.builtin"
+                raise Unavailable("vm", reason, "give a /lib/modules/RELEASE, as 'make modules_install' makes it")
             kernel.write(scratch, data, tree, source=path, required=("boot",))
         finally:
             tree.close()
