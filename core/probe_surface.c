@@ -27,14 +27,15 @@ struct special {
     long arguments[6];
 };
 
-#define ALL (-1l)
 #define NOWHERE (-1l)
+#ifndef SYS_fchmodat2
+#define SYS_fchmodat2 452
+#endif
 
-/* What -1 doesn't do for. */
+/* What -1 doesn't do for. Some filters judge an argument: there it is one that they let through, or the answer would be of
+ * the argument and not of the call. */
 static const struct special specials[] = {
-    /* To all processes; here to none, and only to ask. */
-    {SYS_kill, {0x7ffffffe, 0, 0, 0, 0, 0}},
-    /* -1 would be a key and all flags: a queue would be made, and stay. 0 and no flags: a private one, too. */
+    /* -1 would be a key and all flags: a queue would be made, and stay. A key of 0 is a new private one. */
     {SYS_msgget, {0x7ffffffe, 0, 0, 0, 0, 0}},
     {SYS_semget, {0x7ffffffe, -1, 0, 0, 0, 0}},
     {SYS_shmget, {0x7ffffffe, -1, 0, 0, 0, 0}},
@@ -47,11 +48,40 @@ static const struct special specials[] = {
     {SYS_init_module, {NOWHERE, 0, NOWHERE, 0, 0, 0}},
     /* -1 has the bit of a kind of lock that the kernel has given up, and logs. */
     {SYS_flock, {-1, 1, 0, 0, 0, 0}},
+    /* Of this process, and to nothing that it isn't. */
+    {SYS_setpriority, {0, 0, 0, 0, 0, 0}},
+    {SYS_ioprio_set, {1, 0, -1, 0, 0, 0}},
+    {SYS_sched_setaffinity, {0, -1, NOWHERE, 0, 0, 0}},
+    {SYS_sched_setparam, {0, NOWHERE, 0, 0, 0, 0}},
+    {SYS_sched_setscheduler, {0, -1, NOWHERE, 0, 0, 0}},
+    {SYS_sched_setattr, {0, NOWHERE, -1, 0, 0, 0}},
+    {SYS_prlimit64, {0, -1, NOWHERE, NOWHERE, 0, 0}},
+    /* A clone of signal handlers without memory doesn't exist; -1 has the bits of namespaces, too. */
+    {SYS_clone, {0x800 /* CLONE_SIGHAND */, 0, 0, 0, 0, 0}},
+    {SYS_socket, {1 /* AF_UNIX */, 1, -1, 0, 0, 0}},
+    {SYS_socketpair, {1 /* AF_UNIX */, 1, -1, NOWHERE, 0, 0}},
+    {SYS_sendto, {-1, NOWHERE, -1, 0, NOWHERE, -1}},
+    {SYS_sendmsg, {-1, NOWHERE, 0, 0, 0, 0}},
+    {SYS_sendmmsg, {-1, NOWHERE, -1, 0, 0, 0}},
+    /* Modes without set-user-ID, flags without O_CREAT. */
+    {SYS_fchmod, {-1, 0, 0, 0, 0, 0}},
+    {SYS_fchmodat, {-1, NOWHERE, 0, 0, 0, 0}},
+    {SYS_fchmodat2, {-1, NOWHERE, 0, -1, 0, 0}},
+    {SYS_mkdirat, {-1, NOWHERE, 0, 0, 0, 0}},
+    {SYS_mknodat, {-1, NOWHERE, 0, 0, 0, 0}},
+    {SYS_openat, {-1, NOWHERE, 0, 0, 0, 0}},
+#ifdef __x86_64__ /* newer architectures have only the calls with at */
+    {SYS_chmod, {NOWHERE, 0, 0, 0, 0, 0}},
+    {SYS_creat, {NOWHERE, 0, 0, 0, 0, 0}},
+    {SYS_mkdir, {NOWHERE, 0, 0, 0, 0, 0}},
+    {SYS_mknod, {NOWHERE, 0, 0, 0, 0, 0}},
+    {SYS_open, {NOWHERE, 0, 0, 0, 0, 0}},
+#endif
 };
 
 static const long *arguments_of(long number)
 {
-    static const long generic[6] = {ALL, ALL, ALL, ALL, ALL, ALL};
+    static const long generic[6] = {-1, -1, -1, -1, -1, -1};
     for (size_t i = 0; i < sizeof specials / sizeof specials[0]; i++)
         if (specials[i].number == number)
             return specials[i].arguments;
@@ -85,6 +115,9 @@ static inline __attribute__((always_inline)) long call(long number, const long *
 static void try_one(long number, int out)
 {
     const long *arguments = arguments_of(number);
+    const long itself[6] = {getpid(), 0, 0, 0, 0, 0};
+    if (number == SYS_kill) /* -1 is all processes; here it is this one, and only asked whether it may */
+        arguments = itself;
     leave_no_core();
     if (number == SYS_vhangup)
         setsid(); /* a session without a terminal: nobody's is hung up */

@@ -277,9 +277,9 @@ def test_compare_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_every_probe_is_shown_where_that_is_asked_for() -> None:
-    done = command_line("compare", "--levels", "process", "--repeat", "1", "--probes", "--", "true")
+    done = command_line("compare", "--levels", "process", "--repeat", "1", "--probes", "--surface", "--", "true")
     assert done.returncode == 0, done.stderr
-    for words in ("channels between two sandboxes", "attack-fork-bomb", "mount: EPERM", "Probes: what"):
+    for words in ("channels between two sandboxes", "attack-fork-bomb", "mount: EPERM", "Probes: what", "System calls"):
         assert words in done.stdout.decode(), words
 
 

@@ -24,7 +24,11 @@ from ringfence.comparison.probes import (
 )
 from ringfence.comparison.probes_catalogue import PROBES
 from ringfence.comparison.probes_table import counts
+from ringfence.comparison.surface import judge as judge_surface
+from ringfence.comparison.surface import parse as parse_surface
+from ringfence.errors import ProtocolError
 from ringfence.wire.launcher import probe_path
+from support.probes import VERDICTS
 
 RECORDED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("compare_facts.json").read_text())
 OWN, RESTRICTED, SHARED, NOT_TESTABLE = (
@@ -65,6 +69,14 @@ def test_a_probe_is_told_in_sentences(probe: Probe) -> None:
         assert len(sentence) < 120
     assert probe.name.replace("-", "").isalnum()
     assert probe.name.islower()
+
+
+def test_the_catalogue_of_the_documentation_is_this_one() -> None:
+    """With the verdicts that the tests of the levels expect."""
+    text = (Path(__file__).parents[2] / "docs/design/probes.md").read_text()
+    rows = [line for line in text.partition("## The catalogue")[2].splitlines() if line.startswith("| ")]
+    found = [row for row in rows if not row.startswith("| probe |")]
+    assert found == [f"| {one.name} | {one.tries} | {one.why} | {' | '.join(VERDICTS[one.name])} |" for one in PROBES]
 
 
 def told_ok(probe: Probe) -> str:
@@ -237,3 +249,38 @@ def test_each_tells_a_crash_a_kill_and_a_hang_and_goes_on() -> None:
 
 def test_each_does_not_wait_for_what_a_hung_attempt_has_started() -> None:
     assert probe("each", "0.3", given="spin-children 2 60\nexit 0\n") == ["timeout", "ok"]
+
+
+# ---- the surface ----
+
+
+def test_a_call_is_judged_by_both_answers() -> None:
+    names = {0: "read", 1: "bpf", 2: "old", 3: "newer", 4: "rare", 5: "gone"}
+    outside = {0: "EBADF", 1: "EINVAL", 2: "ENOSYS", 3: "EFAULT", 4: "EPERM", 5: "ENOSYS", 6: "ENOSYS"}
+    inside = {0: "EBADF", 1: "EPERM", 2: "ENOSYS", 3: "ENOSYS", 4: "EPERM", 5: "EPERM", 6: "ENOSYS"}
+    assert judge_surface(outside, inside, names) == {
+        "read": "reachable",
+        "bpf": "denied EPERM",
+        "old": "absent",
+        "newer": "denied ENOSYS",
+        "rare": "unknown EPERM",
+        "gone": "absent",
+    }
+    killed = judge_surface(outside, {**inside, 0: "signal 31", 1: "signal 11"}, names)
+    assert (killed["read"], killed["bpf"]) == ("denied signal 31", "reachable")
+
+
+def test_without_a_boundary_nothing_is_denied() -> None:
+    outside = {0: "EBADF", 1: "ENOSYS", 2: "exits", 3: "waits", 4: "signal 11"}
+    found = judge_surface(outside, outside, dict.fromkeys(outside, "x") | {n: f"call{n}" for n in outside})
+    assert set(found.values()) == {"reachable", "absent"}
+
+
+def test_a_number_without_a_name_is_told_where_it_does_something() -> None:
+    assert judge_surface({9: "EINVAL"}, {9: "EINVAL"}, {}) == {"number 9": "reachable"}
+
+
+@pytest.mark.parametrize("output", [b"", b"x y\n", b"3\n"])
+def test_a_surface_that_is_none_is_an_error(output: bytes) -> None:
+    with pytest.raises(ProtocolError, match="the probe printed"):
+        parse_surface(output)

@@ -65,6 +65,7 @@ OPTIONS = Options(
         Option("timeout", 'how long it may run, also without a boundary: "10s"', metavar="TIME"),
         Option("cpu-time", 'how much CPU time it may use at a level: "5s"', metavar="TIME"),
         Option("probes", "show every probe of the isolation with its evidence, not just how many"),
+        Option("surface", "try every system call inside each level; show how many reach the host's kernel"),
         Option("measures", "take the whole cost suite too: minutes, whatever the command"),
         Option("peers", "run it by bwrap, crun, runc, runsc and podman as well, where they are installed"),
         Option("json", "print all that was measured as JSON"),
@@ -173,6 +174,7 @@ def _compared(given: Parsed) -> dict[str, Any]:
         repeat=given["repeat"],
         measures=bool(given["measures"]),
         peers=bool(given["peers"]),
+        surface=given["surface"],
         tell=output.progress(),
     ).to_json()
 

@@ -17,8 +17,9 @@ from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.measures import CATALOGUE, measure
 from ringfence.comparison.peer_runs import open_peers, peer_run
 from ringfence.comparison.peers import PEERS
-from ringfence.comparison.probes_run import catalogue, judge_all_probes, look
+from ringfence.comparison.probes_run import RUNSC, catalogue, judge_all_probes, look
 from ringfence.comparison.statistics import Summary, ratio
+from ringfence.comparison.surface import surfaces
 from ringfence.errors import RingfenceError, SpecError, Unavailable
 from ringfence.levels.host import host
 from ringfence.spec import ISOLATIONS, Limits, Spec
@@ -210,6 +211,7 @@ def compare(
     limits: Limits | None = None,
     repeat: int | None = None,
     probes: bool = True,
+    surface: bool = False,
     measures: bool = False,
     peers: bool = False,
     tell: Callable[[str], None] | None = None,
@@ -218,10 +220,10 @@ def compare(
 
     argv, input, env, files, collect, limits: as for `run`; the bare command knows no limit but the wall time.
     levels: of "process", "container" and "vm". repeat: how often at each; by default 20 times, 3 in a VM, and less
-    often where the command takes long. probes: whether each probe of `probes_catalogue` is made, too. measures: take
-    the cost suite too (`measures.CATALOGUE`), which is of no command; it takes minutes. peers: run the command by other
-    tools as well (`peers.PEERS`), whatever of them is installed, without limits. tell: is called with what is being
-    done.
+    often where the command takes long. probes: whether each probe of `probes_catalogue` is made, too. surface: whether
+    every system call is tried. measures: take the cost suite too (`measures.CATALOGUE`), which is of no command; it
+    takes minutes. peers: run the command by other tools as well (`peers.PEERS`), whatever of them is installed, without
+    limits; of them runsc is probed, too. tell: is called with what is being done.
 
     A level that can't run here, or that can't enforce a limit that was asked for, is a column that says why. Raises
     SpecError, and StartError where the bare command can't be started.
@@ -248,8 +250,7 @@ def compare(
         runs = _measure(bare, able, tools, repeat, refused, tell)
         tell("the isolation of the bare process")
         unconfined = bare_facts()
-        seen = _probed([name for name in names if name not in refused], tell) if probes else {}
-        found = [_bare_report(bare, runs[BARE], unconfined, seen.get(BARE))]
+        found = [_bare_report(bare, runs[BARE], unconfined)]
         for name in (*names, *(PEERS if peers else ())):
             if name in refused:
                 found.append(LevelReport(name=name, unavailable=refused[name][0], help=refused[name][1]))
@@ -257,7 +258,7 @@ def compare(
                 found.append(_peer_report(tools[name], runs))
             else:
                 tell(f"the isolation of the {name} level")
-                found.append(_report(name, runs, limits, unconfined, seen.get(name)))
+                found.append(_report(name, runs, limits, unconfined))
         taken: dict[str, dict[str, Any]] = {}
         if measures:
             ran = [one.name for one in found if not one.unavailable]
@@ -266,10 +267,16 @@ def compare(
                 [tools[name] for name in ran if name in tools],
                 tell=tell,
             )
+    columns = [one.name for one in found if not one.unavailable]
+    verdicts = _probed([name for name in columns if name in (*ISOLATIONS, RUNSC)], tell) if probes else {}
+    reached = surfaces([name for name in columns if name in ISOLATIONS], tell) if surface else {}
     return Comparison(
         argv=bare.argv,
         machine=machine_facts(),
-        levels=[one.replace(measures=taken.get(one.name)) for one in found],
+        levels=[
+            one.replace(measures=taken.get(one.name), probes=verdicts.get(one.name), surface=reached.get(one.name))
+            for one in found
+        ],
         probes=catalogue() if probes else None,
         measures={name: one.to_json() for name, one in CATALOGUE.items()} if measures else None,
     )
@@ -349,9 +356,7 @@ def _probed(names: Sequence[str], tell: Callable[[str], None]) -> dict[str, dict
     return found | {name: judge_all_probes(seen[BARE], None, reason) for name, reason in missing.items()}
 
 
-def _bare_report(
-    spec: Spec, runs: Sequence[Run], unconfined: Mapping[str, Any], probes: Mapping[str, Any] | None
-) -> LevelReport:
+def _bare_report(spec: Spec, runs: Sequence[Run], unconfined: Mapping[str, Any]) -> LevelReport:
     peak, source = bare_memory(spec)
     measured = [one.replace(memory_peak_bytes=peak) if at == 0 else one for at, one in enumerate(runs)]
     return LevelReport(
@@ -361,16 +366,11 @@ def _bare_report(
         isolation=judge_all(unconfined, unconfined),
         facts=unconfined,
         memory_source=source,
-        probes=probes,
     )
 
 
 def _report(
-    name: str,
-    runs: Mapping[str, Sequence[Run]],
-    limits: Limits | None,
-    unconfined: Mapping[str, Any],
-    probes: Mapping[str, Any] | None,
+    name: str, runs: Mapping[str, Sequence[Run]], limits: Limits | None, unconfined: Mapping[str, Any]
 ) -> LevelReport:
     facts: dict[str, Any] = {}
     try:
@@ -388,7 +388,6 @@ def _report(
         isolation=verdicts,
         facts=facts,
         memory_source=runs[name][0].source,
-        probes=probes,
     )
 
 

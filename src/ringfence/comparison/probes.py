@@ -347,8 +347,12 @@ def overload(attempt: str, limit: str, *, alone: bool = False) -> Way:
             return _not_testable(str(failure), control)
         got_all = said.split()[-1] == "ok"
         evidence = f"{shown(said)}, {'no limit held' if got_all else f'held by {limit}'}"
+        if got_all and inside.facts.get("limited") is False:
+            return _not_testable(f"{evidence}: it was given none", control)
+        if got_all:
+            return Judged(Isolation.SHARED, evidence, control)  # whatever kernel gave it, it came from the host
         if other_kernel(host.facts, inside.facts):
             return Judged(Isolation.OWN, f"{evidence}; of its own kernel", control)
-        return Judged(Isolation.SHARED if got_all else Isolation.RESTRICTED, evidence, control)
+        return Judged(Isolation.RESTRICTED, evidence, control)
 
     return Way(attempt, judge, "alone" if alone else "inside")

@@ -22,7 +22,7 @@ from ringfence.comparison.probes import (
 __all__ = ["MEMORY_LIMIT", "PIDS_LIMIT", "PROBES"]
 
 # What the sandbox may use that probes run in, where the host can limit it; an attack takes somewhat more.
-MEMORY_LIMIT = 384 << 20
+MEMORY_LIMIT = 128 << 20
 PIDS_LIMIT = 64
 
 PROBES: tuple[Probe, ...] = (
@@ -44,7 +44,7 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "kernel-command-line",
         "kernel",
-        same(attempt="read /proc/cmdline"),
+        same(attempt="read /proc/cmdline", kernel=False),
         tries="Reads /proc/cmdline.",
         why="It names the host's root disk and which defences are switched off.",
     ),
@@ -129,7 +129,7 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "memory-size-in-sight",
         "memory",
-        same("memory_total_bytes"),
+        same("memory_total_bytes", kernel=False),
         tries="Reads how much memory the machine has.",
         why="Programs size themselves by it, and what the host has tells what else could run there.",
     ),
@@ -507,7 +507,7 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "hostname-read",
         "host name",
-        same("hostname", private="uts"),
+        same("hostname", kernel=False, private="uts"),
         tries="Reads the host name.",
         why="It tells whose machine this is.",
     ),
@@ -872,8 +872,8 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "attack-memory",
         "resources under attack",
-        overload("try-memory 448M", "the limit of memory", alone=True),
-        tries=f"Touches 448 MiB of memory where {MEMORY_LIMIT >> 20} MiB are allowed.",
+        overload("try-memory 160M", "the limit of memory", alone=True),
+        tries=f"Touches 160 MiB of memory where {MEMORY_LIMIT >> 20} MiB are allowed.",
         why="A host without free memory kills what it takes for the culprit.",
     ),
     Probe(
@@ -886,8 +886,8 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "attack-disk",
         "resources under attack",
-        overload("try-fill 64M", "the limit of the disk"),
-        tries="Writes 64 MiB to its work directory where 32 MiB are allowed.",
+        overload("try-fill 24M", "the limit of the disk"),
+        tries="Writes 24 MiB to its work directory where 16 MiB are allowed.",
         why="A full disk stops all that writes.",
     ),
     # ---- channels between two sandboxes ----

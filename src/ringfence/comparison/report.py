@@ -192,10 +192,13 @@ def by_group(catalogue: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, 
 
 
 def _surface_table(levels: Sequence[dict[str, Any]]) -> Table:
-    table = _table("System calls that a workload reaches", levels)
+    table = _table("System calls of the host's kernel", levels)
     for name in ("reachable", "denied", "absent"):
         cells = [_none() if one["surface"] is None else Text(str(one["surface"][name])) for one in levels]
         table.add_row(name, *cells)
+    whose = [(one["surface"] or {}).get("by") for one in levels]
+    if any(whose):
+        table.add_row("by", *(_none("the workload") if by is None else _plain(by) for by in whose))
     return table
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.host import Host
     from ringfence.levels.state import State
+    from ringfence.spec import Network
 
 __all__ = [
     "MEMORY_OVERHEAD_BYTES",
@@ -28,6 +29,7 @@ __all__ = [
     "Memory",
     "command_line",
     "jail_limits",
+    "jail_spec",
     "kvm_group",
     "program_steps",
     "shown_program",
@@ -130,6 +132,18 @@ def _taken_bytes(spec: Machine, memory: Memory | None) -> int:
     return own + MEMORY_OVERHEAD_BYTES
 
 
+def jail_spec(command: bytes, user: tuple[int, int], limits: Limits, network: Network | None = None) -> Spec:
+    """The spec of a VMM's jail: of a container whose only difference from others is what it sees."""
+    return Spec.make(
+        [command],
+        isolation="container",
+        user=f"{user[0]}:{user[1]}",
+        hostname="vmm",
+        limits=limits,
+        network=network,
+    )
+
+
 def start_qemu(
     spec: Machine,
     host: Host,
@@ -152,14 +166,8 @@ def start_qemu(
         os.set_blocking(errors_of_qemu, True)
         taken = _taken_bytes(spec, memory)
         limits = jail_limits(host, taken, spec.cpus, cpu_weight=spec.cpu_weight, cpuset=spec.cpuset)
-        what = Spec.make(
-            [shown_program(spec.program)[0]],
-            isolation="container",
-            user=f"{spec.user[0]}:{spec.user[1]}",
-            hostname="vmm",
-            limits=limits,
-            network=spec.card.network if spec.card is not None else None,
-        )
+        card = spec.card.network if spec.card is not None else None
+        what = jail_spec(shown_program(spec.program)[0], spec.user, limits, card)
         jail = ContainerSandbox(
             what,
             host,
