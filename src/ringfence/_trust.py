@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from ringfence._cache import TooManyLinks, walk
+from ringfence._cache_folder import TooManyLinks, walk
 
 __all__ = ["why_not_ours"]
 

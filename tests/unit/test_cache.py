@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence import _cache
+from ringfence import _cache, _cache_folder
 from ringfence.errors import SpecError
 from support.sandboxes import need_root
 
@@ -17,9 +17,9 @@ OTHER = 65432  # no account's
 
 @pytest.fixture(autouse=True)
 def anew() -> Iterator[None]:
-    _cache._checked.clear()
+    _cache_folder._checked.clear()
     yield
-    _cache._checked.clear()
+    _cache_folder._checked.clear()
 
 
 def fill(folder: str) -> None:
@@ -71,7 +71,7 @@ def test_a_folder_that_another_account_could_replace_is_refused(tmp_path: Path, 
     entry(cache)
     place = {"the folder": cache, "above it": cache.parent, "further above": cache.parent.parent}[level]
     for mode in (0o770, 0o707):
-        _cache._checked.clear()
+        _cache_folder._checked.clear()
         place.chmod(mode)
         with pytest.raises(SpecError, match="is writable by other accounts"):
             _cache.root(str(cache))
@@ -83,7 +83,7 @@ def test_a_folder_that_another_account_could_replace_is_refused(tmp_path: Path, 
     else:
         assert _cache.root(str(cache)) == str(cache)
     place.chmod(0o755)
-    _cache._checked.clear()
+    _cache_folder._checked.clear()
     need_root()
     os.chown(place, OTHER, OTHER)
     with pytest.raises(SpecError, match=f"belongs to uid {OTHER}"):

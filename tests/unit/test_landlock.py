@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.errors import KernelError
-from ringfence.linux import landlock
+from ringfence.linux import landlock, landlock_abi
 
 pytestmark = pytest.mark.skipif(not landlock.abi(), reason="this kernel has no Landlock")
 
@@ -217,7 +217,7 @@ def test_it_is_quick_once_warm(tmp_path: Path) -> None:
 
 def test_availability_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert landlock.available() == (True, f"Landlock ABI {landlock.abi()}")
-    monkeypatch.setattr(landlock, "_known_abi", 0)
+    monkeypatch.setattr(landlock_abi, "_known_abi", 0)
     usable, reason = landlock.available()
     assert not usable
     assert "Linux 5.13" in reason

@@ -17,7 +17,7 @@ import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
 from ringfence.errors import Unmet
-from ringfence.linux import seccomp
+from ringfence.linux import seccomp, seccomp_program
 from ringfence.linux._syscall_lists import ALLOWED, BY_CAPABILITY, DENIED, NEWER
 
 ALLOW = 0x7FFF0000
@@ -96,7 +96,7 @@ def wanted(request: pytest.FixtureRequest) -> seccomp.Policy:
 
 @pytest.fixture
 def program(wanted: seccomp.Policy) -> bytes:
-    return seccomp.compile(wanted)
+    return seccomp_program.compile(wanted)
 
 
 class TestTheProgram:
@@ -150,7 +150,7 @@ class TestTheProgram:
     @pytest.mark.parametrize("call", ["socket", "socketpair"])
     @pytest.mark.parametrize("name", POLICIES)
     def test_families(self, call: str, name: str) -> None:
-        program = seccomp.compile(POLICIES[name])
+        program = seccomp_program.compile(POLICIES[name])
         allowed = {1} if call == "socketpair" else set() if name == "no network" else {1, 2, 10, 16}
         for family in range(64):
             assert verdict(program, number(call), family, 1) == (ALLOW if family in allowed else EPERM)
@@ -182,7 +182,7 @@ class TestTheProgram:
     def test_a_capability_opens_what_it_is_for(self) -> None:
         def opened(*capabilities: str, own_kernel: bool = False) -> set[str]:
             policy = seccomp.policy(namespaces=True, capabilities=capabilities, own_kernel=own_kernel)
-            made = seccomp.compile(policy)
+            made = seccomp_program.compile(policy)
             names = {*DENIED, "clone3"}
             assert verdict(made, number("openat2")) == ENOSYS
             assert verdict(made, number("chmod"), 0, 0o4755) == EPERM
@@ -203,10 +203,10 @@ class TestTheProgram:
         assert {"mount", "unshare", "setns", "clone3", "ptrace"} <= everything
 
     def test_namespaces_and_packets_by_capability(self) -> None:
-        admin = seccomp.compile(seccomp.policy(namespaces=True, capabilities=("CAP_SYS_ADMIN",)))
+        admin = seccomp_program.compile(seccomp.policy(namespaces=True, capabilities=("CAP_SYS_ADMIN",)))
         assert verdict(admin, number("clone"), 1 << 28) == ALLOW
         assert verdict(admin, number("socket"), 17, 3) == EPERM
-        raw = seccomp.compile(seccomp.policy(namespaces=True, capabilities=("CAP_NET_RAW",)))
+        raw = seccomp_program.compile(seccomp.policy(namespaces=True, capabilities=("CAP_NET_RAW",)))
         assert verdict(raw, number("clone"), 1 << 28) == EPERM
         assert verdict(raw, number("socket"), 17, 3) == ALLOW
         assert verdict(raw, number("socket"), 40, 1) == EPERM
@@ -351,7 +351,7 @@ class TestInTheKernel:
         calls: list[Call] = [(family, number("socket"), (value, stream, 0)) for family, value in families.items()]
         control = run_child(tmp_path, b"", calls)
         assert errno.EPERM not in [code for name, code in control.items() if name != "packet"]
-        found = run_child(tmp_path, seccomp.compile(POLICIES[name]), calls)
+        found = run_child(tmp_path, seccomp_program.compile(POLICIES[name]), calls)
         allowed = set() if name == "no network" else {"unix", "inet", "inet6", "netlink"}
         assert found == {one: control[one] if one in allowed else errno.EPERM for one in families}
         assert control["unix"] == control["inet"] == 0
@@ -427,7 +427,7 @@ class TestTheCache:
     def again(self, monkeypatch: pytest.MonkeyPatch) -> tuple[bytes, int]:
         """The program as a fresh process gets it, and how often it was compiled for that."""
         compiled: list[seccomp.Policy] = []
-        real = seccomp.compile
+        real = seccomp_program.compile
 
         def counting(wanted: seccomp.Policy) -> bytes:
             compiled.append(wanted)
@@ -435,7 +435,7 @@ class TestTheCache:
 
         with monkeypatch.context() as patch:
             patch.setattr(seccomp, "_in_memory", {})
-            patch.setattr(seccomp, "compile", counting)
+            patch.setattr(seccomp_program, "compile", counting)
             program = seccomp.cached(seccomp.policy(namespaces=True))
             assert seccomp.cached(seccomp.policy(namespaces=True)) is program
         return program, len(compiled)
@@ -443,7 +443,7 @@ class TestTheCache:
     def test_compiled_once_and_kept_privately(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first, times = self.again(monkeypatch)
         assert times == 1
-        assert first == seccomp.compile(seccomp.policy(namespaces=True))
+        assert first == seccomp_program.compile(seccomp.policy(namespaces=True))
         assert self.again(monkeypatch) == (first, 0)
         assert self.kept(cache).stat().st_mode & 0o777 == 0o600
         assert (cache / "seccomp").stat().st_mode & 0o777 == 0o700
@@ -536,7 +536,7 @@ class TestInTheHostsNamespaces:
 
     @pytest.mark.parametrize("listen", [False, True])
     def test_only_tcp(self, listen: bool) -> None:
-        program = seccomp.compile(seccomp.for_process("host", tcp_only=True, listen=listen, shared_user=False))
+        program = seccomp_program.compile(seccomp.for_process("host", tcp_only=True, listen=listen, shared_user=False))
         no_protocol = 0x00050000 | errno.EPROTONOSUPPORT
         for family in range(64):
             for kind in range(16):
@@ -564,7 +564,7 @@ class TestInTheHostsNamespaces:
             assert verdict(program, number(name)) == ALLOW
 
     def test_other_processes_of_the_user_are_left_alone(self) -> None:
-        program = seccomp.compile(seccomp.for_process("none", tcp_only=False, listen=False, shared_user=True))
+        program = seccomp_program.compile(seccomp.for_process("none", tcp_only=False, listen=False, shared_user=True))
         limit = number("prlimit64")
         for pid, new, wanted in (
             (0, 0x7FFF12340000, ALLOW),
@@ -584,6 +584,6 @@ class TestInTheHostsNamespaces:
                 assert verdict(program, number(name), kind, 77) == EPERM
 
     def test_a_user_of_its_own_has_nobody_to_harm(self) -> None:
-        program = seccomp.compile(seccomp.for_process("none", tcp_only=False, listen=False, shared_user=False))
+        program = seccomp_program.compile(seccomp.for_process("none", tcp_only=False, listen=False, shared_user=False))
         assert verdict(program, number("prlimit64"), 77, 7, 0x1000) == ALLOW
         assert verdict(program, number("setpriority"), 2, 77) == ALLOW

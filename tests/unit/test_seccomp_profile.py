@@ -12,8 +12,8 @@ import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
 from ringfence.errors import SpecError, Unmet
-from ringfence.linux import seccomp, seccomp_compiler, seccomp_profile
 from ringfence.linux import seccomp_bpf as bpf
+from ringfence.linux import seccomp_compiler, seccomp_profile, seccomp_program
 from ringfence.linux._syscall_lists import ALLOWED, DENIED, NEWER
 from ringfence.spec import Seccomp, Spec
 
@@ -291,7 +291,7 @@ def test_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_program_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whatever a libseccomp may get wrong, nothing reaches the kernel."""
-    real = seccomp.exported
+    real = seccomp_program.exported
 
     def wrong(filter: Any) -> bytes:
         program = bytearray(real(filter))
@@ -300,7 +300,7 @@ def test_a_wrong_program_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
                 program[at + 4 : at + 8] = bpf.LOG.to_bytes(4, "little")
         return bytes(program)
 
-    monkeypatch.setattr(seccomp, "exported", wrong)
+    monkeypatch.setattr(seccomp_program, "exported", wrong)
     with pytest.raises(Unmet, match="answers otherwise"):
         compiled(denying(rule("read")))
 
@@ -339,7 +339,7 @@ def test_reporting_and_auditing() -> None:
 
 
 def test_no_network_in_front_of_any_profile() -> None:
-    program = seccomp.without_network(compiled({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}))
+    program = seccomp_program.without_network(compiled({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}))
     denied = bpf.ERRNO | errno.EPERM
     assert bpf.answer(program, NATIVE, number("socket"), (2, 1)) == denied
     assert bpf.answer(program, NATIVE, number("io_uring_setup")) == denied

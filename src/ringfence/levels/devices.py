@@ -13,6 +13,7 @@ import os
 import stat
 
 from ringfence.errors import Unmet
+from ringfence.levels.shown import outside_gid
 from ringfence.wire import messages
 from ringfence.wire.messages import INSIDE, NOEXEC, NOSUID, RDONLY
 
@@ -117,7 +118,7 @@ def container_steps(sandbox: ContainerSandbox, above: Callable[[bytes], list[Mou
     flags = RDONLY | NOSUID | NOEXEC
     if sandbox.privileged:
         steps.append(messages.directory(_FOLDER, 0o755))
-        steps.append(messages.bind(_FOLDER, sandbox.keep_fd(_nodes(devices, sandbox.outside_gid())), flags))
+        steps.append(messages.bind(_FOLDER, sandbox.keep_fd(_nodes(devices, outside_gid(sandbox))), flags))
     for number, device in enumerate(devices):
         steps += [*above(device.target), messages.file(device.target, mode=0)]
         if sandbox.privileged:

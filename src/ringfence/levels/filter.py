@@ -205,7 +205,7 @@ def _program(spec: Spec, own: Profile | None) -> bytes:
                 own_kernel=spec.isolation == "vm",
             )
         )
-    from ringfence.linux import seccomp_compiler
+    from ringfence.linux import seccomp_compiler, seccomp_program
 
     program = seccomp_compiler.cached(own)
     if without_network:
@@ -214,7 +214,7 @@ def _program(spec: Spec, own: Profile | None) -> bytes:
             raise Unmet(
                 "seccomp", own.architectures, f"network 'none' can't be kept for {others}", "use network='host'"
             )
-        program = seccomp.without_network(program)
+        program = seccomp_program.without_network(program)
     return program
 
 

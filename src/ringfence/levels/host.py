@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence._value import Value
-from ringfence.linux import cgroups, ids, landlock, privileges, seccomp
+from ringfence.linux import cgroups, ids, landlock_abi, privileges, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def host() -> Host:
             machine=system.machine,
             privileged=privileged,
             cgroups=cgroups.layout(),
-            landlock_abi=landlock.abi(),
+            landlock_abi=landlock_abi.abi(),
             user_namespaces=why,
             user_namespaces_help=help,
             seccomp="" if usable else reason,

@@ -9,16 +9,14 @@ import select
 import time
 
 from ringfence.errors import CannotEnforce, KernelError, ProtocolError, RingfenceError, SpecError, Unmet
-from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import Pipes, drive
-from ringfence.levels.limits import cgroup_applied, cgroup_limits, change_limits, freeze
+from ringfence.levels.limits import cgroup_limits
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import Berth, State
 from ringfence.levels.state import state as this_state
 from ringfence.levels.usage import Measured, of_cgroup
-from ringfence.linux import ids, landlock, seccomp
-from ringfence.result import Applied, Change, Usage
+from ringfence.linux import ids, landlock_abi, seccomp
 from ringfence.wire import frames, messages
 from ringfence.wire.frames import Type
 from ringfence.wire.launcher import LauncherGone
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
     from ringfence.linux import cgroups
     from ringfence.linux.cgroups import Cgroup, InForce
     from ringfence.linux.seccomp import Policy
+    from ringfence.result import Applied, Change, Usage
     from ringfence.spec import FileIn, Limits, Spec
     from ringfence.wire.channel import Channel
 
@@ -50,16 +49,8 @@ _END_LIMIT_MS = 10_000
 # A result whose rules nobody has asked for yet keeps its spec.
 _INPUT_KEPT_BYTES = 64 << 10
 
-_INFINITY = 2**64 - 1
 # Leave to be more urgent than others, which a workload doesn't inherit where its caller has it.
 _PRIORITIES = (resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
-_RLIMIT_NAMES = {
-    resource.RLIMIT_CORE: "rlimit core",
-    resource.RLIMIT_CPU: "rlimit cpu",
-    resource.RLIMIT_NPROC: "rlimit nproc",
-    resource.RLIMIT_NICE: "rlimit nice",
-    resource.RLIMIT_RTPRIO: "rlimit rtprio",
-}
 
 
 def rlimits(spec: Spec) -> list[tuple[int, int]]:
@@ -77,7 +68,7 @@ def open_local(level: type[_Local], spec: Spec, host: Host, state: State, *, sta
     if stays:
         return level(spec, host, state, stays=True)
     # An unprivileged process sandbox is the caller's own user: without scoped signals it could stop one that waits.
-    safe = host.privileged or spec.isolation != "process" or host.landlock_abi >= landlock.SCOPES_ABI
+    safe = host.privileged or spec.isolation != "process" or host.landlock_abi >= landlock_abi.SCOPES_ABI
     kind = kind_of(spec, host) if safe else None
     if kind is not None:
         waiting = state.ready.take(kind)
@@ -107,11 +98,11 @@ class LocalSandbox(Sandbox):
         self.later = later
         self.kind = kind_of(spec, host) if later else None
         self._next: LocalSandbox | None = None
-        self._in_force: tuple[InForce, ...] = ()
+        self.in_force: tuple[InForce, ...] = ()
         self._unsent: tuple[bytes, messages.Plan, Sequence[int]] | None = None
         self.state = state
         self._launcher = state.launcher
-        self._host = host
+        self.host = host
         self.berth: Berth | None = None
         self.cgroup: Cgroup | None = None
         self.channel: Channel | None = None
@@ -159,7 +150,7 @@ class LocalSandbox(Sandbox):
     def _another(self) -> LocalSandbox:
         """One of the same kind, made ahead. It keeps nothing of this one's command."""
         spec = self.spec.replace(argv=(), input=None, env=(), files=(), collect=())
-        return type(self)(spec, self._host, self.state, later=True)
+        return type(self)(spec, self.host, self.state, later=True)
 
     def _send_next_off(self) -> None:
         """Once the command runs. Where it fails, `Ready.offer` finds out."""
@@ -209,13 +200,15 @@ class LocalSandbox(Sandbox):
     def put_filter(self, plan: messages.Plan, policy: Callable[[], Policy]) -> None:
         """The spec's filter; else the policy's, where this host can have one."""
         if "seccomp" in self.spec.asked:
-            self.filter = filter.choose(self.spec, self._host)
+            from ringfence.levels import filter
+
+            self.filter = filter.choose(self.spec, self.host)
             self.filter.put(plan)
             if self.filter.answers:
                 from ringfence.levels.denials import Listener
 
                 self._listener = Listener(self.filter.answers, audit=self.filter.audit)
-        elif not self._host.seccomp:
+        elif not self.host.seccomp:
             plan.seccomp(seccomp.cached(policy()))
 
     def start(self, request: bytes, plan: messages.Plan, joins: Sequence[int] = ()) -> None:
@@ -419,10 +412,14 @@ class LocalSandbox(Sandbox):
         return of_cgroup(self.cgroup.usage() if self.cgroup is not None else None, None).usage()
 
     def set_limits(self, limits: Limits, changed: frozenset[str]) -> list[Applied]:
-        return change_limits(self.cgroup, limits, changed, self._host, self.spec.isolation)
+        from ringfence.levels.limit_rules import change_limits
+
+        return change_limits(self.cgroup, limits, changed, self.host, self.spec.isolation)
 
     def freeze(self) -> None:
-        freeze(self.cgroup, self._host, self.spec.isolation)
+        from ringfence.levels.limit_rules import freeze
+
+        freeze(self.cgroup, self.host, self.spec.isolation)
 
     def thaw(self) -> None:
         if self.cgroup is not None:
@@ -454,46 +451,9 @@ class LocalSandbox(Sandbox):
         return lambda: self.applied(outcome)
 
     def applied(self, outcome: Outcome) -> list[Applied]:
-        """The rules that both levels have, read back from the command and the cgroup."""
-        spec, started = self.spec, outcome.started
-        found = cgroup_applied(self.cgroup.in_force if self.cgroup is not None else self._in_force, spec.asked)
-        if spec.limits.wall_time_ns is not None:
-            wall = spec.limits.wall_time_ns
-            found.append(Applied(rule="wall_time", requested=wall, effective=wall, mechanism="the caller's clock"))
-        if spec.limits.cpu_time_ns is not None:
-            cpu = spec.limits.cpu_time_ns
-            found.append(
-                Applied(rule="cpu_time", requested=cpu, effective=cpu, mechanism="init, by the cgroup's usage")
-            )
-        output = spec.limits.output_bytes
-        asked = output if "output" in spec.asked else None
-        found.append(Applied(rule="output", requested=asked, effective=output, mechanism="the caller's pipes"))
-        if started is None:
-            return found
-        user = f"{started.ids[1]}:{started.ids[4]}"
-        found.append(
-            Applied(
-                rule="user",
-                requested=requested(spec, "user"),
-                effective=user,
-                mechanism=self.user_mechanism(),
-            )
-        )
-        found.append(capabilities.applied(spec, started, "read from /proc/self/status", first_namespace=False))
-        found.append(
-            Applied(
-                rule="no_new_privs",
-                requested=None,
-                effective=True if started.no_new_privs else None,
-                mechanism="read from /proc/self/status",
-            )
-        )
-        found.append(filter.applied(spec, self._host, started, self.filter))
-        for which, (soft, hard) in started.rlimits.items():
-            name = _RLIMIT_NAMES.get(which, f"rlimit {which}")
-            shown = [None if one == _INFINITY else one for one in (soft, hard)]
-            found.append(Applied(rule=name, requested=None, effective=shown, mechanism="getrlimit"))
-        return found
+        from ringfence.levels import told
+
+        return told.of_local(self, outcome)
 
     def user_mechanism(self) -> str:
         return "setresuid, read by getresuid"
@@ -546,7 +506,7 @@ class LocalSandbox(Sandbox):
                 self.layer.close()
             cgroup, self.cgroup = self.cgroup, None
             if cgroup is not None:
-                self._in_force = cgroup.in_force
+                self.in_force = cgroup.in_force
             berth, self.berth = self.berth, None
             # What something may still run in is left to the launcher, which removes it in the end.
             if ended and (self._nobody_left or self._end_rest(cgroup, berth)):

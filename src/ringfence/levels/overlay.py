@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from ringfence.images import tree
+from ringfence.levels import shown
 from ringfence.levels.layer import DEFAULT_LAYER_BYTES, mounts_below
 from ringfence.levels.root import device_steps, own_directories
 from ringfence.wire import layers, messages
@@ -31,7 +32,7 @@ def root_steps(sandbox: ContainerSandbox) -> list[MountStep]:
     """A root of overlays, up to where what is every sandbox's own is mounted into it."""
     spec = sandbox.spec
     host = spec.image == "host"
-    image = None if host else sandbox.hold_image()
+    image = None if host else shown.hold_image(sandbox)
     entries = tree.host_entries() if host else tree.entries(spec.image, image)
     folder = b"" if host else os.fsencode(spec.image)
     steps = [_layer(sandbox), *own_directories()]
@@ -43,19 +44,19 @@ def root_steps(sandbox: ContainerSandbox) -> list[MountStep]:
         elif entry.kind == "directory":
             steps.append(messages.directory(at))
             hide = _PRIVATE_PLACES.get(at, b"") if host else b""
-            below.append(layers.overlay(at, sandbox.lower(folder + at, image, entry), hide=hide))
+            below.append(layers.overlay(at, shown.lower(sandbox, folder + at, image, entry), hide=hide))
         else:
             # overlayfs is for directories. A file at the top of an image stays as it is.
             steps.append(messages.file(at))
-            source = sandbox.lower(folder + at, image, entry)
+            source = shown.lower(sandbox, folder + at, image, entry)
             below.append(messages.bind(at, source, RDONLY | NOSUID | NODEV | NOFOLLOW))
-    devices = device_steps(sandbox.standard_device)
+    devices = device_steps(lambda path: shown.standard_device(sandbox, path))
     steps += [step for step in devices if step.kind != BIND]
     # The devices first, as /dev/null is what masks a file.
     steps += [layers.overlay(b"/", None), *(step for step in devices if step.kind == BIND), *below]
-    shown = [b"/" + entry.name for entry in entries if entry.kind == "directory"]
-    for point in mounts_below(folder + one for one in shown):
-        source = sandbox.as_it_is(point, image)
+    folders = [b"/" + entry.name for entry in entries if entry.kind == "directory"]
+    for point in mounts_below(folder + one for one in folders):
+        source = shown.as_it_is(sandbox, point, image)
         steps.append(messages.bind(point[len(folder) :], source, RDONLY | NOSUID | NODEV | RECURSIVE | NOFOLLOW))
     if host:
         steps += [messages.mask(path) for path in tree.host_secrets()]

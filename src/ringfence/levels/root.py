@@ -14,7 +14,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["device_steps", "directories_above", "host_template", "no_host_files", "own_directories", "private_steps"]
+__all__ = [
+    "HOST_TEMPLATE",
+    "device_steps",
+    "directories_above",
+    "host_template",
+    "no_host_files",
+    "own_directories",
+    "private_steps",
+]
+
+# What the launcher knows the host's userland by; it is at /t/NAME.
+HOST_TEMPLATE = b"host"
 
 _DEVICES = (b"null", b"zero", b"full", b"random", b"urandom", b"tty")
 

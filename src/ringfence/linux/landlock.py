@@ -7,13 +7,12 @@ the workload. Rights that a ruleset handles are denied everywhere but beneath th
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import struct
 
 from ringfence._value import Closing
-from ringfence.errors import KernelError
+from ringfence.linux.landlock_abi import DEVICE_CONTROL_ABI, NETWORK_ABI, SCOPES_ABI, TRUNCATE_ABI, abi, create_ruleset
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,31 +83,11 @@ _GAPS = (
     (5, "ioctl(2) on a device that is already readable"),
     (6, "signals to processes outside, abstract UNIX sockets"),
 )
-TRUNCATE_ABI = 3
-NETWORK_ABI = 4
-DEVICE_CONTROL_ABI = 5
-SCOPES_ABI = 6
-_CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 
-_known_abi: int | None = None
-_known_calls: tuple[Callable[..., int], Callable[..., int]] | None = None
+_known_call: Callable[..., int] | None = None
 _known_paths: dict[bytes, tuple[int, bool]] = {}
 _top: list[bytes] | None = None
-
-
-def abi() -> int:
-    """The version of Landlock that this kernel has (7 with Linux 6.15); 0 where it has none or it is off."""
-    global _known_abi
-    if _known_abi is None:
-        create_ruleset, _ = _calls()
-        try:
-            _known_abi = create_ruleset(None, 0, _CREATE_RULESET_VERSION)
-        except KernelError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            _known_abi = 0
-    return _known_abi
 
 
 def available() -> tuple[bool, str]:
@@ -155,8 +134,8 @@ class Ruleset(Closing):
         attributes = struct.pack("=QQQ", self.handled_files, self.handled_network, self.scoped)
         # An older kernel takes only the fields that it knows.
         size = 24 if self.version >= SCOPES_ABI else 16 if self.version >= NETWORK_ABI else 8
-        create_ruleset, self._add_rule = _calls()
-        self.fd = create_ruleset(attributes[:size], size, 0)
+        self._add_rule = _add_rule_call()
+        self.fd = create_ruleset()(attributes[:size], size, 0)
 
     def allow(self, fd: int, access: int) -> None:
         """Allow rights on the file, or beneath the directory, that `fd` (O_PATH will do) refers to.
@@ -304,13 +283,10 @@ def _known_path(path: bytes) -> tuple[int, bool] | None:
     return _known_paths[path]
 
 
-def _calls() -> tuple[Callable[..., int], Callable[..., int]]:
-    global _known_calls
-    if _known_calls is None:
+def _add_rule_call() -> Callable[..., int]:
+    global _known_call
+    if _known_call is None:
         from ringfence.linux._syscall import system_call
 
-        _known_calls = (
-            system_call("landlock_create_ruleset", "zLI"),
-            system_call("landlock_add_rule", "iizI"),
-        )
-    return _known_calls
+        _known_call = system_call("landlock_add_rule", "iizI")
+    return _known_call

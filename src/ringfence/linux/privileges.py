@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ringfence.linux import ids
+from ringfence.linux import ids, read_text
 
 __all__ = ["privileged"]
 
@@ -26,13 +26,12 @@ def privileged() -> bool:
 
 
 def _has_capabilities() -> bool:
-    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    lines = read_text("/proc/self/status").split("\n")
+    effective = next(int(line.split()[1], 16) for line in lines if line.startswith("CapEff:"))
     return all(effective >> bit & 1 for bit in _NEEDED.values())
 
 
 def _has_ids() -> bool:
     first, last = ids.range_().first, ids.range_().end
-    with open("/proc/self/uid_map", encoding="utf-8") as file:
-        ranges = [tuple(int(word) for word in line.split()) for line in file]
+    ranges = [tuple(int(word) for word in line.split()) for line in read_text("/proc/self/uid_map").splitlines()]
     return any(inside <= first and last <= inside + count for inside, _, count in ranges)

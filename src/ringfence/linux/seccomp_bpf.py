@@ -11,6 +11,7 @@ import struct
 import sys
 
 from ringfence.errors import RingfenceError
+from ringfence.linux.seccomp import MOST_INSTRUCTIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ _ACTION_MASK = 0xFFFF0000
 LOAD, AND, RETURN = 0x20, 0x54, 0x06
 JUMP, JUMP_EQUAL, JUMP_ABOVE, JUMP_AT_LEAST, JUMP_ANY_BIT = 0x05, 0x15, 0x25, 0x35, 0x45
 INSTRUCTION = struct.Struct("=HBBI")
-MOST_INSTRUCTIONS = 4096
 # struct seccomp_data: int nr, u32 arch, u64 instruction_pointer, u64 args[6].
 _DATA = struct.Struct("=IIQ6Q")
 _WORD = struct.Struct("=I")

@@ -9,7 +9,7 @@ import errno
 import struct
 
 from ringfence.errors import SpecError, Unmet
-from ringfence.linux import seccomp
+from ringfence.linux import seccomp, seccomp_program
 from ringfence.linux import seccomp_bpf as bpf
 from ringfence.linux._syscall_lists import NEWER
 
@@ -57,7 +57,7 @@ def compile(profile: Profile) -> bytes:
         elif about:
             checks[number] = _block(about, profile.default)
     last = max(rules, default=0)
-    program = _newer_calls(seccomp.exported(filter), {native: last}, profile.default, library)
+    program = _newer_calls(seccomp_program.exported(filter), {native: last}, profile.default, library)
     program = _condensed(program, checks, native)
     if profile.architectures:
         program = _beside(program, _foreign(library, native, profile), native)
@@ -67,7 +67,7 @@ def compile(profile: Profile) -> bytes:
 
 def _condensed(program: bytes, checks: dict[int, bytes], arch: int) -> bytes:
     try:
-        return seccomp.condensed(program, checks, arch)
+        return seccomp_program.condensed(program, checks, arch)
     except struct.error:
         # A conditional jump reaches no further than 255 instructions.
         reason = f"its search is too large for a filter: {len(checks)} calls have conditions"
@@ -164,7 +164,7 @@ def _foreign(library: Any, native: int, profile: Profile) -> bytes:
             _note_unknown(unknown, NEWER[rule.name], rule)
         elif number != -1 and rule.answer != profile.default:
             _add(filter, library, rule, number)
-    program = _with_unknown(seccomp.exported(filter), unknown, architectures, library)
+    program = _with_unknown(seccomp_program.exported(filter), unknown, architectures, library)
     return _newer_calls(program, architectures, profile.default, library)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from ringfence._value import Value
+from ringfence.linux import read_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ def find(
 def text(root: str, name: str) -> str:
     """A file's text; "" where it can't be read."""
     try:
-        with open(os.path.join(root, name), encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return read_text(os.path.join(root, name), "replace")
     except OSError:
         return ""
 

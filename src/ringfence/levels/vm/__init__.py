@@ -11,7 +11,7 @@ import os
 from ringfence.errors import SpecError, Unavailable, Unmet
 from ringfence.levels import filter
 from ringfence.levels.base import Ability, Level, requested
-from ringfence.levels.limits import cpuset_unmet, limit_abilities
+from ringfence.levels.limit_rules import cpuset_unmet, limit_abilities
 from ringfence.levels.root import no_host_files
 from ringfence.levels.users import resolve
 from ringfence.levels.vm import card

@@ -18,6 +18,7 @@ from ringfence.errors import ProtocolError, RingfenceError, SpecError, Unavailab
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.drive import SandboxEnded
 from ringfence.levels.host import host
+from ringfence.levels.shown import host_mount
 from ringfence.levels.state import state
 from ringfence.levels.vm import VmLevel, emulator
 from ringfence.levels.vm.qemu import (
@@ -173,7 +174,7 @@ def _jail_steps(system: System, jail: ContainerSandbox, accelerator: str, progra
     shown = ((system.kernel, b"/vm/kernel"), (system.initrd, b"/vm/initrd"), (system.disk, b"/vm/disk"))
     for (path, at), identity in zip(shown, system.identities, strict=True):
         if path is not None:
-            steps += jail.host_mount(path, at, flags, expected=identity)
+            steps += host_mount(jail, path, at, flags, expected=identity)
     return steps + program_steps(jail, program, accelerator)
 
 

@@ -7,6 +7,7 @@ import os
 
 from ringfence._value import Value
 from ringfence.levels.container import ContainerSandbox
+from ringfence.levels.shown import device, host_mount, userland
 from ringfence.levels.vm import machine
 from ringfence.levels.vm.userland import owned_userland
 from ringfence.levels.vm.vmm import JailedVmm, Machine, Vmm
@@ -78,9 +79,9 @@ def program_steps(jail: ContainerSandbox, program: str, accelerator: str) -> lis
     steps: list[MountStep] = []
     at, own = shown_program(program)
     if own:
-        steps += jail.host_mount(os.fsencode(os.path.realpath(program)), at, RDONLY | NOSUID | NODEV)
+        steps += host_mount(jail, os.fsencode(os.path.realpath(program)), at, RDONLY | NOSUID | NODEV)
     if accelerator == "kvm":
-        steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, jail.device(_KVM), NOSUID | NOEXEC)]
+        steps += [messages.file(_KVM, mode=0o666), messages.bind(_KVM, device(jail, _KVM), NOSUID | NOEXEC)]
     return steps
 
 
@@ -105,22 +106,22 @@ def _jail_steps(spec: Machine, jail: ContainerSandbox, memory: Memory | None) ->
     steps: list[MountStep] = [messages.directory(b"/vm")]
     saved = memory is not None and memory.state is None
     if memory is None or saved:
-        steps += jail.host_mount(os.fsencode(spec.kernel), b"/vm/kernel", flags)
-        steps += jail.host_mount(os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
+        steps += host_mount(jail, os.fsencode(spec.kernel), b"/vm/kernel", flags)
+        steps += host_mount(jail, os.fsencode(spec.initramfs), b"/vm/initramfs", flags)
     for number, disk in enumerate(spec.disks):
         # A guest that is to be saved has a blank one of ours.
         identity = None if saved else spec.disk_identity
-        steps += jail.host_mount(os.fsencode(disk), b"/vm/disk%d" % number, flags, expected=identity)
+        steps += host_mount(jail, os.fsencode(disk), b"/vm/disk%d" % number, flags, expected=identity)
     for share in spec.shares:
         if saved:
             steps.append(messages.directory(b"/vm/" + share.tag.encode()))
             continue
         at = b"/vm/" + share.path.encode()
         if share.source is None:
-            steps += [messages.directory(at), *(owned_userland(jail, at) if share.owned else jail.userland(at))]
+            steps += [messages.directory(at), *(owned_userland(jail, at) if share.owned else userland(jail, at))]
             continue
         kept = NOSUID | NODEV | NOEXEC | (0 if share.writable else RDONLY)
-        steps += jail.host_mount(share.source, at, kept, must=share.writable, secret=share.secret)
+        steps += host_mount(jail, share.source, at, kept, must=share.writable, secret=share.secret)
     return steps + program_steps(jail, spec.program, spec.accelerator)
 
 

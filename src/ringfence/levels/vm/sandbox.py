@@ -10,7 +10,7 @@ from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import drive
 from ringfence.levels.layer import Layer
-from ringfence.levels.limits import cgroup_applied, freeze
+from ringfence.levels.limit_rules import cgroup_applied, freeze
 from ringfence.levels.local import rlimits
 from ringfence.levels.ready import kind_of
 from ringfence.levels.state import state

@@ -10,6 +10,7 @@ from __future__ import annotations
 from ringfence.errors import Unmet
 from ringfence.images import tree
 from ringfence.levels.layer import mounts_below
+from ringfence.levels.shown import as_it_is, roots_own
 from ringfence.levels.users import resolve
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOFOLLOW, NOSUID, RDONLY, RECURSIVE
@@ -60,8 +61,8 @@ def owned_userland(jail: ContainerSandbox, at: bytes) -> list[MountStep]:
             continue  # the guest makes its own
         path = b"/" + entry.name
         steps.append(messages.directory(at + path) if entry.kind == "directory" else messages.file(at + path))
-        steps.append(messages.bind(at + path, jail.roots_own(path), _KEPT))
+        steps.append(messages.bind(at + path, roots_own(jail, path), _KEPT))
     for point in mounts_below(_folders()):
         # Of a file system of its own nothing is known: its files are nobody's.
-        steps.append(messages.bind(at + point, jail.as_it_is(point), _KEPT | RECURSIVE))
+        steps.append(messages.bind(at + point, as_it_is(jail, point), _KEPT | RECURSIVE))
     return steps + [messages.mask(at + path) for path in tree.host_secrets()]

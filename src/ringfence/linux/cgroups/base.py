@@ -17,6 +17,7 @@ import time
 
 from ringfence._value import Closing
 from ringfence.errors import KernelError
+from ringfence.linux import read_text
 from ringfence.linux.cgroups import files
 from ringfence.linux.cgroups.values import (
     CONTROLLERS,
@@ -435,7 +436,6 @@ def _unescaped(field: str) -> bytes:
 
 def _text(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        return read_text(path)
     except FileNotFoundError:  # no /proc
         return ""
