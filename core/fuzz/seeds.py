@@ -12,7 +12,7 @@ import struct
 import sys
 from pathlib import Path
 
-from ringfence.wire import frames, layers, messages
+from ringfence.wire import frames, guest_messages, layers, messages
 from ringfence.wire.frames import Type
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -92,7 +92,7 @@ def _process() -> messages.Plan:
 
 
 def _guest() -> messages.Plan:
-    plan = messages.Plan()
+    plan = guest_messages.GuestPlan()
     plan.mounts([messages.filesystem(b"/", b"erofs", source=b"/dev/vda", flags=messages.RDONLY), *_disk_steps()])
     plan.guest(
         realtime_ns=10**18,
@@ -139,7 +139,7 @@ def _requests(*requests: bytes) -> bytes:
 
 
 def _put(path: bytes, data: bytes, mode: int = 0o644) -> bytes:
-    return _requests(*messages.put(path, mode, data, id=1))
+    return _requests(*guest_messages.put(path, mode, data, id=1))
 
 
 def seeds() -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def seeds() -> dict[str, bytes]:
         "layered": _layered(),
         "jail": _jail(),
     }
-    streams = _execute(streams=True) + frames.encode(Type.STDIN, b"hello", id=1) + messages.signal(15, id=1)
+    streams = _execute(streams=True) + frames.encode(Type.STDIN, b"hello", id=1) + guest_messages.signal(15, id=1)
     found = {f"plan/{name}": bytes([len(plan.fds)]) + _payload(plan.encode()) for name, plan in plans.items()}
     found |= {
         "exec/pipes": _payload(_execute(streams=False)),
@@ -184,10 +184,10 @@ def seeds() -> dict[str, bytes]:
             nfds=0,
         ),
         "files/put": _put(b"a/b/c.txt", b"x" * 40) + _requests(frames.encode(Type.LIST)),
-        "files/read": _put(b"f", b"data") + _requests(messages.read(b"f", id=1)),
+        "files/read": _put(b"f", b"data") + _requests(guest_messages.read(b"f", id=1)),
         "files/planted": b"".join(_put(path, b"!") for path in (b"l", b"d/secret", b"h", b"p", b"../secret", b"/x")),
         "files/planted-read": b"".join(
-            _requests(messages.read(path, id=1)) for path in (b"l", b"d/secret", b"p", b"..")
+            _requests(guest_messages.read(path, id=1)) for path in (b"l", b"d/secret", b"p", b"..")
         ),
     }
     call = struct.pack("<iIQ6Q", 165, 0xC000003E, 0, 1, 2, 3, 4, 5, 6)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, ClassVar, Self
 
-__all__ = ["Closing", "Plain", "Value"]
+__all__ = ["Closing", "Later", "Plain", "Value"]
 
 # A repr is for people: a Result with 50 MB of output has to fit on a screen.
 _REPR_LIMIT = 120
@@ -87,6 +87,18 @@ class Plain(Value):
     def to_json(self) -> dict[str, Any]:
         """For json.dumps."""
         return {name: getattr(self, name) for name in self._fields}
+
+
+class Later:
+    """A module that is imported once something of it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(__import__(self._name, fromlist=("*",)), name)
+        setattr(self, name, found)
+        return found
 
 
 class Closing:

@@ -380,7 +380,7 @@ def test_remove_while_names_change_hands(tmp_path: Path, outside: Path) -> None:
 
 def test_a_folder_that_is_refilled_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody of the same user outside makes names faster than they go: an error in the end, and no endless loop."""
-    monkeypatch.setattr("ringfence.levels.workdir._MOST_ROUNDS", 5)
+    monkeypatch.setattr("ringfence.levels.workdir_files._MOST_ROUNDS", 5)
     parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     work = WorkDirectory(parent, b"work", None)
     stop = threading.Event()

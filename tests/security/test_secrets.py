@@ -10,6 +10,7 @@ import pytest
 
 import ringfence as rf
 from ringfence.images import secrets, tree
+from ringfence.images.masked import MASKED
 from support.sandboxes import LEVELS, LOCAL_LEVELS, ended, need_root
 
 
@@ -114,7 +115,7 @@ def test_the_look_into_a_folder_is_bounded(tmp_path: Path) -> None:
 
 def test_known_places_of_the_host_are_masked() -> None:
     need_root()
-    there = [os.fsdecode(path) for path in secrets.MASKED if os.path.lexists(path)]
+    there = [os.fsdecode(path) for path in MASKED if os.path.lexists(path)]
     assert {os.fsdecode(path) for path in tree.host_secrets()} >= {"/etc/shadow"}
     result = rf.run(["sh", "-c", 'for f; do cat "$f" 2>/dev/null; ls -A "$f" | grep -v "^/"; done', "sh", *there])
     assert (ended(result)[0], result.stdout) == ("exited", b"")

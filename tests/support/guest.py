@@ -17,7 +17,7 @@ import ringfence as rf
 from ringfence.levels.base import Command
 from ringfence.levels.vm import VmSandbox
 from ringfence.spec import Spec
-from ringfence.wire import messages
+from ringfence.wire import guest_messages, messages
 from ringfence.wire.messages import MountStep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ class Guest(VmSandbox):
     """A guest whose command is root with every capability, and sees /sys with the guest's cgroups."""
 
     def _plan(self) -> messages.Plan:
-        plan = messages.Plan()
+        plan = guest_messages.GuestPlan()
         plan.guest(realtime_ns=time.time_ns(), entropy=os.urandom(64), memory_bytes=0, pids=0, cpu_ns=0)
         plan.hostname(b"host")
         plan.loopback()

@@ -26,7 +26,7 @@ from ringfence.levels.vm.agent import Agent
 from ringfence.levels.vm.vmm import Vmm
 from ringfence.result import Applied
 from ringfence.spec import Spec
-from ringfence.wire import frames, messages
+from ringfence.wire import frames, guest_messages
 from ringfence.wire.channel import Channel
 from ringfence.wire.frames import Type
 
@@ -183,9 +183,9 @@ def drive_it(channel: Channel) -> None:
 
     def on_frame(frame: frames.Frame) -> None:
         if frame.type == Type.READY:
-            messages.parse_ready(frame.payload)
+            guest_messages.parse_ready(frame.payload)
         elif frame.type == Type.LISTENER:
-            messages.parse_denials(frame.payload)
+            guest_messages.parse_denials(frame.payload)
         else:
             layer.take(frame)
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ringfence.errors import ProtocolError, StartError
-from ringfence.wire import frames, layers, messages
+from ringfence.wire import frames, guest_messages, layers, messages
 from ringfence.wire.channel import Channel, send_packet
 from ringfence.wire.frames import Type
 from ringfence.wire.launcher import Launcher
@@ -106,8 +106,8 @@ PARSERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "started": (messages.parse_started, STARTED),
     "exited": (messages.parse_exited, EXITED),
     "error": (messages.parse_error, ERROR),
-    "entries": (messages.parse_entries, ENTRIES),
-    "denials": (messages.parse_denials, DENIALS),
+    "entries": (guest_messages.parse_entries, ENTRIES),
+    "denials": (guest_messages.parse_denials, DENIALS),
     "sizes": (layers.parse_sizes, SIZES),
     "layer end": (layer_end, LAYER_END),
 }
@@ -137,11 +137,11 @@ def test_what_the_payloads_say() -> None:
     assert (shorter.pids_peak, shorter.throttled_ns, shorter.io_pressure_ns) == (None, None, None)
     error = messages.parse_error(ERROR)
     assert (error.step, error.call, error.errno) == ("exec", "execve", errno.ENOENT)
-    assert [(entry.kind, entry.path, entry.size_bytes) for entry in messages.parse_entries(ENTRIES)] == [
+    assert [(entry.kind, entry.path, entry.size_bytes) for entry in guest_messages.parse_entries(ENTRIES)] == [
         ("f", b"a.txt", 3),
         ("d", b"out", 0),
     ]
-    others, denied = messages.parse_denials(DENIALS)
+    others, denied = guest_messages.parse_denials(DENIALS)
     assert (others, denied[0]) == (3, (0xC000003E, 165, 1, 7, (1, 2, 3, 4, 5, 6)))
     assert denied[1][:4] == (0xC000003E, 166, None, 1)
     assert layers.parse_sizes(SIZES) == {b"/data": (1 << 20, 256)}

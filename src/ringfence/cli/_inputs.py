@@ -11,15 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.cli._options import Options
 
-__all__ = ["name_and_path", "read_file"]
-
-
-def name_and_path(word: str) -> tuple[str, str]:
-    """Of NAME=PATH. Raises ValueError."""
-    name, equals, path = word.partition("=")
-    if not (name and equals and path):
-        raise ValueError(f"must be NAME=PATH, not {word!r}")
-    return name, path
+__all__ = ["read_file"]
 
 
 def read_file(options: Options, option: str, path: str) -> File:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-__all__ = ["HelpAsked", "Option", "Options", "Parsed", "UsageError", "did_you_mean"]
+__all__ = ["HelpAsked", "Option", "Options", "Parsed", "UsageError", "did_you_mean", "name_and_path"]
 
 _HELP_WIDTH = 100
 _HELP_COLUMN = 28
@@ -185,6 +185,14 @@ class Options:
             values[option.name].append(value)
         else:
             values[option.name] = value
+
+
+def name_and_path(word: str) -> tuple[str, str]:
+    """Of NAME=PATH. Raises ValueError."""
+    name, equals, path = word.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"must be NAME=PATH, not {word!r}")
+    return name, path
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -6,8 +6,8 @@ import os
 import sys
 
 from ringfence.cli import output
-from ringfence.cli._inputs import name_and_path, read_file
-from ringfence.cli._options import Option, Options
+from ringfence.cli._inputs import read_file
+from ringfence.cli._options import Option, Options, name_and_path
 from ringfence.spec import ISOLATIONS, Limits
 from ringfence.spec.parse import count
 

@@ -8,8 +8,7 @@ import os
 
 from ringfence.api import check_spec, run_spec, settle
 from ringfence.cli import output
-from ringfence.cli._inputs import name_and_path, read_file
-from ringfence.cli._options import Option, Options
+from ringfence.cli._options import Option, Options, name_and_path
 from ringfence.cli.main import REFUSED
 from ringfence.errors import SpecError, StartError
 from ringfence.result import TerminationReason
@@ -344,6 +343,10 @@ def _seccomp(given: Parsed) -> Seccomp | None:
 
 
 def _files(named: Sequence[tuple[str, str]]) -> dict[str, File]:
+    if not named:
+        return {}
+    from ringfence.cli._inputs import read_file
+
     found: dict[str, File] = {}
     for name, path in named:
         if name in found:

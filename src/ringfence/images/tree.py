@@ -13,7 +13,6 @@ import stat
 
 from ringfence._value import Value
 from ringfence.errors import SpecError
-from ringfence.images.held import open_real
 
 __all__ = ["OWN_NAMES", "Entry", "entries", "host_entries", "host_secrets"]
 
@@ -65,6 +64,8 @@ def entries(folder: str, held: int | None = None) -> list[Entry]:
     """
     if held is not None:
         return _entries(folder, held)
+    from ringfence.images.held import open_real
+
     try:
         held = open_real(folder)
     except OSError as error:
@@ -104,7 +105,7 @@ def host_secrets() -> list[bytes]:
     first asked.
     """
     if not _known_secrets:
-        from ringfence.images.secrets import MASKED
+        from ringfence.images.masked import MASKED
 
         _known_secrets.extend(path for path in MASKED if os.path.lexists(path))
     return list(_known_secrets)

@@ -369,11 +369,13 @@ class LocalSandbox(Sandbox):
         own. Init answers each, by the number that is told here.
         """
         assert self.channel is not None
+        from ringfence.wire import guest_messages
+
         sent = []
         for one in files:
             sent.append(self._next_id)
             self._next_id += 1
-            for request in messages.put(one.path, one.mode, one.data, id=sent[-1]):
+            for request in guest_messages.put(one.path, one.mode, one.data, id=sent[-1]):
                 self.channel.send(request)
         return sent
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import stat
 
-from ringfence._value import Value
+from ringfence._value import Later, Value
 from ringfence.errors import SpecError
-from ringfence.spec import parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from ringfence.spec import parse
+
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+else:
+    parse = Later("ringfence.spec.parse")  # most specs have nothing to be parsed
 
 __all__ = [
     "CAPABILITIES",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import stat
 
-from ringfence._value import Value
+from ringfence._value import Later, Value
 from ringfence.errors import SpecError
-from ringfence.spec import boundary, parse
+from ringfence.spec import boundary
 from ringfence.spec.boundary import Device, Kernel, Namespaces, Seccomp
 from ringfence.spec.network import Network
 from ringfence.spec.rules import File, FileIn, Limits, Mount, Tmpfs
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ringfence.comparison.choice import Choice
+    from ringfence.spec import parse
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+else:
+    parse = Later("ringfence.spec.parse")  # most specs have nothing to be parsed
 
 __all__ = ["AUTO", "DEFAULT_ENV", "ISOLATIONS", "Spec"]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from ringfence._value import Value
+from ringfence._value import Later, Value
 from ringfence.errors import SpecError
-from ringfence.spec import parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import Any
+
+    from ringfence.spec import parse
+else:
+    parse = Later("ringfence.spec.parse")  # most specs have nothing to be parsed
+
 
 __all__ = ["Allowed", "Network"]
 

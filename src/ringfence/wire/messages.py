@@ -1,4 +1,4 @@
-"""What the frames say: requests as bytes, answers as values."""
+"""What the frames say: requests as bytes, answers as values. `guest_messages` has what few sandboxes need of it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "Entry",
     "Exited",
     "MountStep",
     "Plan",
     "Started",
     "execute",
     "launch",
-    "parse_clock",
-    "parse_denials",
-    "parse_entries",
     "parse_error",
     "parse_exited",
-    "parse_ready",
     "parse_started",
-    "put",
-    "read",
-    "signal",
 ]
 
 # Attributes of a mount: the values of MOUNT_ATTR_* (mount_setattr(2)), then two of our own.
@@ -178,24 +170,6 @@ class Plan:
         """At its end all in the work directory is given to the command's user."""
         self._parts.append(frames.attribute(27))
 
-    def guest(
-        self,
-        *,
-        realtime_ns: int,
-        entropy: bytes,
-        memory_bytes: int,
-        pids: int,
-        cpu_ns: int,
-        realtime_at_ns: int = 0,
-    ) -> None:
-        """What only a guest takes. Limits of 0 are none; `cpu_ns` is the quota in each 100 ms. realtime_at_ns: its
-        CLOCK_MONOTONIC when the time was `realtime_ns`; 0 is now.
-        """
-        self._parts.append(frames.u64(16, realtime_ns) + frames.attribute(17, entropy))
-        if realtime_at_ns:
-            self._parts.append(frames.u64(20, realtime_at_ns))
-        self._parts.append(frames.attribute(18, struct.pack("<QQQ", memory_bytes, pids, cpu_ns)))
-
     def sockets(self, supply: int) -> None:
         """`supply`: on which requests for sockets of the sandbox's network namespace come."""
         self._parts.append(frames.u32(23, self._fd(supply)))
@@ -203,10 +177,6 @@ class Plan:
     def tap(self, tun: int) -> None:
         """A tap in the sandbox's network namespace, to be asked for on `sockets`. tun: the folder of the node tun."""
         self._parts.append(frames.u32(22, self._fd(tun)))
-
-    def card(self, mac: bytes, addresses: Sequence[tuple[bytes, bytes]]) -> None:
-        """A guest's network card. mac: the gateway's. addresses: (the guest's, the gateway's) of IPv4, and of IPv6."""
-        self._parts.append(frames.attribute(24, mac + b"".join(b"".join(pair) for pair in addresses)))
 
     def encode(self) -> bytes:
         return frames.encode(Type.PLAN, b"".join(self._parts), nfds=len(self.fds))
@@ -295,22 +265,6 @@ def execute(
     payload += frames.attribute(2, b"".join(b"%s=%s\0" % pair for pair in env))
     payload += frames.string(3, cwd) + frames.u32(4, once * 1 | streams * 2 | warm * 4 | own * 8)
     return frames.encode(Type.EXEC, payload, id=id, nfds=nfds)
-
-
-def signal(number: int, *, id: int) -> bytes:
-    return frames.encode(Type.SIGNAL, struct.pack("<I", number), id=id)
-
-
-def put(path: bytes, mode: int, data: bytes, *, id: int) -> Iterable[bytes]:
-    """PUT and the DATA frames that follow it, in pieces small enough to queue one by one."""
-    yield frames.encode(Type.PUT, frames.string(1, path) + frames.u32(2, mode) + frames.u64(3, len(data)), id=id)
-    for at in range(0, len(data), frames.CHUNK):
-        yield frames.encode(Type.DATA, data[at : at + frames.CHUNK], id=id)
-    yield frames.encode(Type.DATA, id=id)
-
-
-def read(path: bytes, *, id: int) -> bytes:
-    return frames.encode(Type.READ, frames.string(1, path), id=id)
 
 
 class Started(Value):
@@ -467,23 +421,10 @@ class Exited(Value):
         return {name: getattr(self, name) for name in self._fields if name != "cpu_ns"}
 
 
-class Entry(Value):
-    """A name below the work directory. kind: "f" file, "d" directory, "l" symlink, "o" other."""
-
-    __slots__ = ("kind", "mode", "path", "size_bytes")
-    kind: str
-    mode: int
-    size_bytes: int
-    path: bytes
-
-    def __init__(self, *, kind: str, mode: int, size_bytes: int, path: bytes) -> None:
-        self._set(kind=kind, mode=mode, size_bytes=size_bytes, path=path)
+_U32, U64, _SETS, _IDS, _LIMIT = map(struct.Struct, ("<I", "<Q", "<5Q", "<6I", "<IIQQ"))
 
 
-_U32, _U64, _SETS, _IDS, _LIMIT = map(struct.Struct, ("<I", "<Q", "<5Q", "<6I", "<IIQQ"))
-
-
-def _unpack(form: struct.Struct, data: bytes, what: str) -> tuple[int, ...]:
+def unpack(form: struct.Struct, data: bytes, what: str) -> tuple[int, ...]:
     if form.size != len(data):
         raise ProtocolError(f"{what} has {len(data)} bytes")
     return form.unpack(data)
@@ -502,7 +443,7 @@ def parse_error(payload: bytes) -> StartError:
     errno, texts = 0, {2: "", 3: "", 4: ""}
     for tag, data in frames.attributes(payload):
         if tag == 1:
-            (errno,) = _unpack(_U32, data, "an error's errno")
+            (errno,) = unpack(_U32, data, "an error's errno")
         elif tag in texts:
             texts[tag] = _text(data)
         else:
@@ -520,28 +461,28 @@ def parse_started(payload: bytes) -> Started:
     hostname = kernel = ""
     for tag, data in frames.attributes(payload):
         if tag == 1:
-            (pid,) = _unpack(_U32, data, "a pid")
+            (pid,) = unpack(_U32, data, "a pid")
         elif tag == 2:
-            capabilities = _unpack(_SETS, data, "the capability sets")
+            capabilities = unpack(_SETS, data, "the capability sets")
         elif tag == 3:
-            ids = _unpack(_IDS, data, "the ids")
+            ids = unpack(_IDS, data, "the ids")
         elif tag == 4:
-            (no_new_privs,) = _unpack(_U32, data, "no_new_privs")
+            (no_new_privs,) = unpack(_U32, data, "no_new_privs")
         elif tag == 5:
-            (seccomp,) = _unpack(_U32, data, "the seccomp mode")
+            (seccomp,) = unpack(_U32, data, "the seccomp mode")
         elif tag == 6:
             namespaces = _namespaces(data)
         elif tag == 7:
-            resource, _, soft, hard = _unpack(_LIMIT, data, "a resource limit")
+            resource, _, soft, hard = unpack(_LIMIT, data, "a resource limit")
             rlimits[resource] = (soft, hard)
         elif tag == 8:
-            (landlock,) = _unpack(_U32, data, "landlock")
+            (landlock,) = unpack(_U32, data, "landlock")
         elif tag == 9:
             hostname = _text(data)
         elif tag == 10:
             kernel = _text(data)
         elif tag == 11:
-            (clock_ns,) = _unpack(_U64, data, "a time")
+            (clock_ns,) = unpack(U64, data, "a time")
         else:
             raise ProtocolError(f"STARTED has the unknown attribute {tag}")
     return Started(
@@ -605,56 +546,3 @@ def parse_exited(payload: bytes) -> Exited:
         cpu_pressure_ns=values.get(15),
         io_pressure_ns=values.get(16),
     )
-
-
-_DENIAL = struct.Struct("<IIiIQ6Q")
-_MOST_DENIALS = 256
-
-
-def parse_denials(payload: bytes) -> tuple[int, list[tuple[int, int, int | None, int, tuple[int, ...]]]]:
-    """A guest's LISTENER: how many were not listed, and (architecture, number, errno or None, count, arguments)."""
-    entries = len(payload) - 8
-    if entries < 0 or entries % _DENIAL.size or entries // _DENIAL.size > _MOST_DENIALS:
-        raise ProtocolError(f"a list of denials has {len(payload)} bytes")
-    found = []
-    for arch, number, code, zero, count, *arguments in _DENIAL.iter_unpack(payload[8:]):
-        if zero != 0 or not -1 <= code < 4096:
-            raise ProtocolError("a denial has no errno")
-        found.append((arch, number, None if code < 0 else code, count, tuple(arguments)))
-    return int.from_bytes(payload[:8], "little"), found
-
-
-def parse_ready(payload: bytes) -> dict[str, int]:
-    """The limits that a guest read back of its cgroup; 0 is none. Empty where there is no such cgroup."""
-    names = {1: "memory", 2: "pids", 3: "cpu_ns"}
-    found = {}
-    for tag, data in frames.attributes(payload):
-        if tag not in names:
-            raise ProtocolError(f"READY has the unknown attribute {tag}")
-        (found[names[tag]],) = _unpack(_U64, data, "an attribute of READY")
-    return found
-
-
-def parse_clock(payload: bytes) -> int:
-    """A guest's CLOCK_MONOTONIC, ns."""
-    return _unpack(_U64, payload, "CLOCK")[0]
-
-
-_KINDS = frozenset((b"f", b"d", b"l", b"o"))
-
-
-def parse_entries(payload: bytes) -> list[Entry]:
-    found = []
-    at = 0
-    while at < len(payload):
-        end = payload.find(b"\0", at + 13)
-        if end < 0:
-            raise ProtocolError("a list of files ends within an entry")
-        kind, mode, size = struct.unpack_from("<cIQ", payload, at)
-        if kind not in _KINDS:
-            raise ProtocolError("a list of files has an entry of no kind")
-        found.append(
-            Entry(kind=kind.decode("latin-1"), mode=mode & 0o7777, size_bytes=size, path=payload[at + 13 : end])
-        )
-        at = end + 1
-    return found

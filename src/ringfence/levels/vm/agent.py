@@ -9,7 +9,7 @@ import select
 import time
 
 from ringfence.errors import ProtocolError, SpecError
-from ringfence.wire import frames, messages
+from ringfence.wire import frames, guest_messages, messages
 from ringfence.wire.frames import Type
 
 TYPE_CHECKING = False
@@ -96,7 +96,7 @@ class Agent:
     def put(self, files: tuple[FileIn, ...]) -> None:
         """Sends them; their DONEs come later, to `took` or while an answer is waited for."""
         for one in files:
-            for request in messages.put(one.path, one.mode, one.data, id=self.next_id()):
+            for request in guest_messages.put(one.path, one.mode, one.data, id=self.next_id()):
                 self._vmm.channel.send(request)
             self._untaken += 1
 
@@ -114,14 +114,14 @@ class Agent:
 
     # ---- files out ----
 
-    def entries(self, until_ns: int) -> list[messages.Entry]:
+    def entries(self, until_ns: int) -> list[guest_messages.Entry]:
         """What is in the work directory, by path. until_ns: CLOCK_MONOTONIC."""
-        entries: dict[bytes, messages.Entry] = {}
+        entries: dict[bytes, guest_messages.Entry] = {}
         listed = names_bytes = 0
 
         def take(frame: frames.Frame) -> None:
             nonlocal listed, names_bytes
-            for entry in messages.parse_entries(frame.payload):
+            for entry in guest_messages.parse_entries(frame.payload):
                 # The names become keys of Result.files, and then perhaps paths of the caller's.
                 if not {b"", b".", b".."}.isdisjoint(entry.path.split(b"/")) or len(entry.path) > _PATH_BYTES:
                     raise ProtocolError("the guest lists a file outside its work directory")
@@ -143,7 +143,7 @@ class Agent:
             if len(data) > limit_bytes:
                 raise SpecError(f"collect: the files that match are more than {limit_bytes} bytes together")
 
-        self._answer(messages.read(path, id=self.next_id()), Type.DATA, take, until_ns)
+        self._answer(guest_messages.read(path, id=self.next_id()), Type.DATA, take, until_ns)
         return bytes(data)
 
     def _answer(self, request: bytes, kind: int, take: Callable[[frames.Frame], None], until_ns: int) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ringfence.levels.container import ContainerSandbox
     from ringfence.spec import Spec
+    from ringfence.wire.guest_messages import GuestPlan
     from ringfence.wire.messages import MountStep
 
 __all__ = ["RULES", "Card", "abilities", "arguments", "disk_files", "unmet"]
@@ -122,7 +123,7 @@ def arguments(fd: int, bus: str) -> list[str]:
     ]
 
 
-def put(plan: messages.Plan, jail: ContainerSandbox) -> None:
+def put(plan: GuestPlan, jail: ContainerSandbox) -> None:
     """What the guest's init has to know."""
     from ringfence.levels.network import tap
     from ringfence.levels.network.inside import ADDRESS4, ADDRESS6, GATEWAY4, GATEWAY6

@@ -23,7 +23,7 @@ from ringfence.levels.vm.tree import HOME, HOSTNAME, guest_tree
 from ringfence.linux import seccomp
 from ringfence.result import Applied, Change, Usage
 from ringfence.spec.parse import match_pattern
-from ringfence.wire import frames, messages
+from ringfence.wire import frames, guest_messages, messages
 from ringfence.wire.frames import Type
 from ringfence.wire.messages import MountStep
 
@@ -199,10 +199,10 @@ class VmSandbox(Sandbox):
 
     def _take(self, frame: frames.Frame) -> None:
         if frame.type == Type.READY and self._ready == {} and frame.payload:
-            self._ready = messages.parse_ready(frame.payload)
+            self._ready = guest_messages.parse_ready(frame.payload)
             self._answered = True
         elif frame.type == Type.LISTENER and self._filter is not None and self._filter.answers:
-            self._denied = messages.parse_denials(frame.payload)
+            self._denied = guest_messages.parse_denials(frame.payload)
         elif self._layer.take(frame):
             return
         elif frame.type == Type.DONE:
@@ -214,7 +214,7 @@ class VmSandbox(Sandbox):
 
     def _plan(self) -> messages.Plan:
         spec, limits = self._spec, self._spec.limits
-        plan = messages.Plan()
+        plan = guest_messages.GuestPlan()
         quota = limits.cpus
         plan.guest(
             realtime_ns=self._clock[0],

@@ -19,7 +19,7 @@ from ringfence.errors import ProtocolError
 from ringfence.levels.vm import memory
 from ringfence.levels.vm.agent import Agent
 from ringfence.levels.vm.qemu import Memory, command_line, start_qemu
-from ringfence.wire import frames, messages
+from ringfence.wire import frames, guest_messages
 from ringfence.wire.frames import Type
 
 TYPE_CHECKING = False
@@ -374,7 +374,7 @@ def _clock(vmm: Vmm, agent: Agent, deadline: int) -> int:
         vmm.channel.send(frames.encode(Type.ASK_CLOCK))
         answer = agent.wait_for(Type.CLOCK, deadline - asked, "the guest did not tell its clock")
         took = time.monotonic_ns() - asked
-        best = min(best, (took, messages.parse_clock(answer.payload) - asked - took // 2))
+        best = min(best, (took, guest_messages.parse_clock(answer.payload) - asked - took // 2))
         if best[0] < _CLOCK_GOOD_NS:
             break
     if best[0] >= _CLOCK_BAD_NS:

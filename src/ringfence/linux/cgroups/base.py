@@ -35,6 +35,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from ringfence.linux.cgroups.home import Home
+
     Claim = Callable[..., None]
 
 __all__ = ["CPU_PERIOD_US", "Cgroup", "Manager", "layout", "read_layout"]
@@ -350,9 +352,6 @@ def layout() -> Layout:
 
 def read_layout(mountinfo: str, own: str) -> Layout:
     """The layout from the texts of /proc/self/mountinfo (proc_pid_mountinfo(5)) and /proc/self/cgroup."""
-    from ringfence.linux.cgroups import home as homes
-    from ringfence.linux.cgroups import v1
-
     paths = _own_paths(own)
     first: dict[str, bytes] = {}
     unified = b""
@@ -372,13 +371,17 @@ def read_layout(mountinfo: str, own: str) -> Layout:
     # A v1 mount of what nobody needs (a freezer for an old tool) doesn't make a host a hybrid one.
     one = bool((first.keys() | foreign) & _CORE)
     kind = "hybrid" if one and unified else "v1" if one else "v2" if unified else "none"
-    home = homes.find_home(unified, mount) if unified and kind == "v2" else None
+    home: Home | None = None
+    if kind == "v2":
+        from ringfence.linux.cgroups.home import find_home
+
+        home = find_home(unified, mount)
     controllers = []
     for name in CONTROLLERS:
-        if name in first and kind != "v2":
-            controllers.append(v1.judge(name, first[name]))
-        elif home is not None:
-            controllers.append(homes.judge(name, unified, home))
+        if home is not None:
+            controllers.append(home.judge(name, unified))
+        elif name in first:
+            controllers.append(_judge_v1(name, first[name]))
         else:
             reason = f"no {name} controller is mounted here"
             if name in foreign:
@@ -389,6 +392,12 @@ def read_layout(mountinfo: str, own: str) -> Layout:
     shown = home.describe() if home is not None else _v1_home(controllers)
     asks = home is not None and home.manager is not None
     return Layout(kind=kind, controllers=tuple(controllers), unified=unified, mount=mount, home=shown, by_systemd=asks)
+
+
+def _judge_v1(name: str, path: bytes) -> Controller:
+    from ringfence.linux.cgroups import v1
+
+    return v1.judge(name, path)
 
 
 def _v1_home(controllers: Iterable[Controller]) -> str:

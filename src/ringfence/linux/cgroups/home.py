@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ringfence.linux.cgroups.systemd import Systemd
 
-__all__ = ["WANTED", "Home", "find_home", "is_ours", "judge", "words"]
+__all__ = ["WANTED", "Home", "find_home", "is_ours", "words"]
 
 # Handed out to every sandbox; the others only once one asks for them, as each makes a cgroup dearer.
 WANTED = ("memory", "pids", "cpu")
@@ -67,6 +67,15 @@ class Home(Value):
             return f"in a scope that systemd is asked for by {self.manager.socket}, when a limit is first needed"
         moved = ", once this process is in a leaf of it" if self.move else ""
         return f"below {os.fsdecode(self.path)}{moved}"
+
+    def judge(self, name: str, own: bytes) -> Controller:
+        """Whether ringfence can make cgroups with that controller. own: this process's."""
+        reason = self.reason
+        if not reason and name not in _CORE and name not in self.controllers:
+            reason = f"the {name} controller isn't delegated to {os.fsdecode(self.path)}"
+        return Controller(
+            name=name, version=2, path=own, usable=not reason, reason=reason, help=_HELP if reason else ""
+        )
 
 
 def find_home(own: bytes, mount: bytes | None = None) -> Home:
@@ -113,14 +122,6 @@ def _systemd(mount: bytes | None) -> Systemd | str:
     from ringfence.linux.cgroups import systemd
 
     return systemd.find(mount)
-
-
-def judge(name: str, own: bytes, home: Home) -> Controller:
-    """Whether ringfence can make cgroups with that controller."""
-    reason = home.reason
-    if not reason and name not in _CORE and name not in home.controllers:
-        reason = f"the {name} controller isn't delegated to {os.fsdecode(home.path)}"
-    return Controller(name=name, version=2, path=own, usable=not reason, reason=reason, help=_HELP if reason else "")
 
 
 def is_ours(pid: int) -> bool:
