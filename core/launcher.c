@@ -30,7 +30,7 @@ enum owned_kind { OWNED_TREE = 1, OWNED_CGROUP = 2, OWNED_HELD = 3, OWNED_LEAF =
 struct owned { enum owned_kind kind; int parent; char name[256]; };
 
 struct launcher {
-    int socket, signals, proc, host_mounts, host_root, host_network;
+    int socket, signals, proc, host_mounts, host_root, host_network, own_namespace, own_root;
     int next_network; /* a network namespace in which nothing has run yet, or -1 */
     bool own_mounts, launched, wants_network, unreaped; /* unreaped: there may be more zombies */
     struct rf_ids ids; /* what sandboxes are run as */
@@ -64,6 +64,9 @@ static int own_mount_namespace(struct launcher *s, struct rf_error *e) {
     int root = rf_tree_build(steps, RF_LEN(steps), "/proc", "mode=0755", NULL, e);
     if (root < 0 || rf_tree_enter(root, e) < 0) return -1;
     close(root);
+    s->own_namespace = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    s->own_root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (s->own_namespace < 0 || s->own_root < 0) return rf_fail(e, "launcher", "open", "its own mount namespace");
     s->own_mounts = true;
     return 0;
 }
@@ -73,6 +76,11 @@ static int enter_host_mounts(const struct launcher *s, struct rf_error *e) {
     if (setns(s->host_mounts, CLONE_NEWNS) < 0) return rf_fail(e, "launch", "setns", "the host's mount namespace");
     if (fchdir(s->host_root) < 0 || chroot(".") < 0) return rf_fail(e, "launch", "chroot", "the caller's root");
     return 0;
+}
+
+static void back_to_own_mounts(const struct launcher *s) {
+    /* What is started from the host's would have all of its mounts: end everything instead. */
+    if (setns(s->own_namespace, CLONE_NEWNS) < 0 || fchdir(s->own_root) < 0 || chroot(".") < 0) _exit(1);
 }
 
 /* ---- network namespaces ---- */
@@ -220,6 +228,19 @@ static void launch_later(struct launcher *s) {
 
 /* ---- TEMPLATE, USERNS, OWN ---- */
 
+/* What its steps name by path is the caller's, where our own namespace has nothing of it. */
+static int clone_sources(const struct launcher *s, struct rf_mount *steps, unsigned n, struct rf_error *e) {
+    int r = enter_host_mounts(s, e);
+    for (unsigned i = 0; r == 0 && i < n; i++) {
+        struct rf_mount *m = &steps[i];
+        if (m->kind != RF_BIND || m->fd >= 0 || !m->source[0] || (m->flags & RF_M_INSIDE)) continue;
+        m->fd = rf_mount_clone(AT_FDCWD, m->source, m->flags);
+        if (m->fd < 0) r = rf_fail(e, "template", "open_tree", m->source);
+    }
+    back_to_own_mounts(s);
+    return r;
+}
+
 static int template(struct launcher *s, const struct rf_frame *f, struct rf_error *e) {
     struct rf_mount steps[RF_MOUNTS_MAX];
     unsigned n = 0;
@@ -236,10 +257,15 @@ static int template(struct launcher *s, const struct rf_frame *f, struct rf_erro
     char at[300];
     snprintf(at, sizeof at, "/t/%s", name);
     if (mkdir(at, 0755) < 0 && errno != EEXIST) return rf_fail(e, "template", "mkdir", at);
-    int root = rf_tree_build(steps, n, at, "mode=0755", NULL, e);
-    if (root < 0) return -1;
-    close(root);
-    return 0;
+    int root = clone_sources(s, steps, n, e) < 0 ? -1 : rf_tree_build(steps, n, at, "mode=0755", NULL, e);
+    if (root >= 0) {
+        close(root);
+        return 0;
+    }
+    /* Which of them it has given up before, nobody tells; nothing was opened since that would have their numbers. */
+    for (unsigned i = 0; i < n; i++)
+        if (steps[i].fd >= 0) close(steps[i].fd);
+    return -1;
 }
 
 /* A user namespace lives as long as somebody holds it: a child makes it, we open it, the child goes. */

@@ -676,6 +676,25 @@ def test_the_launcher_survives_garbage_and_serves(launcher: Launcher, packet: by
         time.sleep(0.01)
 
 
+def test_a_template_is_of_paths_of_the_host_and_the_launcher_comes_back(launcher: Launcher) -> None:
+    need("root", launcher.own_mounts)
+    own = f"/proc/{launcher.pid}"
+    before = os.readlink(f"{own}/ns/mnt"), sorted(os.listdir(f"{own}/root")), settled_fds(launcher)
+    assert before[0] != os.readlink("/proc/self/ns/mnt")
+    launcher.template(b"usr", [messages.bind(b"/", b"/usr", messages.RDONLY | messages.RECURSIVE)])
+    launcher.confirm()
+    shown = f"{own}/root/t/usr"
+    assert sorted(os.listdir(shown)) == sorted(os.listdir("/usr"))
+    assert os.statvfs(shown).f_flag & os.ST_RDONLY
+    # One that fails half-way leaves nothing of what it opened.
+    steps = [messages.directory(b"/a"), messages.bind(b"/a", b"/usr"), messages.bind(b"/a", b"/nowhere/at/all")]
+    launcher.template(b"none", steps)
+    with pytest.raises(StartError, match="/nowhere/at/all") as caught:
+        launcher.confirm()
+    assert caught.value.errno == errno.ENOENT
+    assert (os.readlink(f"{own}/ns/mnt"), sorted(os.listdir(f"{own}/root")), settled_fds(launcher)) == before
+
+
 def join(flag: int, index: int) -> bytes:
     return frames.attribute(7, struct.pack("<QI", flag, index))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from ringfence._value import Value
-from ringfence.linux import cgroups, ids, landlock_abi, privileges, seccomp
+from ringfence.linux import cgroups, ids, privileges, seccomp
+from ringfence.linux import landlock_abi as landlock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ class Host(Value):
     """What this machine can enforce.
 
     kernel: its release. machine: the architecture, as uname(2) has it. privileged: as
-    `linux.privileges` tells it. cgroups: their layout. landlock_abi: 0 is none.
+    `linux.privileges` tells it. cgroups: their layout. landlock_abi: 0 is none; asked of the kernel when it is first
+    wanted, as a container mostly isn't in need of it.
     user_namespaces, seccomp: why they can't be used, or ""; user_namespaces_help: what would help.
     ids: why a privileged caller's sandboxes can't have ids of their own, and what would help; or None.
     """
@@ -51,7 +53,7 @@ class Host(Value):
         machine: str,
         privileged: bool,
         cgroups: Layout,
-        landlock_abi: int,
+        landlock_abi: int | None = None,
         user_namespaces: str,
         seccomp: str,
         ids: tuple[str, str] | None = None,
@@ -62,12 +64,19 @@ class Host(Value):
             machine=machine,
             privileged=privileged,
             cgroups=cgroups,
-            landlock_abi=landlock_abi,
             user_namespaces=user_namespaces,
             seccomp=seccomp,
             ids=ids,
             user_namespaces_help=user_namespaces_help,
         )
+        if landlock_abi is not None:
+            self._set(landlock_abi=landlock_abi)
+
+    def __getattr__(self, name: str) -> int:
+        if name != "landlock_abi":
+            raise AttributeError(f"a Host has no {name!r}")
+        self._set(landlock_abi=landlock.abi())
+        return self.landlock_abi
 
 
 _known: Host | None = None
@@ -86,7 +95,6 @@ def host() -> Host:
             machine=system.machine,
             privileged=privileged,
             cgroups=cgroups.layout(),
-            landlock_abi=landlock_abi.abi(),
             user_namespaces=why,
             user_namespaces_help=help,
             seccomp="" if usable else reason,

@@ -6,7 +6,6 @@ import os
 
 from ringfence.images import tree
 from ringfence.levels.base import Ability
-from ringfence.linux import mounts
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
 
@@ -127,7 +126,7 @@ def device_steps(open_device: Callable[[bytes], bytes | int]) -> list[MountStep]
 
 
 def host_template() -> list[MountStep]:
-    """The host's userland as a ready tree, for the launcher's namespace. The descriptors are the caller's to close."""
+    """The host's userland as a ready tree, which the launcher makes."""
     steps = own_directories()
     for entry in tree.host_entries():
         at = b"/" + entry.name
@@ -135,8 +134,8 @@ def host_template() -> list[MountStep]:
             steps.append(messages.symlink(at, entry.target))
             continue
         steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
-        steps.append(messages.bind(at, mounts.clone_tree(at), RDONLY | NOSUID | NODEV | RECURSIVE))
-    steps += device_steps(mounts.clone_tree)
+        steps.append(messages.bind(at, at, RDONLY | NOSUID | NODEV | RECURSIVE))
+    steps += device_steps(lambda path: path)
     steps += [messages.mask(path) for path in tree.host_secrets()]
     steps.append(messages.readonly(b"/"))
     return steps

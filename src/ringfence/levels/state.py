@@ -14,7 +14,7 @@ from ringfence.errors import KernelError, RingfenceError
 from ringfence.levels import leftovers
 from ringfence.levels.ready import Ready
 from ringfence.levels.workdir import WorkDirectory
-from ringfence.linux import cgroups, ids, mounts
+from ringfence.linux import cgroups, ids
 from ringfence.wire import messages
 from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_LEAF, OWN_TREE, Launcher, end_launcher, launcher
 
@@ -82,12 +82,8 @@ class State:
         """What a launcher needs of us as root: the locks of our ids, and the run folder in its mount namespace."""
         if helper.own_mounts:
             helper.own(OWN_HELD, ids.slots().fileno(), b"ids")
-            tree = mounts.clone_tree(self.run_path)
-            try:
-                flags = messages.NOSUID | messages.NODEV
-                helper.template(b"run", [messages.bind(b"/", tree, flags)])
-            finally:
-                os.close(tree)
+            flags = messages.NOSUID | messages.NODEV
+            helper.template(b"run", [messages.bind(b"/", self.run_path, flags)])
 
     def _own(self, kind: int, parent_fd: int, name: bytes) -> None:
         # The list first: should the launcher die in between, it is by the list that the next one hears of it.
@@ -228,21 +224,13 @@ class State:
             cgroup.remove()
 
     def template(self, name: bytes, make: Callable[[], Sequence[messages.MountStep]]) -> None:
-        """Makes a tree in the launcher's namespace, unless it is there. `make` opens what the steps refer to; it is
-        closed here.
-        """
+        """Makes a tree in the launcher's namespace, unless it is there."""
         if name in self.launcher.templates:
             return
         with self.lock:
             if name in self.launcher.templates:
                 return
-            steps = make()
-            try:
-                self.launcher.template(name, steps)
-            finally:
-                for step in steps:
-                    if step.fd is not None:
-                        os.close(step.fd)
+            self.launcher.template(name, make())
 
 
 def work_folder(*, passable: bool) -> bytes:

@@ -168,7 +168,9 @@ class Launcher:
         return channel
 
     def template(self, name: bytes, steps: Iterable[messages.MountStep]) -> None:
-        """Makes a tree in the launcher's mount namespace, at /t/NAME. Whether that worked shows at the next launch."""
+        """Makes a tree in the launcher's mount namespace, at /t/NAME. What the steps name by path is this process's.
+        Whether that worked shows at the next launch.
+        """
         request, fds = messages.template(name, steps)
         self._unconfirmed.append((self._post(request, fds), name))
         self.templates.add(name)
