@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 .NOTPARALLEL:
 , := ,
-.PHONY: help setup system venv test-tools core demo test test-long lint fuzz pytest clean
+.PHONY: help setup system venv test-tools core demo docs test test-long lint fuzz pytest clean
 
 # The system's own Python where there is one: a sandbox with image="host" shows it too.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
@@ -55,6 +55,7 @@ help:
 	@echo 'make demo    setup, then compare a data job and a hostile job at every level'
 	@echo 'make test    setup, then lint, fuzz and the whole test suite'
 	@echo 'make test-long  setup, then what takes longer: 1,000 kills, 10,000 starts, more of the suite in a guest'
+	@echo 'make docs    the site of docs/, into build/site'
 	@echo 'make lint    ruff, mypy --strict, import-linter, C warnings of gcc and clang'
 	@echo 'make fuzz    each parser of the C core under ASan and UBSan (FUZZ_SECONDS=5 each)'
 	@echo 'make clean   remove what was built, and the Python environment'
@@ -102,6 +103,7 @@ test-tools: system
 	need iproute2 ip -V
 	# A browser without a window, for the page of `compare --html`: 96 MB to fetch, a third of chromium.
 	need chromium-headless-shell bash -c 'command -v chromium-headless-shell || command -v chromium || command -v google-chrome'
+	need procps pgrep -V
 	need uidmap test -x /usr/bin/newuidmap
 	need systemd test -x /lib/systemd/systemd # not run here: in a guest, for a user's scopes
 	install
@@ -116,6 +118,11 @@ demo: setup
 	@$(BIN)/ringfence compare --input examples/data/jargon.txt --file job.py=examples/data/job.py --collect words.csv -- python3 job.py
 	$(call say,a hostile job: which attempt worked where)
 	@$(BIN)/python examples/hostile/demo.py
+
+docs: $(VENV)/.installed
+	$(call say,the site)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	echo 'open build/site/index.html'
 
 # The suite in a guest keeps one CPU busy for minutes, and measures nothing: the checks run beside it.
 test: setup test-tools

@@ -167,4 +167,4 @@ class Choice(Value):
 
 
 def _spelled(ns: int) -> str:
-    return f"{ns / 1e6:.3g} ms"
+    return f"{ns / 1e9:.3g} s" if ns >= 10**9 else f"{ns / 1e6:.3g} ms"
