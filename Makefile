@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 .NOTPARALLEL:
 , := ,
-.PHONY: help setup system venv test-tools core demo docs test test-long lint fuzz pytest clean
+.PHONY: help setup system venv test-tools core demo docs report test test-long lint fuzz pytest clean
 
 # The system's own Python where there is one: a sandbox with image="host" shows it too.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
@@ -21,6 +21,7 @@ CORE_SOURCES := $(wildcard core/*.c core/*.h) core/build.py src/ringfence/__init
 # How long each fuzz harness runs, seconds.
 FUZZ_SECONDS ?= 5
 PYTEST_ARGS ?=
+REPORT_ARGS ?=
 IN_A_GUEST := tests/levels/test_inside_a_vm.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -56,6 +57,7 @@ help:
 	@echo 'make test    setup, then lint, fuzz and the whole test suite'
 	@echo 'make test-long  setup, then what takes longer: 1,000 kills, 10,000 starts, more of the suite in a guest'
 	@echo 'make docs    the site of docs/, into build/site'
+	@echo 'make report  setup, then measure, and put the tables and plots into README, SPECIFICATION and docs/measurements'
 	@echo 'make lint    ruff, mypy --strict, import-linter, C warnings of gcc and clang'
 	@echo 'make fuzz    each parser of the C core under ASan and UBSan (FUZZ_SECONDS=5 each)'
 	@echo 'make clean   remove what was built, and the Python environment'
@@ -118,6 +120,11 @@ demo: setup
 	@$(BIN)/ringfence compare --input examples/data/jargon.txt --file job.py=examples/data/job.py --collect words.csv -- python3 job.py
 	$(call say,a hostile job: which attempt worked where)
 	@$(BIN)/python examples/hostile/demo.py
+
+# On a quiet machine, some minutes; REPORT_ARGS=--measures takes the whole cost suite too, --render measures nothing.
+report: setup
+	$(call say,measuring$(,) for the documents)
+	@$(BIN)/python tools/report.py $(REPORT_ARGS)
 
 docs: $(VENV)/.installed
 	$(call say,the site)

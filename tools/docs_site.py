@@ -17,6 +17,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "SPECIFICATION.md")
+# The comparison as one page.
+WHOLE = "measurements/compare-page.html"
 REFERENCE = ("reference/cli.md", "reference/api.md")
 
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -27,6 +29,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds what isn't in docs/."""
     for uri, text in (("reference/cli.md", command_line()), ("reference/api.md", python_api())):
         files.append(File.generated(config, uri, content=text))
+    files.append(File.generated(config, WHOLE, abs_src_path=str(ROOT / "docs" / "measurements" / "compare.html")))
     for name in PROJECT:
         files.append(File.generated(config, f"project/{name}", abs_src_path=str(ROOT / name)))
     return files
@@ -62,6 +65,8 @@ def site_path(path: str) -> str | None:
     """Where a file of the repository is on the site; None where it isn't."""
     if path in PROJECT:
         return f"project/{path}"
+    if path == "docs/measurements/compare.html":
+        return WHOLE
     if path == "README.md":
         return "index.md"
     if path.startswith("docs/"):
