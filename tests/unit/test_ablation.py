@@ -32,6 +32,13 @@ def test_every_start_is_measured_as_often(measured: ablation.Ablation) -> None:
         assert [one.name for one in measured.parts[level]] == list(samples)
         assert measured.parts[level][0].cost_ns == 0
         assert any(name.startswith("without cgroup: ") for name in samples)
+        assert {ablation._ANEW, ablation._AHEAD, ablation._TOLD} < set(samples)
+
+
+def test_what_telling_applied_costs_is_held_against_the_same_run_without_it() -> None:
+    samples = {"everything": [10, 10], ablation._ANEW: [20, 20], ablation._AHEAD: [5, 5], ablation._TOLD: [23, 23]}
+    costs = {one.name: one.cost_ns for one in ablation.judge(samples)}
+    assert costs == {"everything": 0, ablation._ANEW: -10, ablation._AHEAD: 15, ablation._TOLD: -3}
 
 
 def test_it_is_told_as_a_table_and_as_json(measured: ablation.Ablation, tmp_path: object) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 import ringfence as rf
-from ringfence.comparison import density, inside, tools
+from ringfence.comparison import density, inside, machine, tools
 from ringfence.comparison.inside import Clock, parse
+from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.measures import CATALOGUE, GROUPS, Measure
 from ringfence.comparison.places import Answer, Place
 from ringfence.comparison.report import unmeasured
@@ -272,4 +274,25 @@ def test_memory_is_told_of_as_many_as_there_were() -> None:
     assert found["memory_pss_50"].source == "built in, of 20 instead of 50: as many as 20 s allow"
     density._add(found, 50, {"count": 50, "why": "", "pss": [], "machine": -5})
     assert "only root" in found["memory_pss_50"].unavailable
+    assert not found["memory_machine_50"].unavailable
+    density._doubt(found)
+    assert found["memory_machine_50"].samples == [100, -0.1]  # one round of noise is none of the median's business
+    density._add(found, 50, {"count": 50, "why": "", "pss": [], "machine": -5})
+    density._doubt(found)
     assert "gave back more" in found["memory_machine_50"].unavailable
+
+
+# ---- the machine ----
+
+
+def test_the_machines_facts_are_those_of_the_kernel(tmp_path: Path) -> None:
+    facts = machine_facts()
+    assert facts["mounts"] == len(Path("/proc/self/mountinfo").read_bytes().splitlines()) > 0
+    assert facts["swap_bytes"] % 1024 == 0
+    assert facts["transparent_hugepage"] in ("always", "madvise", "never", None)
+    assert (
+        facts["clocksource"] in Path("/sys/devices/system/clocksource/clocksource0/available_clocksource").read_text()
+    )
+    assert machine._chosen("always [madvise] never") == "madvise"
+    assert machine._chosen("always") is machine._chosen(None) is None
+    assert machine._line(str(tmp_path / "nothing")) is None
