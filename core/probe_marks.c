@@ -23,6 +23,7 @@
 #include <sys/inotify.h>
 #include <sys/ipc.h>
 #include <sys/msg.h>
+#include <sys/prctl.h>
 #include <sys/sem.h>
 #include <sys/shm.h>
 #include <sys/socket.h>
@@ -446,6 +447,8 @@ int verb_hold(int argc, char **argv)
     sigprocmask(SIG_BLOCK, &end_signals, NULL);
     if (argc > 3 && (status = go_to_the_background(&ready)) != PROBE_OK)
         return status;
+    if (argc <= 3) /* what it has set must not outlive who asked for it, be he killed */
+        prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
     unsigned held = 0;
     for (unsigned i = 0; i < MARK_COUNT; i++) {
         const char *failed = marks[i].hold(&token);

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import os
+import select
 import shutil
+from collections.abc import Iterable
 
 import pytest
 
+import ringfence as rf
 from ringfence.comparison.isolation import Isolation
 from ringfence.comparison.probes import Seen
 from ringfence.comparison.probes_catalogue import PROBES
 from ringfence.comparison.probes_place import probe_limits
 from ringfence.comparison.probes_run import BARE, judge_all_probes, look
 from ringfence.comparison.probes_runsc import RUNSC
+from support import unprivileged
 from support.probes import VERDICTS
-from support.sandboxes import LEVELS, need_root
+from support.sandboxes import LEVELS, PROBE, need_root, python, unconfined
 
 # A control that may fail on a machine that is fit for all other tests, and why.
 MAY_LACK = {
@@ -67,10 +72,10 @@ def verdicts(name: str) -> dict[str, dict[str, str]]:
     return judge_all_probes(seen[BARE], seen[name])
 
 
-def expected(isolation: str) -> dict[str, str]:
+def expected(isolation: str, given: Iterable[str]) -> dict[str, str]:
+    """given: the limits that a sandbox of that level gets here."""
     found = {name: words[LEVELS.index(isolation)] for name, words in VERDICTS.items()}
     # Where this host's cgroups can't limit it, nothing is claimed.
-    given = probe_limits(isolation).given()
     for attack, rule in (("attack-fork-bomb", "pids"), ("attack-memory", "memory"), ("attack-disk", "disk")):
         if rule not in given:
             found[attack] = "shared"
@@ -96,10 +101,11 @@ def test_the_verdicts(isolation: str) -> None:
     need_root()
     bare, found = verdicts(BARE), verdicts(isolation)
     testable = {name for name, one in bare.items() if one["verdict"] == "shared"}
+    wanted = expected(isolation, probe_limits(isolation).given())
     wrong = {
         name: (one["verdict"], one["evidence"])
         for name, one in found.items()
-        if name in testable and one["verdict"] != expected(isolation)[name]
+        if name in testable and one["verdict"] != wanted[name]
     }
     assert wrong == {}
     assert all(found[name]["verdict"] == "not testable" for name in found.keys() - testable)
@@ -117,6 +123,83 @@ def test_the_evidence_names_call_and_errno(isolation: str) -> None:
     }.items():
         assert found[name]["evidence"].startswith(evidence)
         assert found[name]["control"] == "ok"
+
+
+# What is weaker at the levels of an unprivileged caller, whose own user the workload is.
+OF_AN_UNPRIVILEGED_CALLER: dict[str, dict[str, str]] = {
+    "process": {
+        "user-outside": "shared",
+        "processes-descriptors": "shared",  # their numbers, and nothing that they lead to
+        "capability-sets": "shared",  # there is none; the bounding set stays
+    },
+    "container": {},
+}
+AS_USER = """
+import json
+from ringfence.comparison.probes_place import probe_limits
+from ringfence.comparison.probes_run import judge_all_probes, look
+seen, refused = look(["process", "container"], lambda _: None)
+assert not refused, refused
+found = {name: judge_all_probes(seen["bare"], one) for name, one in seen.items()}
+print(json.dumps([found, {name: list(probe_limits(name).given()) for name in ("process", "container")}]))
+"""
+
+
+def test_the_verdicts_of_an_unprivileged_caller() -> None:
+    """Those that have a control: what nobody but root can do shows nothing."""
+    need_root()
+    found, given = unprivileged.python_json(AS_USER)
+    testable = {name for name, one in found["bare"].items() if one["verdict"] != "not testable"}
+    assert len(testable) >= 60
+    for isolation, weaker in OF_AN_UNPRIVILEGED_CALLER.items():
+        wanted = expected(isolation, given[isolation]) | weaker
+        if "pids" not in given[isolation] and isolation == "process":
+            wanted["cgroup-membership"] = "shared"  # no cgroups of its own
+        verdicts = {name: one["verdict"] for name, one in found[isolation].items() if name in testable}
+        assert verdicts == {name: wanted[name] for name in testable}
+
+
+def test_roots_of_their_own_close_what_shared_files_open(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The two channels of containers that see the same files; the control is a root that they share."""
+    folder = tmp_path_factory.mktemp("roots")
+    for one in (folder, *folder.parents[:2]):
+        one.chmod(0o755)
+    for name in ("one", "two"):
+        for inner in ("usr/share", "etc", "tmp", "proc", "dev"):
+            (folder / name / inner).mkdir(parents=True)
+        shutil.copy(PROBE, folder / name / "usr/probe")
+    for second, said in (("two", ["ENOENT flock", "ENOENT read"]), ("one", ["ok", "ok"])):
+        with (
+            rf.Sandbox(isolation="container", image=str(folder / "one")) as holder,
+            rf.Sandbox(isolation="container", image=str(folder / second)) as finder,
+        ):
+            held = holder.run(["/usr/probe", "hold", "abc", "60", "background"], text=True).stdout
+            assert "lock ok\nevents ok\n" in held
+            found = [finder.run(["/usr/probe", "find", mark, "abc"], text=True).stdout for mark in ("lock", "events")]
+            assert [one.strip() for one in found] == said
+
+
+def test_nothing_is_left_of_a_comparison_that_is_killed() -> None:
+    """Of the process that holds marks outside, which is the only one without a boundary."""
+    code = """
+from ringfence.comparison.probes_place import Holder
+import time
+print(Holder("abcdef12").process.pid, flush=True)
+time.sleep(60)
+"""
+    with python(code) as caller:
+        assert caller.stdout is not None
+        pid = int(caller.stdout.readline())
+        holder = os.pidfd_open(pid)
+        try:
+            assert unconfined("find", "key", "abcdef12") == (0, b"ok\n")
+            caller.kill()
+            caller.wait()
+            assert select.select([holder], [], [], 10)[0], "it lives on"
+        finally:
+            os.close(holder)
+    for mark in ("tmp", "dev-shm", "abstract", "tcp", "sysv-shm", "sysv-msg", "sysv-sem", "queue", "key"):
+        assert unconfined("find", mark, "abcdef12")[0] == 1, mark
 
 
 @pytest.mark.skipif(

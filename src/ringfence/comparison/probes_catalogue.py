@@ -743,8 +743,8 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "clock-set",
         "clock",
-        reach("escape clock_settime"),
-        tries="Sets the wall clock to a time that doesn't exist.",
+        reach("try-settime clock_adjtime"),
+        tries="Sets the state of the wall clock by clock_adjtime, to what it is.",
         why="Certificates, logs and locks of all the host hang on it.",
     ),
     Probe(

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     # Runs the probe with these words and this stdin; what it printed, and how it ended where not by itself, or "".
     Ask = Callable[[Sequence[str], bytes], tuple[bytes, str]]
 
-__all__ = ["HELD_SECONDS", "Place", "bare_place", "probe_file", "probe_limits", "sandbox_place", "told"]
+__all__ = ["Holder", "Place", "bare_place", "probe_file", "probe_limits", "sandbox_place", "told"]
 
 _PROBE = "ringfence-probe"
 _DISK_LIMIT = 16 << 20
 # Longer than all probes of all levels take.
-HELD_SECONDS = 120
+_HELD_SECONDS = 120
 # An attempt's own limit; a guest under emulation is slow.
 _EACH_SECONDS = 20
 _INSIDE = tuple(dict.fromkeys(one.way.attempt for one in PROBES if one.way.attempt and one.way.where == "inside"))
@@ -67,6 +67,33 @@ def told(output: bytes, lines: Sequence[str]) -> list[str]:
     return [one.strip() for one in found]
 
 
+class Holder:
+    """A process of ours, without any boundary, that holds marks until it is closed. It ends with us, too."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.process = subprocess.Popen(
+            [probe_path(), "hold", token, str(_HELD_SECONDS)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env=dict(DEFAULT_ENV),
+        )
+        # What it has set, a line each, and its pid.
+        self.said = b""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+            if line.startswith(b"pid "):
+                break
+
+    def close(self) -> None:
+        """Ends it; it removes what it has set."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
 class Place:
     """Where attempts are made. second: in another sandbox of the same kind. limited: whether it was given limits, as
     far as it takes any.
@@ -95,7 +122,7 @@ class Place:
 
     def ask_a_pair(self) -> dict[str, str]:
         token = secrets.token_hex(3)
-        printed, ended = self._ask(["hold", token, str(HELD_SECONDS), "background"], b"")
+        printed, ended = self._ask(["hold", token, str(_HELD_SECONDS), "background"], b"")
         if ended:
             raise ProtocolError(f"the probe that holds marks ended by {ended}")
         lines = [line.partition(" ") for line in printed.decode("utf-8", "replace").splitlines()]
@@ -114,10 +141,13 @@ class Place:
 @contextlib.contextmanager
 def bare_place() -> Iterator[Place]:
     """Without any boundary: as children of this process, each in a directory of its own."""
-    holders: list[int] = []
+    holders: list[Holder] = []
     with tempfile.TemporaryDirectory(prefix="ringfence-bare-") as folder:
 
         def ask(words: Sequence[str], given: bytes) -> tuple[bytes, str]:
+            if words[0] == "hold":
+                holders.append(Holder(words[1]))
+                return holders[-1].said, ""
             done = subprocess.run(
                 [probe_path(), *words],
                 cwd=folder,
@@ -127,18 +157,13 @@ def bare_place() -> Iterator[Place]:
                 stderr=subprocess.DEVNULL,
                 check=False,
             )
-            for line in done.stdout.splitlines() if words[0] == "hold" else ():
-                if line.startswith(b"pid "):
-                    holders.append(os.pidfd_open(int(line[4:])))
             return done.stdout, f"signal {-done.returncode}" if done.returncode < 0 else ""
 
         try:
             yield Place(ask, ask)
         finally:
             for holder in holders:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(holder, signal.SIGTERM)
-                os.close(holder)
+                holder.close()
 
 
 @contextlib.contextmanager

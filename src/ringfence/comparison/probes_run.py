@@ -5,57 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
-import subprocess
 
 from ringfence.comparison.isolation import Isolation
 from ringfence.comparison.probes import Judged, Seen
 from ringfence.comparison.probes_catalogue import PROBES
-from ringfence.comparison.probes_place import HELD_SECONDS, Place, bare_place, sandbox_place
+from ringfence.comparison.probes_place import Holder, Place, bare_place, sandbox_place
 from ringfence.comparison.probes_runsc import RUNSC, runsc
 from ringfence.errors import RingfenceError
-from ringfence.spec import DEFAULT_ENV
-from ringfence.wire.launcher import probe_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
-__all__ = ["BARE", "RUNSC", "Bait", "catalogue", "judge_all_probes", "look"]
+__all__ = ["BARE", "RUNSC", "catalogue", "judge_all_probes", "look"]
 
 BARE = "bare"
 
 
-class Bait:
-    """What is outside for the probes to find: a process of ours that holds marks, until it is closed."""
-
-    def __init__(self, token: str) -> None:
-        self.token = token
-        self.process = subprocess.Popen(
-            [probe_path(), "hold", token, str(HELD_SECONDS)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            env={**dict(DEFAULT_ENV)},
-        )
-        self.marks: dict[str, str] = {}
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            name, _, said = line.decode().strip().partition(" ")
-            if name == "pid":
-                break
-            self.marks[name] = said
-
-    def names(self) -> dict[str, str]:
-        """What stands in the attempts' lines."""
-        return {"victim": str(self.process.pid), "host": self.token, "disk": _root_device(), "cgroup": _cgroup_top()}
-
-    def close(self) -> None:
-        """Ends it; it removes what it has set."""
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+def _names(bait: Holder) -> dict[str, str]:
+    """What stands in the attempts' lines."""
+    return {"victim": str(bait.process.pid), "host": bait.token, "disk": _root_device(), "cgroup": _cgroup_top()}
 
 
 def _root_device() -> str:
@@ -92,12 +62,12 @@ def look(names: Iterable[str], tell: Callable[[str], None]) -> tuple[dict[str, S
                 refused[name] = str(error)
         said: dict[str, dict[str, str]] = {name: {} for name in places}
         facts: dict[str, dict[str, Any]] = {}
-        bait = Bait(secrets.token_hex(3))
+        bait = Holder(secrets.token_hex(3))
         try:
             for name, place in list(places.items()):
                 tell(f"probes, {name}")
                 with _given_up(name, places, refused):
-                    facts[name], found = place.ask_all(bait.names())
+                    facts[name], found = place.ask_all(_names(bait))
                     said[name].update(found)
         finally:
             bait.close()
