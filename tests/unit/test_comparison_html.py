@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparison_parts import a_document, a_level, gone, measured, starts, tried, verdict
+from comparison_parts import a_document, a_level, gone, measured, starts, surface, tried, verdict
 
 import ringfence as rf
 from ringfence.comparison.changes import changes_between
@@ -145,6 +145,27 @@ def test_a_page_says_what_the_document_says() -> None:
         *("89.8 ms", "x90", "951 MiB/s", "A CPU of the Test", "8.00 GiB", "stdout differ"),
     ):
         assert words in text, words
+
+
+def test_what_is_little_known_of_another_tool_is_told_as_that() -> None:
+    document = a_document()
+    tool = a_level("bwrap", starts(5e6), facts={"tool": "bwrap 0.8", "note": "with the same namespaces"})
+    for run in tool["runs"]:
+        run["startup_ns"] = None
+    tool["costs"]["startup_ns"] = None
+    document["levels"].append(tool)
+    document["levels"][3]["surface"].update(
+        by="QEMU, in its jail", guest=surface(getpid="reachable", bpf="denied EPERM")
+    )
+    text = page(document).decode()
+    for words in (
+        *("<dt>whole call</dt><dd>6.", "Every whole call", "1 remark:", "bwrap: bwrap 0.8: with the same namespaces"),
+        *("QEMU, in its jail", "the workload itself: 1 reachable, 1 denied, 0 absent"),
+    ):
+        assert words in text, words
+    # Where nothing is known of it, it has no column.
+    assert re.findall(r'class="level l-(\d)', text) == ["1", "2", "3"] * 2
+    assert 'class="dot b-4"' in text
 
 
 def test_what_was_not_measured_leaves_no_empty_parts() -> None:

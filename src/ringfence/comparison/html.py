@@ -12,7 +12,17 @@ from ringfence.comparison.changes import samples
 from ringfence.comparison.cost import differing
 from ringfence.comparison.document import BARE
 from ringfence.comparison.figures import figure, spread, times, visible
-from ringfence.comparison.report import COSTS, by_group, command_line, cost_ratio, interval, notes, title
+from ringfence.comparison.report import (
+    COSTS,
+    by_group,
+    command_line,
+    cost_ratio,
+    interval,
+    notes,
+    remarks,
+    title,
+    with_any,
+)
 from ringfence.comparison.statistics import interval as bootstrap
 from ringfence.errors import SpecError
 
@@ -77,7 +87,9 @@ def _finalize(value: Any) -> Any:
 def _content(document: dict[str, Any], changes: Changes | None) -> dict[str, Any]:
     """All that the template shows, as plain values."""
     levels = [one for one in document["levels"] if not one["unavailable"]]
-    columns = [{"title": title(one), "at": at} for at, one in enumerate(levels)]
+    with_starts = [one for one in levels if samples(one, "startup_ns")]
+    columns = _columns(levels, levels)
+    looked_at, tried, measured = (with_any(levels, name) for name in ("isolation", "probes", "measures"))
     return {
         "command": command_line(document),
         "release": document["ringfence"],
@@ -88,15 +100,25 @@ def _content(document: dict[str, Any], changes: Changes | None) -> dict[str, Any
         "words": _WORDS,
         "cards": [_card(one, levels[0], at) for at, one in enumerate(levels)],
         "notes": [sentence for one in document["levels"] for sentence in notes(one)],
+        "remarks": [sentence for one in document["levels"] for sentence in remarks(one)],
         "changes": changes,
-        "resources": _resources(levels),
-        "groups": _probe_groups(document, levels),
+        "looked_at": _columns(looked_at, levels),
+        "resources": _resources(looked_at, levels),
+        "tried": _columns(tried, levels),
+        "groups": _probe_groups(document, tried, levels),
         "surface": _surface(levels),
         "costs": _costs(levels),
-        "starts": _starts(levels),
+        "starts": _times(levels, "startup_ns"),
+        "totals": _times(levels, "total_ns") if len(levels) > len(with_starts) else "",
         "cost_plot": _cost_plot(levels),
-        "measures": _measures(document, levels),
+        "measured": _columns(measured, levels),
+        "measures": _measures(document, measured, levels),
     }
+
+
+def _columns(shown: Sequence[dict[str, Any]], levels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What heads each column: its title, and the number that is its colour everywhere."""
+    return [{"title": title(one), "at": levels.index(one)} for one in shown]
 
 
 def _fact(value: Any, key: str) -> str:
@@ -117,29 +139,35 @@ def _count(words: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _card(level: dict[str, Any], bare: dict[str, Any], at: int) -> dict[str, Any]:
-    start, memory = level["costs"].get("startup_ns"), level["costs"].get("memory_peak_bytes")
-    ratio = cost_ratio(level, bare, "startup_ns")
+    # Other tools don't tell when the command began.
+    what, measure = ("start", "startup_ns") if level["costs"].get("startup_ns") else ("whole call", "total_ns")
+    time, memory = level["costs"].get(measure), level["costs"].get("memory_peak_bytes")
+    ratio = cost_ratio(level, bare, measure)
     other = [name for name, is_so in differing(level["differences"]).items() if is_so]
     return {
         "title": title(level),
         "at": at,
         "counts": _count(one["verdict"] for one in (*level["isolation"].values(), *level["probes"].values())),
-        "start": "unknown" if start is None else figure(start["p50"], "ns"),
+        "what": what,
+        "time": "unknown" if time is None else figure(time["p50"], "ns"),
         "ratio": "" if ratio is None else times(ratio),
-        "memory": "unknown" if memory is None else figure(memory["p50"], "bytes"),
+        "memory": "" if memory is None else figure(memory["p50"], "bytes"),
         "output": "the measure" if level["name"] == BARE else f"{', '.join(other)} differ" if other else "identical",
         "differs": bool(other),
     }
 
 
-def _cells(levels: Sequence[dict[str, Any]], section: str, name: str) -> list[dict[str, Any]]:
+def _cells(
+    shown: Sequence[dict[str, Any]], levels: Sequence[dict[str, Any]], section: str, name: str
+) -> list[dict[str, Any]]:
     """A verdict for each level; the word "" where there is none."""
     found = []
-    for one in levels:
+    for one in shown:
         verdict = one[section].get(name)
         found.append(
             {
                 "title": title(one),
+                "at": levels.index(one),
                 "word": verdict["verdict"] if verdict else "",
                 "evidence": verdict["evidence"] if verdict else "",
                 "control": (verdict or {}).get("control", ""),
@@ -148,20 +176,22 @@ def _cells(levels: Sequence[dict[str, Any]], section: str, name: str) -> list[di
     return found
 
 
-def _resources(levels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = dict.fromkeys(name for one in levels for name in one["isolation"])
+def _resources(shown: Sequence[dict[str, Any]], levels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = dict.fromkeys(name for one in shown for name in one["isolation"])
     return [
-        {"name": name, "tries": "", "why": "", "control": "", "cells": _cells(levels, "isolation", name)}
+        {"name": name, "tries": "", "why": "", "control": "", "cells": _cells(shown, levels, "isolation", name)}
         for name in names
     ]
 
 
-def _probe_groups(document: dict[str, Any], levels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _probe_groups(
+    document: dict[str, Any], shown: Sequence[dict[str, Any]], levels: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, one in by_group(document["probes"]):
-        if not any(name in level["probes"] for level in levels):
+        if not any(name in level["probes"] for level in shown):
             continue
-        cells = _cells(levels, "probes", name)
+        cells = _cells(shown, levels, "probes", name)
         controls = dict.fromkeys(cell["control"] for cell in cells if cell["control"])
         # One control serves all levels, mostly; then it stands above them once.
         control = next(iter(controls)) if len(controls) == 1 else ""
@@ -169,7 +199,7 @@ def _probe_groups(document: dict[str, Any], levels: Sequence[dict[str, Any]]) ->
         groups.setdefault(one["group"], []).append(row)
     found = []
     for group, rows in groups.items():
-        counts = [_count(row["cells"][at]["word"] for row in rows) for at in range(len(levels))]
+        counts = [_count(row["cells"][at]["word"] for row in rows) for at in range(len(shown))]
         found.append({"name": group, "rows": rows, "counts": counts})
     return found
 
@@ -186,7 +216,14 @@ def _surface(levels: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         patterns.setdefault(answers, []).append(name)
     return {
         "levels": [
-            {"title": title(one), "at": levels.index(one), **{kind: one["surface"][kind] for kind in _KINDS}}
+            {
+                "title": title(one),
+                "at": levels.index(one),
+                # Of a guest it is the VMM that reaches the host's kernel.
+                "by": one["surface"].get("by") or "",
+                "guest": one["surface"].get("guest"),
+                "counts": [(kind, one["surface"][kind]) for kind in _KINDS if one["surface"].get(kind)],
+            }
             for one in tried
         ],
         "titles": [title(one) for one in tried],
@@ -200,7 +237,7 @@ def _surface(levels: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-_KINDS = ("reachable", "denied", "absent")
+_KINDS = ("reachable", "denied", "absent", "unknown")
 
 
 # ---- what it costs ----
@@ -224,12 +261,13 @@ def _costs(levels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _starts(levels: Sequence[dict[str, Any]]) -> str:
-    from ringfence.comparison.plots import draw_starts
+def _times(levels: Sequence[dict[str, Any]], measure: str) -> str:
+    """Every run of each level that has a start, or a whole call."""
+    from ringfence.comparison.plots import draw_times
 
-    rows = [(title(one), at, samples(one, "startup_ns")) for at, one in enumerate(levels)]
+    rows = [(title(one), at, samples(one, measure)) for at, one in enumerate(levels)]
     rows = [row for row in rows if row[2] and min(row[2]) > 0]
-    return draw_starts(rows) if rows else ""
+    return draw_times(measure, rows) if rows else ""
 
 
 def _cost_plot(levels: Sequence[dict[str, Any]]) -> str:
@@ -247,32 +285,34 @@ def _cost_plot(levels: Sequence[dict[str, Any]]) -> str:
                 marks.append(Mark(level=at, ratio=ratio, low=low, high=high))
         if marks:
             rows.append(Row(name=name, marks=marks))
-    return draw_ratios("costs", rows, len(levels) - 1) if rows else ""
+    return draw_ratios("costs", rows) if rows else ""
 
 
-def _measures(document: dict[str, Any], levels: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _measures(
+    document: dict[str, Any], shown: Sequence[dict[str, Any]], levels: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     from ringfence.comparison.plots import Mark, Row, draw_ratios
 
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, one in by_group(document["measures"]):
-        if any(name in level["measures"] for level in levels):
+        if any(name in level["measures"] for level in shown):
             groups.setdefault(one["group"], []).append((name, one))
     found = []
     for group, members in groups.items():
         rows, table = [], []
         for name, one in members:
             marks = []
-            for at, level in enumerate(levels):
+            for level in shown:
                 result = level["measures"].get(name)
                 if result is not None and result["ratio"] is not None and result["ratio"] > 0:
                     low, high = (None if not end or end < 0 else end for end in (result["low"], result["high"]))
-                    marks.append(Mark(level=at, ratio=result["ratio"], low=low, high=high))
+                    marks.append(Mark(level=levels.index(level), ratio=result["ratio"], low=low, high=high))
             if marks:
                 more = " (more is better)" if one["better"] == "higher" else ""
                 rows.append(Row(name=name + more, marks=marks))
-            cells = [_measure_cell(level["measures"].get(name), one["unit"]) for level in levels]
+            cells = [_measure_cell(level["measures"].get(name), one["unit"]) for level in shown]
             table.append({"name": name, "what": one["what"], "better": one["better"], "cells": cells})
-        plot = draw_ratios(f"measures {group}", rows, len(levels) - 1) if rows else ""
+        plot = draw_ratios(f"measures {group}", rows) if rows else ""
         found.append({"name": group, "plot": plot, "rows": table})
     return found
 

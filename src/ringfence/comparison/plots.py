@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["Mark", "Row", "draw_ratios", "draw_starts"]
+__all__ = ["Mark", "Row", "draw_ratios", "draw_times"]
 
 # As wide as a phone shows it at about its own size.
 _WIDTH_INCHES = 3.7
@@ -69,8 +69,8 @@ class Row(Value):
         self._set(name=name, marks=tuple(marks))
 
 
-def draw_starts(rows: Sequence[tuple[str, int, Sequence[float]]]) -> str:
-    """Every start, a row for each level: (its title, its number, nanoseconds)."""
+def draw_times(name: str, rows: Sequence[tuple[str, int, Sequence[float]]]) -> str:
+    """Every sample, a row for each level: (its title, its number, nanoseconds)."""
 
     def draw(axes: Axes) -> None:
         for at, (_, level, samples) in enumerate(rows):
@@ -83,30 +83,33 @@ def draw_starts(rows: Sequence[tuple[str, int, Sequence[float]]]) -> str:
             axes.annotate(
                 duration(median), (max(samples), at), (7, 0), textcoords="offset points", va="center", color=_INK
             )
-        _finish(axes, [title for title, _, _ in rows], duration, 1.9)
+        _finish(axes, [title for title, _, _ in rows], range(len(rows)), duration, 1.9)
 
-    return _svg("starts", len(rows) * _ROW_INCHES, draw)
+    return _svg(name, len(rows) * _ROW_INCHES, draw)
 
 
-def draw_ratios(name: str, rows: Sequence[Row], levels: int) -> str:
+def draw_ratios(name: str, rows: Sequence[Row]) -> str:
     """Ratios to the bare run, a row for each of what was measured, in it a mark with its interval for each level."""
+    # A row is as high as its marks, or its name, need; in units of a row with little in it.
+    heights = [max(1.0, 0.45 + 0.33 * len(row.marks), 0.55 * _broken(row.name).count("\n") + 0.75) for row in rows]
+    tops = [sum(heights[:at]) - 0.5 for at in range(len(rows))]
+    middles = [top + height / 2 for top, height in zip(tops, heights, strict=True)]
 
     def draw(axes: Axes) -> None:
         axes.axvline(1, color=_QUIET, linewidth=1, dashes=(3, 2), zorder=0)
-        step = 0.72 / max(1, levels)
         for at, row in enumerate(rows):
             if at % 2:
-                axes.axhspan(at - 0.5, at + 0.5, color=_LINE, alpha=0.25, linewidth=0, zorder=-1)
+                axes.axhspan(tops[at], tops[at] + heights[at], color=_LINE, alpha=0.25, linewidth=0, zorder=-1)
             middle = (len(row.marks) - 1) / 2
             for number, mark in enumerate(row.marks):
-                height, colour = at + (number - middle) * step, _colour(mark.level)
+                height, colour = middles[at] + (number - middle) * 0.33, _colour(mark.level)
                 if mark.low is not None and mark.high is not None:
                     axes.plot([mark.low, mark.high], [height] * 2, color=colour, linewidth=2, solid_capstyle="round")
                 axes.plot([mark.ratio], [height], "o", color=colour, markersize=5.5, markeredgewidth=0)
-        _finish(axes, [row.name for row in rows], lambda ratio: f"x{_plain(ratio)}", 1.25)
+        _finish(axes, [row.name for row in rows], middles, lambda ratio: f"x{_plain(ratio)}", 1.25)
+        axes.set_ylim(sum(heights) - 0.45, -0.55)
 
-    height = max(_ROW_INCHES, 0.16 + 0.13 * levels) * len(rows)
-    return _svg(name, height, draw)
+    return _svg(name, sum(heights) * _ROW_INCHES, draw)
 
 
 def _colour(level: int) -> str:
@@ -117,11 +120,13 @@ def _plain(value: float) -> str:
     return f"{value:g}" if value < 1000 else f"{value / 1000:g}k" if value < 1e6 else f"{value:.0e}"
 
 
-def _finish(axes: Axes, names: Sequence[str], spell: Callable[[float], str], room: float) -> None:
+def _finish(
+    axes: Axes, names: Sequence[str], places: Sequence[float], spell: Callable[[float], str], room: float
+) -> None:
     """A logarithmic axis with few round labels, a row for each name with the first on top, and no frame."""
     axes.set_xscale("log")
     axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.set_yticks(range(len(names)), [_broken(name) for name in names])
+    axes.set_yticks(places, [_broken(name) for name in names])
     low, high = axes.dataLim.intervalx
     low, high = low / 1.25, high * room
     axes.set_xlim(low, high)

@@ -50,17 +50,22 @@ def print_comparison(document: dict[str, Any], to: Console) -> None:
     levels = [one for one in document["levels"] if not one["unavailable"]]
     to.print(_plain(f"The same command, {len(levels)} ways: {command_line(document)}", "bold"))
     to.print(_output_table(levels))
-    to.print(_isolation_table(levels))
-    if document["probes"] and any(one["probes"] for one in levels):
-        to.print(_probe_table(document["probes"], levels))
-    if any(one["surface"] for one in levels):
-        to.print(_surface_table(levels))
+    to.print(_isolation_table(with_any(levels, "isolation")))
+    if probed := with_any(levels, "probes"):
+        to.print(_probe_table(document["probes"], probed))
+    if reached := with_any(levels, "surface"):
+        to.print(_surface_table(reached))
     to.print(_cost_table(levels))
-    if document["measures"] and any(one["measures"] for one in levels):
-        to.print(_measure_table(document["measures"], levels))
+    if measured := with_any(levels, "measures"):
+        to.print(_measure_table(document["measures"], measured))
     for one in document["levels"]:
-        for note in notes(one):
+        for note in (*notes(one), *remarks(one)):
             to.print(_plain(note))
+
+
+def with_any(levels: Sequence[dict[str, Any]], section: str) -> list[dict[str, Any]]:
+    """Those that have something in a section: of other tools little is looked at."""
+    return [one for one in levels if one[section]]
 
 
 def command_line(document: dict[str, Any]) -> str:
@@ -75,13 +80,19 @@ def title(level: dict[str, Any]) -> str:
 
 
 def notes(level: dict[str, Any]) -> list[str]:
-    """What is to be said about a level besides its figures."""
+    """How a level didn't do what it should have: it didn't run, or did something else."""
     name = level["name"]
     if level["unavailable"]:
         return [f"{name}: did not run: {level['unavailable']}" + (f" ({level['help']})" if level["help"] else "")]
     found = [f"{name}: {sentence}" for sentence in level["differences"]]
     if level["varies"]:
         found.append(f"{name}: its own output varies from run to run")
+    return found
+
+
+def remarks(level: dict[str, Any]) -> list[str]:
+    """What is to be known of a level's figures: how another tool was run, what could not be measured."""
+    name, found = level["name"], []
     if level["facts"].get("note"):  # another tool
         found.append(f"{name}: {level['facts'].get('tool') or name}: {level['facts']['note']}")
     return found + [f"{name}: not measured: {sentence}" for sentence in unmeasured(level["measures"])]
@@ -118,7 +129,7 @@ def _none(word: str = "-") -> Text:
 def _table(heading: str, levels: Sequence[dict[str, Any]], *first: str) -> Table:
     table = Table(title=heading, title_justify="left", title_style="bold", expand=False, padding=(0, 1))
     for name in first or ("",):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=len(first) > 1)
     for one in levels:
         table.add_column(title(one), ratio=1, overflow="fold")
     return table
@@ -230,19 +241,19 @@ def _measure_table(catalogue: dict[str, Any], levels: Sequence[dict[str, Any]]) 
     for name, one in by_group(catalogue):
         if last is not None and one["group"] != last:
             table.add_section()
-        cells = (_measured(level["measures"].get(name), one["unit"]) for level in levels)
+        cells = (_measured(level["measures"].get(name), one["unit"], len(levels) <= _ROOMY) for level in levels)
         table.add_row(_plain(one["group"] if one["group"] != last else "", "bold"), _plain(name), *cells)
         last = one["group"]
     return table
 
 
-def _measured(found: dict[str, Any] | None, unit: str) -> Text:
+def _measured(found: dict[str, Any] | None, unit: str, roomy: bool) -> Text:
     if found is None or found["summary"] is None:
         return _none()
     shown = Text(figure(found["summary"]["p50"], unit))
     if found["ratio"] is not None:
         shown.append(f"\n{times(found['ratio'])}", style="bold")
-        if found["low"] is not None and found["high"] is not None:
+        if roomy and found["low"] is not None and found["high"] is not None:
             shown.append(f" {interval(found)}", style="dim")
     return shown
 
