@@ -130,7 +130,7 @@ def run(sessions: list[list[Step]]) -> list[list[str]]:
             work.mkdir()
             script = "".join(f"{{ {one.command}\n}} </dev/null\nprintf '{_END}'\n" for one in page)
             # A cgroup that the page has made has to be empty before it can be removed.
-            script += f"kill -9 -1; {_REMOVE_BOX}\nprintf '{_PAGE}'\n"
+            script += f"exec 2>/dev/null; kill -9 -1; {_REMOVE_BOX}\nprintf '{_PAGE}'\n"
             (work / ".session").write_text(script)
         every = f"for page in $(seq 0 {len(sessions) - 1}); do"
         program = [
