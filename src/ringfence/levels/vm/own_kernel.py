@@ -30,6 +30,8 @@ _KIND = "own-kernels"
 # Who builds kernels names another one each time.
 _KEPT = 8
 _PACKAGE = b"!<arch>\n"
+_ELF, _BANNER = b"\x7fELF", b"Linux version "
+_BANNER_BYTES, _PART_BYTES = 256, 4 << 20
 # Where a bzImage says which release it is: its header has a pointer of 16 bits into the first 64 KiB.
 _HEADER_BYTES = 1 << 17
 
@@ -86,9 +88,28 @@ def _beside(path: str, image: int) -> bytes | None:
     start = os.pread(image, _HEADER_BYTES, 0)
     if start.startswith(_PACKAGE):
         return None
-    # An uncompressed kernel says it anywhere.
-    found = kernel.folder_beside(path, bzimage.release(_whole(image) if start.startswith(b"\x7fELF") else start))
+    found = kernel.folder_beside(path, bzimage.release(_banner(image) if start.startswith(_ELF) else start))
     return os.fsencode(os.path.realpath(found)) if found is not None else None
+
+
+# Where the banner of an image is: to look for it again takes longer than all else here. Of this process's last ones.
+_banners: dict[tuple[int, ...], bytes] = {}
+
+
+def _banner(image: int) -> bytes:
+    """An uncompressed kernel, reduced to where it says what it is, which may be anywhere in it."""
+    key = _about(os.fstat(image))
+    if key not in _banners:
+        # Not by mmap(2): who cuts the file short then would end this process.
+        found, at = b"", 0
+        while not found and at < bzimage.MAX_KERNEL_BYTES and (part := os.pread(image, _PART_BYTES, at)):
+            if (where := part.find(_BANNER)) >= 0:
+                found = os.pread(image, _BANNER_BYTES, at + where)
+            at += _PART_BYTES - _BANNER_BYTES
+        while len(_banners) >= _KEPT:
+            _banners.pop(next(iter(_banners)), None)
+        _banners[key] = _ELF + found
+    return _banners[key]
 
 
 def _whole(image: int) -> bytes:
@@ -99,19 +120,20 @@ def _whole(image: int) -> bytes:
     return data
 
 
+def _about(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 def _key(given: Kernel, image: int, folder: int) -> str:
     """Another one when the image is another file, or when modules were installed (depmod writes modules.dep anew)."""
     import hashlib
 
-    def about(found: os.stat_result) -> tuple[int, ...]:
-        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    of: list[object] = [given.path, about(os.fstat(image)), kernel.sets_digest()]
+    of: list[object] = [given.path, _about(os.fstat(image)), kernel.sets_digest()]
     if folder >= 0:
-        of.append(about(os.fstat(folder)))
+        of.append(_about(os.fstat(folder)))
         for name in ("modules.dep", "modules.builtin", "kernel"):
             try:
-                of.append(about(os.stat(name, dir_fd=folder, follow_symlinks=False)))
+                of.append(_about(os.stat(name, dir_fd=folder, follow_symlinks=False)))
             except OSError:
                 of.append(name)
     return hashlib.sha256(repr(of).encode("utf-8", "surrogateescape")).hexdigest()[:32]
