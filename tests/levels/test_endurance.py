@@ -73,16 +73,21 @@ def alone() -> dict[str, int]:
     The kernel keeps a cgroup that was removed as long as a page is charged to it. That shows in the figures of the one
     that it was in, which is ours; a removed one without a page goes. A template's pages are charged to whichever guest
     touched them first, and stay as long as it does: so the templates in this process's memory are let go of.
+
+    What is cached or mapped of files is left out: it comes and goes with the host's memory, and is charged to whoever
+    reads it then.
     """
     state().ready.clear()
     template._loaded.clear()
     found = {name: value for name, value in growth().items() if name not in MACHINES}
+    resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    found["rss"] = (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
     found["our cgroups"] = found["charged to them"] = 0
     for base in map(Path, leaks.cgroups_of(os.getpid())):
         found["our cgroups"] += sum(1 for one in base.iterdir() if one.is_dir())
         if (base / "memory.stat").exists():
             lines = dict(line.split() for line in (base / "memory.stat").read_text().splitlines())
-            names = ("total_cache", "total_rss") if "total_cache" in lines else ("file", "anon")  # version 1, or 2
+            names = ("total_shmem", "total_rss") if "total_rss" in lines else ("shmem", "anon")  # version 1, or 2
             found["charged to them"] += sum(int(lines[name]) for name in names)
     return found
 
