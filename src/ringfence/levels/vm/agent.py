@@ -9,6 +9,7 @@ import select
 import time
 
 from ringfence.errors import ProtocolError, SpecError
+from ringfence.levels.drive import SandboxEnded
 from ringfence.wire import frames, guest_messages, messages
 from ringfence.wire.frames import Type
 
@@ -71,7 +72,10 @@ class Agent:
                 break
             for fd, event in poll.poll(left // 1_000_000 + 1):
                 if fd in watch:
-                    watch[fd]()
+                    try:
+                        watch[fd]()
+                    except SandboxEnded:  # which may be told before the channel's end is
+                        raise self.died(f"({what})") from None
                 elif event & select.POLLOUT:
                     channel.flush()
             found = channel.receive()
