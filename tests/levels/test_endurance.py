@@ -64,11 +64,11 @@ def test_a_thousand_in_a_row(isolation: str) -> None:
 
 
 # Of the whole machine, on which others may run what they like. What adds up of ours is looked at by itself instead.
-MACHINES = ("cgroups memory", "slab mem_cgroup")
+MACHINES = ("cgroups memory", "cgroups pids", "cgroups cpu", "cgroups cpuacct", "dying cgroups", "slab mem_cgroup")
 
 
 def alone() -> dict[str, int]:
-    """`growth`, with our own memory cgroups in place of the machine's.
+    """`growth`, with our own cgroups in place of the machine's.
 
     The kernel keeps a cgroup that was removed as long as a page is charged to it. That shows in the figures of the one
     that it was in, which is ours; a removed one without a page goes. A template's pages are charged to whichever guest
