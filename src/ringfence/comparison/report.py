@@ -207,9 +207,9 @@ def _surface_table(levels: Sequence[dict[str, Any]]) -> Table:
     for name in ("reachable", "denied", "absent"):
         cells = [_none() if one["surface"] is None else Text(str(one["surface"][name])) for one in levels]
         table.add_row(name, *cells)
-    whose = [(one["surface"] or {}).get("by") for one in levels]
-    if any(whose):
-        table.add_row("by", *(_none("the workload") if by is None else _plain(by) for by in whose))
+    tried = [one["surface"] for one in levels]
+    if any(one and one.get("by") for one in tried):
+        table.add_row("by", *(_none() if one is None else _plain(one.get("by") or "the workload") for one in tried))
     return table
 
 
