@@ -69,6 +69,20 @@ def test_a_peer_does_what_the_bare_command_does(name: str) -> None:
         assert "none of them idles" in found["memory_pss_1"]["unavailable"]
 
 
+def test_podman_leaves_nothing_but_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps state in six places unless each is named."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = set(os.listdir("/tmp")) | set(os.listdir("/run"))
+    with opened("podman") as tool:
+        folder = os.path.basename(tool.folder)
+        left = (set(os.listdir("/tmp")) | set(os.listdir("/run"))) - before
+        # Others run tests beside this one; what podman is known to leave has its name, or its runtime's.
+        assert {name for name in left if "podman" in name or "containers" in name or "crun" in name} == set()
+        assert folder in left
+    assert folder not in os.listdir("/tmp")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_peer_that_is_not_installed_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "true").symlink_to("/usr/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))

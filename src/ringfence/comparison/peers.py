@@ -91,12 +91,12 @@ def _missing(name: str) -> str:
     return f"{name} isn't installed (Debian's package {PEERS[name]})"
 
 
-def _run(words: Words, fds: Sequence[int]) -> None:
+def _run(words: Words, fds: Sequence[int], name: str = "") -> None:
     # A pipe for stdin: the OCI runtimes give the caller's streams to the ids inside, /dev/null itself too.
     done = subprocess.run(words, input=b"", capture_output=True, pass_fds=fds, check=False, timeout=_TRY_S)
     if done.returncode != 0:
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        name = os.path.basename(os.fsdecode(words[0]))
+        name = name or os.path.basename(os.fsdecode(words[0]))
         raise OSError(f"{name} ended with {done.returncode}: {said[-1] if said else 'no word'}")
 
 
@@ -155,8 +155,15 @@ def _write_config(folder: str, config: Mapping[str, Any]) -> None:
 
 
 def _mapping() -> tuple[int, int, int]:
-    """(inside, outside, how many) ids: root gives a range that owns nothing, anybody else its own id."""
-    return (0, _FIRST_ID, _IDS) if os.geteuid() == 0 else (_USER, os.geteuid(), 1)
+    """(inside, outside, how many) ids: root gives a range that owns nothing, anybody else its own id, as root inside:
+    without a root runc has no mapping.
+    """
+    return (0, _FIRST_ID, _IDS) if os.geteuid() == 0 else (0, os.geteuid(), 1)
+
+
+def _user() -> int:
+    """Who the command is inside."""
+    return _USER if os.geteuid() == 0 else 0
 
 
 def _config(rootfs: str, command: Sequence[str], env: Sequence[str], work: str | None = None) -> dict[str, Any]:
@@ -180,7 +187,7 @@ def _config(rootfs: str, command: Sequence[str], env: Sequence[str], work: str |
         "root": {"path": rootfs, "readonly": True},
         "process": {
             "terminal": False,
-            "user": {"uid": _USER, "gid": _USER},
+            "user": {"uid": _user(), "gid": _user()},
             "args": list(command),
             "env": list(env),
             "cwd": "/" if work is None else _HOME,
@@ -212,7 +219,7 @@ class Tool(Closing):
             raise Unavailable(name, _missing(name).removesuffix(f" (Debian's package {PEERS[name]})"),
                               f"install Debian's package {PEERS[name]}")  # fmt: skip
         self.name, self.program, self.folder = name, program, folder
-        self.version = _version(program)
+        self.version = _version(program, folder)
         self.note = _NOTES[name]
         self.work = os.path.join(folder, "work")
         as_root = os.geteuid() == 0
@@ -256,7 +263,7 @@ class Tool(Closing):
     def run(self, argv: Words, env: Mapping[bytes, bytes] | None = None) -> None:
         """A command, to its end. Raises OSError where it doesn't exit with 0."""
         with self.prepared(argv, env) as (words, fds):
-            _run(words, fds)
+            _run(words, fds, self.name)
 
     @contextlib.contextmanager
     def prepared(
@@ -303,19 +310,17 @@ class Tool(Closing):
             os.close(fd)
 
     def _podman(self, env: Mapping[bytes, bytes], name: str) -> list[str | bytes]:
-        state = self._state()
-        words: list[str | bytes] = [self.program, "--root", f"{state}/root", "--runroot", f"{state}/run"]
-        words += [
-            "--tmpdir",
-            f"{state}/tmp",
-            "--events-backend=none",
-            "--storage-driver=vfs",
-            "--cgroup-manager=cgroupfs",
-        ]
+        # Short names: podman refuses a runroot of more than 50 characters. Without these it and its runtime leave files
+        # in /run, in the home and among the temporary ones.
+        at = self.folder
+        words: list[str | bytes] = ["env", *(f"{key}={value}" for key, value in _own(at).items()), self.program]
+        words += ["--root", f"{at}/root", "--runroot", f"{at}/run", "--tmpdir", f"{at}/tmp"]
+        words += ["--runtime-flag", f"root={at}/oci"]
+        words += ["--events-backend=none", "--storage-driver=vfs", "--cgroup-manager=cgroupfs"]
         words += ["run", "--rm", "--interactive", "--name", name, "--cgroups=disabled", "--network=none", "--no-hosts"]
         words += ["--log-driver=none", "--hostname=ringfence", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
         words += ["--read-only", "--read-only-tmpfs=false", "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
-        words += [f"--user={_USER}:{_USER}", f"--workdir={_HOME}", f"--volume={self.work}:{_HOME}"]
+        words += [f"--user={_user()}:{_user()}", f"--workdir={_HOME}", f"--volume={self.work}:{_HOME}"]
         if os.geteuid() == 0:
             words.append(f"--uidmap=0:{_FIRST_ID}:{_IDS}")
         words += [f"--volume=/{one}:/{one}:ro" for one in ("usr", "etc")]
@@ -358,11 +363,21 @@ _NOTES = {
 }
 
 
-def _version(program: str) -> str:
+def _own(folder: str) -> dict[str, str]:
+    """The environment by which podman keeps all that it keeps in that folder."""
+    return dict.fromkeys(("HOME", "XDG_RUNTIME_DIR", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "TMPDIR"), folder)
+
+
+def _version(program: str, folder: str) -> str:
     """The first line that it prints of itself: "bubblewrap 0.8.0"."""
     try:
         done = subprocess.run(
-            [program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=20
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=_TRY_S,
+            env={**os.environ, **_own(folder)},
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

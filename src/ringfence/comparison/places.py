@@ -108,17 +108,17 @@ class Bare(Place):
         self._folder.cleanup()
 
 
-def _finished(words: Sequence[str | bytes], **options: Any) -> bytes:
+def _finished(words: Sequence[str | bytes], name: str = "", **options: Any) -> bytes:
     try:
         done = subprocess.run(words, input=b"", capture_output=True, timeout=_CALL_S, check=False, **options)
     except subprocess.TimeoutExpired:
         raise OSError(f"{os.path.basename(os.fsdecode(words[0]))} did not end in {_CALL_S} s") from None
     if done.returncode:
-        raise OSError(_said(words, str(done.returncode), done.stderr))
+        raise OSError(_said([name or words[0]], str(done.returncode), done.stderr))
     return bytes(done.stdout)
 
 
-def _until_output(words: Sequence[str | bytes], called_ns: int, **options: Any) -> tuple[int, None]:
+def _until_output(words: Sequence[str | bytes], called_ns: int, name: str = "", **options: Any) -> tuple[int, None]:
     # Pipes for all three: the OCI runtimes give the caller's streams to the ids inside, /dev/null itself too.
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
@@ -128,7 +128,7 @@ def _until_output(words: Sequence[str | bytes], called_ns: int, **options: Any) 
         took = time.monotonic_ns() - called_ns
         _, stderr = child.communicate(timeout=_CALL_S)
     if not came or child.returncode:
-        raise OSError(_said(words, str(child.returncode), stderr))
+        raise OSError(_said([name or words[0]], str(child.returncode), stderr))
     return took, None
 
 
@@ -213,10 +213,10 @@ class Other(Place):
 
     def first_output(self, argv: Sequence[str]) -> tuple[int, int | None]:
         with self._tool.prepared(argv) as (words, fds):
-            return _until_output(words, time.monotonic_ns(), pass_fds=fds)
+            return _until_output(words, time.monotonic_ns(), self.name, pass_fds=fds)
 
     def call(self, argv: Sequence[str], *, network: bool = False) -> Answer:
         with self._tool.prepared(argv) as (words, fds):
             before_ns = time.monotonic_ns()
-            done = _finished(words, pass_fds=fds)
+            done = _finished(words, self.name, pass_fds=fds)
             return Answer(done, before_ns, time.monotonic_ns())
