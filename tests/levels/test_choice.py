@@ -104,7 +104,11 @@ def test_a_sandbox_and_a_pool_choose_too(no_guests: None) -> None:
 def test_the_verdicts_are_those_of_a_comparison(no_guests: None, isolation: str) -> None:
     spec = Spec.make(["true"], isolation=isolation)
     ours = judged.verdicts(spec, measure.Here(rf.host()))
-    theirs = judge_all(bare_facts(), level_facts(isolation))
+    facts = level_facts(isolation)
+    # By which it is known that there is no other kernel, whatever /proc shows.
+    assert facts["level"] == isolation
+    assert [one["level"] for one in measure.Here(rf.host()).facts(spec)] == ["bare", isolation]
+    theirs = judge_all(bare_facts(), facts)
     files = {"files"}  # which are judged by the spec as well
     assert {name: str(one.isolation) for name, one in ours.items() if name not in files} == {
         name: str(one.isolation) for name, one in theirs.items() if name not in files

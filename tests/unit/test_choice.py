@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,48 @@ def test_a_symlink_to_the_kernels_files_is_one_of_them(tmp_path: Path) -> None:
     assert not judged.kernel_files(os.fsencode(tmp_path))
 
 
+def test_an_image_that_holds_the_kernels_files_is_as_a_mount_of_them(tmp_path: Path) -> None:
+    assert off(spec(image=str(tmp_path))) == {"files": "restricted"}
+    lost = off(spec(image="/sys/kernel"))
+    assert {lost[name] for name in ("kernel settings", "devices", "cgroups")} == {"unknown"}
+
+
+@pytest.mark.parametrize("rule", ["writable", "readable"])
+def test_a_path_may_be_a_device_or_files_of_the_kernels(rule: str, tmp_path: Path) -> None:
+    def lost(path: str) -> dict[str, str]:
+        return off(spec(isolation="process", **{rule: [path]}))
+
+    usual = {"files": "restricted"}
+    assert lost("/dev/null") == lost(str(tmp_path)) == usual
+    for path in ("/dev", "/"):
+        assert lost(path)["kernel settings"] == "unknown"
+    # Every process may read there, and did while it was measured.
+    assert lost("/proc/sys") == usual if rule == "readable" else lost("/proc/sys")["kernel settings"] == "unknown"
+    assert lost("/dev/ptmx") == dict.fromkeys(NAMES, "unknown")
+
+
+@pytest.mark.parametrize(
+    ("fstype", "data"),
+    [
+        *((name, True) for name in ("ext4", "tmpfs", "overlay", "fuse", "fuse.sshfs", "fuseblk", "nfs4", "zfs")),
+        *((name, False) for name in ("proc", "sysfs", "a-new-one", "not-known-here", "autofs", "fusectl", "cgroup2")),
+    ],
+)
+def test_what_is_on_no_disk_and_not_known_as_data_is_of_the_kernel(fstype: str, data: bool) -> None:
+    known = {"ext4": "", "fuseblk": "", "proc": "nodev", "a-new-one": "nodev", "autofs": "nodev", "fusectl": "nodev"}
+    assert judged._is_data(fstype, known) is data
+
+
+@pytest.mark.parametrize(
+    ("number", "harmless"), [((226, 128), True), ((226, 191), True), ((226, 0), False), ((226, 64), False)]
+)
+def test_of_graphics_only_a_node_that_renders_is_harmless(
+    number: tuple[int, int], harmless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judged, "_node", lambda path: (stat.S_IFCHR, number))
+    assert judged._opens_only_itself(b"/dev/dri/one") is harmless
+
+
 def test_of_a_device_only_a_harmless_one_leaves_the_rest_as_it_is() -> None:
     assert off(spec(devices=["/dev/null"])) == {"files": "restricted", "devices": "shared"}
 
@@ -106,7 +149,14 @@ def test_a_joined_namespace_is_not_its_own(name: str, lost: set[str]) -> None:
 def test_a_filter_that_lets_all_through_or_is_of_ones_own_gives_nothing() -> None:
     assert off(spec(seccomp=rf.Seccomp(mode="audit")))["system calls"] == "shared"
     profile = {"defaultAction": "SCMP_ACT_ALLOW"}
-    assert off(spec(seccomp=profile))["system calls"] == "unknown"
+    assert off(spec(seccomp=profile)) == {"files": "restricted", "system calls": "unknown"}
+
+
+def test_of_a_profile_that_is_named_only_what_no_filter_denies_is_left(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
+    lost = off(spec(seccomp=str(tmp_path / "profile.json")))
+    assert {lost[name] for name in ("keyrings", "IPC", "network", "others' memory", "clock")} == {"unknown"}
+    assert "kernel" not in lost
 
 
 # ---- the order ----
@@ -213,6 +263,24 @@ def test_a_level_that_is_named_has_to_meet_the_requirements_too(world: Any) -> N
     assert looked == ["container"]
     with pytest.raises(rf.CannotEnforce, match=r"process .* can't enforce here: require \(network is restricted"):
         choice.settled(spec(isolation="process", require={"network": "own"}), HOST)
+
+
+def test_a_profile_is_read_once_and_what_is_measured_is_what_runs(world: Any, tmp_path: Path) -> None:
+    world(COSTS, HAS)
+    path = tmp_path / "profile.json"
+    keys = []
+    for call in ("keyctl", "swapon"):
+        text = json.dumps(
+            {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": [call], "action": "SCMP_ACT_KILL"}]}
+        )
+        path.write_text(f"\n {text}\n")
+        found = choice.settled(spec(seccomp=rf.Seccomp(str(path), mode="report")), HOST)
+        path.unlink()
+        assert found.seccomp == rf.Seccomp(text, mode="report")
+        keys.append(measure._key(measure._boundary(measure._probed(found))))
+    assert keys[0] != keys[1]
+    # One that can't be read is left to the levels, which refuse it.
+    assert choice._with_profile(spec(seccomp=str(path))).seccomp.profile == os.fsencode(path)
 
 
 def test_a_spec_without_a_level_is_never_run() -> None:
@@ -362,3 +430,19 @@ def test_mounts_and_amounts_do_not_make_it_another_sandbox_but_rules_of_the_boun
         key(limits=rf.Limits(cpuset="0")),
     ]
     assert len({usual, *others}) == 1 + len(others)
+
+
+def test_a_kernel_of_ones_own_is_in_the_key_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ringfence.levels.vm import own_kernel
+
+    class Prepared:
+        def __init__(self, given: rf.Kernel) -> None:
+            self.digest = Path(os.fsdecode(given.path)).read_text()
+
+    monkeypatch.setattr(own_kernel, "prepare", Prepared)
+    keys = set()
+    for content in ("one", "two"):
+        (tmp_path / "vmlinux").write_text(content)
+        probed = measure._probed(spec(isolation="vm", kernel=str(tmp_path / "vmlinux")))
+        keys.add(measure._key(measure._boundary(probed)))
+    assert len(keys) == 2

@@ -121,6 +121,19 @@ def test_another_kernel_decides_where_inodes_cannot() -> None:
     assert other_kernel(HOST, changed("container", boot_id=None)) is None
 
 
+@pytest.mark.parametrize("level", ["process", "container"])
+def test_a_level_on_this_kernel_has_no_other_whatever_the_boot_id_reads(level: str) -> None:
+    """As where the caller's /proc/sys/kernel/random/boot_id, or the release, is covered by a mount."""
+    inside = {**changed(level, boot_id="other", kernel_release="other"), "level": level}
+    assert other_kernel(HOST, inside) is False
+    found = judge_all(HOST, inside)
+    assert found["kernel"].isolation is Isolation.SHARED
+    words = {name: str(one.isolation) for name, one in found.items()}
+    assert words == {name: str(one.isolation) for name, one in judge_all(HOST, RECORDED[level]).items()}
+    # Of another tool's sandbox nothing but what is read is known.
+    assert other_kernel(HOST, changed(level, boot_id="other")) is True
+
+
 def test_each_namespace_shared_is_told_as_shared() -> None:
     names = {"pid": "processes", "user": "users", "mnt": "mounts", "ipc": "IPC", "net": "network", "uts": "host name"}
     for kind, name in names.items():
@@ -142,6 +155,15 @@ def test_limits_and_missing_limits_on_memory() -> None:
     assert "at most 256 MiB" in judge_all(HOST, RECORDED["container"])["memory"].evidence
 
 
+def test_a_limit_that_is_no_less_than_what_there_is_restricts_nothing() -> None:
+    total, count = HOST["memory_total_bytes"], len(HOST["affinity"])
+    for level in ("process", "container"):
+        all_of_it = judge_all(HOST, changed(level, applied={"memory": total, "cpus": float(count)}))
+        assert (all_of_it["memory"].isolation, all_of_it["CPUs"].isolation) == (Isolation.SHARED, Isolation.SHARED)
+        less = judge_all(HOST, changed(level, applied={"memory": total - 1, "cpus": count - 0.5}))
+        assert (less["memory"].isolation, less["CPUs"].isolation) == (Isolation.RESTRICTED, Isolation.RESTRICTED)
+
+
 def test_a_writable_host_tree_is_shared() -> None:
     found = judge_all(HOST, with_attempts("process", write_etc="ok", write_usr="ok"))["files"]
     assert found.isolation is Isolation.SHARED
@@ -158,3 +180,11 @@ def test_a_tree_without_host_files_is_own() -> None:
 def test_the_id_outside_is_told() -> None:
     inside = changed("container", uid_map="0 1000000 65536", uids={"effective": 5})
     assert judge_all(HOST, inside)["users"].evidence == "uid 5 is 1000005 outside"
+
+
+def test_a_user_that_is_the_caller_outside_is_not_its_own() -> None:
+    caller = {**HOST, "uids": {**HOST["uids"], "effective": 1000}}
+    inside = changed("container", uid_map="0 1000 1", uids={"effective": 0})
+    assert judge_all(caller, inside)["users"].isolation is Isolation.RESTRICTED
+    assert judge_all(HOST, inside)["users"].isolation is Isolation.OWN
+    assert judge_all(caller, {**inside, "uid_map": None})["users"].isolation is Isolation.UNKNOWN

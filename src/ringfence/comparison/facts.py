@@ -80,11 +80,12 @@ def bare_facts() -> dict[str, Any]:
             stderr=subprocess.DEVNULL,
             check=False,
         )
-    return parse(done.stdout)
+    return {**parse(done.stdout), "level": "bare"}
 
 
 def level_facts(isolation: str, *, limits: Limits | None = None) -> dict[str, Any]:
-    """Inside a level, with these limits' memory and CPUs; what `Result.applied` read back is under "applied", by rule.
+    """Inside a level, with these limits' memory and CPUs; what `Result.applied` read back is under "applied", by rule,
+    and the level's name under "level".
 
     Raises what `run` raises, and ProtocolError where the probe didn't answer.
     """
@@ -98,4 +99,5 @@ def level_facts(isolation: str, *, limits: Limits | None = None) -> dict[str, An
     facts = parse(done.stdout)
     facts["applied"] = {one.rule: one.effective for one in done.applied}
     facts["accelerator"] = done.accelerator
+    facts["level"] = isolation
     return facts

@@ -86,6 +86,9 @@ def _unknown(evidence: str) -> Verdict:
 
 # ---- what the judges ask ----
 
+# Where no other kernel runs, whatever is read there.
+_ON_THIS_KERNEL = ("bare", "process", "container")
+
 
 def _missing(facts: Facts, name: str) -> str:
     return f"{name} can't be read: {facts.get(f'{name}_errno') or 'not reported'}"
@@ -94,8 +97,12 @@ def _missing(facts: Facts, name: str) -> str:
 def other_kernel(host: Facts, inside: Facts) -> bool | None:
     """Whether another kernel runs inside; None where that can't be told.
 
-    The kernel makes the boot id at random as it starts (random(4)), so it names one run of one kernel.
+    What the caller's /proc shows can be covered by a mount, so nothing that is read decides where the level itself
+    does: a process and a container run on the host's kernel by construction. Elsewhere (a guest, another tool) it is
+    the boot id, which the kernel makes at random as it starts (random(4)), so that it names one run of one kernel.
     """
+    if inside.get("level") in _ON_THIS_KERNEL:
+        return False
     ids = host.get("boot_id"), inside.get("boot_id")
     if all(ids):
         return ids[0] != ids[1]
@@ -162,7 +169,8 @@ def _kernel(host: Facts, inside: Facts) -> Verdict:
     if other is None or not release:
         return _unknown(_missing(inside, "boot_id"))
     if not other:
-        return _shared(f"{release}, the same boot id")
+        same = inside.get("boot_id") == host.get("boot_id")
+        return _shared(f"{release}, " + ("the same boot id" if same else "the host's: this level has no other"))
     return _own(f"{release}, the host {host.get('kernel_release')}; another boot id")
 
 
@@ -173,6 +181,8 @@ def _memory(host: Facts, inside: Facts) -> Verdict:
     if other_kernel(host, inside):
         return _own(f"{_megabytes(total)} of its own, the host has {_megabytes(host.get('memory_total_bytes'))}")
     limit = (inside.get("applied") or {}).get("memory")
+    if limit is not None and limit >= total:
+        return _shared(f"all {_megabytes(total)}, the limit of {_megabytes(limit)} is no less")
     if limit is not None:
         return _restricted(f"at most {_megabytes(limit)} of the host's {_megabytes(total)}")
     return _shared(f"all {_megabytes(total)}, no limit asked for")
@@ -185,10 +195,12 @@ def _cpus(host: Facts, inside: Facts) -> Verdict:
     if other_kernel(host, inside):
         return _own(f"{len(ours)} virtual, of the host's {len(theirs)}")
     quota = (inside.get("applied") or {}).get("cpus")
-    if quota is not None:
+    if quota is not None and quota < len(theirs):
         return _restricted(f"the time of {quota:g}, of the host's {len(theirs)}")
     if len(ours) < len(theirs):
         return _restricted(f"{len(ours)} of the host's {len(theirs)}")
+    if quota is not None:
+        return _shared(f"all {len(ours)}, the limit of {quota:g} is no less")
     return _shared(f"all {len(ours)}, no limit asked for")
 
 
@@ -237,7 +249,12 @@ def _users(host: Facts, inside: Facts) -> Verdict:
     if other_kernel(host, inside):
         return _own(f"uid {uid} of its own kernel")
     outside = _outside_id(inside.get("uid_map"), uid)
-    return _own(f"uid {uid}" + (f" is {outside} outside" if outside is not None else ", mapped"))
+    if outside is None:
+        return _unknown(f"uid {uid}: which one that is outside can't be told")
+    if outside == caller:
+        # Of files, signals and limits of a user the host has it as the caller (user_namespaces(7)).
+        return _restricted(f"uid {uid} is {outside} outside, as the caller")
+    return _own(f"uid {uid} is {outside} outside")
 
 
 def _outside_id(uid_map: object, uid: int) -> int | None:

@@ -30,7 +30,8 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "kernel-identity",
         "kernel",
-        same(attempt="read /proc/sys/kernel/random/boot_id"),
+        # At a level of ours it is known whether there is another kernel: an id that only reads otherwise is covered.
+        same(attempt="read /proc/sys/kernel/random/boot_id", differs=Isolation.RESTRICTED),
         tries="Reads the id that the kernel made at random when it started.",
         why="One run of one kernel has one such id: where it is the host's, a flaw in that kernel is a way out.",
     ),

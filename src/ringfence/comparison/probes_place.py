@@ -95,12 +95,12 @@ class Holder:
 
 
 class Place:
-    """Where attempts are made. second: in another sandbox of the same kind. limited: whether it was given limits, as
-    far as it takes any.
+    """Where attempts are made. second: in another sandbox of the same kind. level: "bare" or a level of ours, "" for
+    another tool's sandbox. limited: whether it was given limits, as far as it takes any.
     """
 
-    def __init__(self, ask: Ask, second: Ask, *, limited: bool = True) -> None:
-        self._ask, self._second, self._limited = ask, second, limited
+    def __init__(self, ask: Ask, second: Ask, *, level: str = "", limited: bool = True) -> None:
+        self._ask, self._second, self._level, self._limited = ask, second, level, limited
 
     def _each(self, ask: Ask, lines: Sequence[str]) -> list[str]:
         printed, ended = ask(["each", str(_EACH_SECONDS)], "".join(f"{line}\n" for line in lines).encode())
@@ -117,6 +117,7 @@ class Place:
             raise ProtocolError(f"the probe printed no facts but {first[:80]!r}") from None
         said = dict(zip(_INSIDE, rest, strict=True))
         facts["limited"] = self._limited
+        facts["level"] = self._level
         facts["attempts"] = {name: said[line] for name, line in ATTEMPTS if line in said}  # as the summary has them
         return facts, said
 
@@ -160,7 +161,7 @@ def bare_place() -> Iterator[Place]:
             return done.stdout, f"signal {-done.returncode}" if done.returncode < 0 else ""
 
         try:
-            yield Place(ask, ask)
+            yield Place(ask, ask, level="bare")
         finally:
             for holder in holders:
                 holder.close()
@@ -189,4 +190,4 @@ def sandbox_place(name: str) -> Iterator[Place]:
                 others.append(opened())
             return ask_in(others[0], words, given)
 
-        yield Place(lambda words, given: ask_in(first, words, given), second)
+        yield Place(lambda words, given: ask_in(first, words, given), second, level=name)

@@ -12,7 +12,7 @@ from ringfence.comparison.choice.judged import named, verdicts
 from ringfence.comparison.choice.values import UNAVAILABLE, Choice, Judged, Weighed
 from ringfence.errors import CannotEnforce, RingfenceError, Unavailable, Unmet
 from ringfence.levels.host import host
-from ringfence.spec import AUTO, ISOLATIONS, Spec
+from ringfence.spec import AUTO, ISOLATIONS, Seccomp, Spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def choose(**options: Unpack[Options]) -> Choice:
     Raises SpecError.
     """
     options.setdefault("isolation", AUTO)
-    return weigh(Spec.make(_NO_COMMAND, **options), host(), all_levels=True)
+    return weigh(_with_profile(Spec.make(_NO_COMMAND, **options)), host(), all_levels=True)
 
 
 def settled(spec: Spec, machine: Host) -> Spec:
@@ -43,10 +43,26 @@ def settled(spec: Spec, machine: Host) -> Spec:
 
     Raises SpecError for a resource that there isn't; CannotEnforce, or Unavailable, with what each level lacks.
     """
+    spec = _with_profile(spec)
     choice = weigh(spec, machine)
     if choice.isolation is None:
         raise choice.refusal()
     return spec.replace(isolation=choice.isolation, choice=choice)
+
+
+def _with_profile(spec: Spec) -> Spec:
+    """The spec with the text of its seccomp profile in place of a path, so that what is run is what was measured."""
+    profile = spec.seccomp.profile
+    if not isinstance(profile, bytes):
+        return spec
+    from ringfence.linux import seccomp_profile
+
+    try:
+        text = seccomp_profile.load(profile).decode().strip()
+    except (RingfenceError, UnicodeDecodeError):
+        return spec  # no level takes it, and each says why
+    # Seccomp tells a text from a path by its brace; what has none is no profile.
+    return spec.replace(seccomp=Seccomp(text, mode=spec.seccomp.mode)) if text.startswith("{") else spec
 
 
 def weigh(spec: Spec, machine: Host, *, all_levels: bool = False) -> Choice:

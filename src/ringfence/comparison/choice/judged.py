@@ -35,18 +35,40 @@ _BY_NAMESPACE = {
     "cgroup": ("cgroups",),
     "time": ("clock",),
 }
+# What is denied by system calls as well: with a filter, by that.
+_BY_FILTER = (
+    *("signals", "others' memory", "files", "devices", "kernel settings", "network", "IPC", "keyrings", "host name"),
+    *("mounts", "clock"),
+)
 # What no file system can open.
 _NOT_BY_FILES = frozenset(("kernel", "memory", "CPUs", "capabilities", "system calls", "new privileges", "users"))
-# File systems whose files are no data, but the kernel itself (proc_filesystems(5)).
-_OF_THE_KERNEL = frozenset(
+# File systems on no block device whose files are data all the same. Every other one that /proc/filesystems calls nodev
+# is taken for the kernel itself: a new one of these comes with many a release.
+_OF_DATA = frozenset(
     (
-        *("proc", "sysfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "mqueue", "debugfs", "tracefs", "securityfs"),
-        *("bpf", "configfs", "fusectl", "pstore", "efivarfs", "binfmt_misc", "nsfs", "selinuxfs", "resctrl"),
+        *(
+            "tmpfs",
+            "ramfs",
+            "rootfs",
+            "overlay",
+            "aufs",
+            "fuse",
+            "9p",
+            "virtiofs",
+            "nfs",
+            "nfs4",
+            "cifs",
+            "smb3",
+            "ceph",
+        ),
+        *("zfs", "btrfs", "bcachefs", "ubifs", "jffs2", "ecryptfs", "lustre", "gpfs", "afs", "vboxsf"),
     )
 )
-# Documentation/admin-guide/devices.txt: null, zero, full, random, urandom, tun, fuse, kvm; sound and graphics.
-_HARMLESS = frozenset(((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (10, 200), (10, 229), (10, 232)))
-_HARMLESS_MAJORS = frozenset((116, 226))
+# Documentation/admin-guide/devices.txt: null, zero, full, random, urandom and tty, which every process may use.
+_STANDARD = frozenset(((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)))
+# tun, fuse and kvm; sound; of graphics the nodes that only render, as those before them set a screen's mode.
+_HARMLESS = _STANDARD - {(5, 0)} | {(10, 200), (10, 229), (10, 232)}
+_SOUND, _GRAPHICS, _FIRST_RENDERER = 116, 226, 128
 
 
 def named(require: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -101,39 +123,74 @@ def lowered(found: Mapping[str, Verdict], spec: Spec, *, own_kernel: bool) -> di
     for mount in spec.mounts:
         shown = os.fsdecode(mount.source)
         lower(["files"], Isolation.RESTRICTED, f"the host's {shown} is mounted")
-        if kernel_files(mount.source):
+    devices, trees = _opened(spec)
+    for tree in trees:
+        if kernel_files(tree):
             others = [name for name in _ALL if name not in _NOT_BY_FILES]
-            lower(others, Isolation.UNKNOWN, f"what {shown} opens of the kernel isn't known")
-    for device in spec.devices:
-        shown = os.fsdecode(device.source)
+            lower(others, Isolation.UNKNOWN, f"what {os.fsdecode(tree)} opens of the kernel isn't known")
+    for device in devices:
+        shown = os.fsdecode(device)
         lower(["devices"], Isolation.SHARED, f"the host's {shown} can be used")
-        if not _opens_only_itself(device.source):
+        if not _opens_only_itself(device):
             # /dev/mem is all of the kernel, /dev/sg0 a whole disk.
             lower(_ALL, Isolation.UNKNOWN, f"what {shown} opens isn't known")
     if spec.seccomp.mode == "audit":
         lower(["system calls"], Isolation.SHARED, "the filter only tells, in the mode audit")
     elif spec.seccomp.profile not in ("default", "unconfined"):
         lower(["system calls"], Isolation.UNKNOWN, "what a profile of one's own denies isn't known")
+        if isinstance(spec.seccomp.profile, bytes):
+            # One that is in the spec as text is what was measured. Of a path another file may have been.
+            lower(_BY_FILTER, Isolation.UNKNOWN, f"{os.fsdecode(spec.seccomp.profile)} may be another by now")
     return verdicts
+
+
+def _opened(spec: Spec) -> tuple[list[bytes], list[bytes]]:
+    """(devices of the host that a spec names, everything else of it that may hold the kernel's own files)."""
+    devices = [one.source for one in spec.devices]
+    trees = [one.source for one in spec.mounts]
+    if spec.image != "host":
+        trees.append(os.fsencode(spec.image))
+    for path in (*(spec.readable or ()), *spec.writable):
+        kind, number = _node(path)
+        if kind in (stat.S_IFCHR, stat.S_IFBLK):
+            if kind != stat.S_IFCHR or number not in _STANDARD:
+                devices.append(path)
+        elif path in spec.writable or _holds_devices(path):
+            # All but /dev can be read by default, and was while it was measured.
+            trees.append(path)
+    return devices, trees
+
+
+def _holds_devices(path: bytes) -> bool:
+    real = os.path.realpath(path)
+    return real == b"/" or _is_below(real, b"/dev")
+
+
+def _node(path: bytes) -> tuple[int, tuple[int, int]]:
+    """(the kind of a file, the number of a device); zeros where there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return 0, (0, 0)
+    return stat.S_IFMT(about.st_mode), (os.major(about.st_rdev), os.minor(about.st_rdev))
 
 
 def _opens_only_itself(path: bytes) -> bool:
     """Whether a device is one of those that give their user nothing else of the host's."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return False
-    number = os.major(about.st_rdev), os.minor(about.st_rdev)
-    return stat.S_ISCHR(about.st_mode) and (number in _HARMLESS or number[0] in _HARMLESS_MAJORS)
+    kind, (major, minor) = _node(path)
+    renders = major == _GRAPHICS and minor >= _FIRST_RENDERER
+    return kind == stat.S_IFCHR and ((major, minor) in _HARMLESS or major == _SOUND or renders)
 
 
 def kernel_files(path: bytes) -> bool:
     """Whether a path is, holds or lies in a file system of the kernel's own; also where that can't be told."""
     try:
         real = os.path.realpath(path)
-        with open("/proc/self/mountinfo", "rb") as file:
+        with open("/proc/thread-self/mountinfo", "rb") as file:
             lines = file.read().splitlines()
-    except OSError:
+        with open("/proc/filesystems", encoding="ascii", errors="replace") as file:
+            known = {name: nodev for nodev, name in (line.rstrip("\n").split("\t") for line in file)}
+    except (OSError, ValueError):
         return True
     nearest, kind = b"", b""
     for line in lines:
@@ -143,9 +200,15 @@ def kernel_files(path: bytes) -> bool:
         # proc_pid_mountinfo(5): the later of two mounts on one point covers the other.
         if _is_below(real, point) and len(point) >= len(nearest):
             nearest, kind = point, fstype
-        if _is_below(point, real) and fstype.decode(errors="replace") in _OF_THE_KERNEL:
+        if _is_below(point, real) and not _is_data(fstype.decode(errors="replace"), known):
             return True
-    return not nearest or kind.decode(errors="replace") in _OF_THE_KERNEL
+    return not nearest or not _is_data(kind.decode(errors="replace"), known)
+
+
+def _is_data(fstype: str, known: Mapping[str, str]) -> bool:
+    """Whether a type of file system holds data. known: by type, "nodev" or ""; proc_filesystems(5)."""
+    kind = fstype.partition(".")[0]  # FUSE's have a subtype, as in fuse.sshfs
+    return kind in _OF_DATA or known.get(kind) == ""
 
 
 def _is_below(path: bytes, folder: bytes) -> bool:

@@ -34,7 +34,7 @@ __all__ = ["Here"]
 # Told before what takes long, by the command line; an API that prints nothing has none.
 progress: Callable[[str], None] | None = None
 
-_FORMAT = 1
+_FORMAT = 2
 _FACTS, _STARTS = "choices", "starts"
 _MOST_BYTES = 4 << 20
 _FILE = "measured.json"
@@ -188,12 +188,13 @@ def _inside(probed: Spec) -> dict[str, Any]:
         boundary, machine = check_spec(probed)
         with boundary.open(probed, machine, stays=True) as sandbox:
             return _look_around(
-                lambda argv: execute(sandbox, probed.replace(argv=argv), time.monotonic_ns(), once=False)
+                lambda argv: execute(sandbox, probed.replace(argv=argv), time.monotonic_ns(), once=False),
+                probed.isolation,
             )
-    return _look_around(lambda argv: run_spec(probed.replace(argv=argv)))
+    return _look_around(lambda argv: run_spec(probed.replace(argv=argv)), probed.isolation)
 
 
-def _look_around(run: Callable[[tuple[bytes, ...]], Any]) -> dict[str, Any]:
+def _look_around(run: Callable[[tuple[bytes, ...]], Any], isolation: str) -> dict[str, Any]:
     seen = run(_words("facts"))
     if not seen.ok:
         raise ProtocolError(f"the probe gave no facts: {seen.describe()}")
@@ -208,6 +209,7 @@ def _look_around(run: Callable[[tuple[bytes, ...]], Any]) -> dict[str, Any]:
         lines.append(said[0] if said else f"died {done.describe()}".encode())
     found = probe.parse(b"\n".join(line.strip(b"\n") for line in lines))
     found["accelerator"] = None
+    found["level"] = isolation
     return found
 
 
@@ -274,7 +276,20 @@ def _boundary(probed: Spec) -> list[Any]:
     """What of a spec decides what is isolated; of what a path leads to, which file it is."""
     paths = [*(probed.readable or ()), *probed.writable, os.fsencode(probed.image)]
     fields = [name for name in Spec._fields if name not in ("argv", "files", "isolation")]
-    return [{name: getattr(probed, name) for name in fields}, [_file_id(path, content=False) for path in paths]]
+    return [
+        {name: getattr(probed, name) for name in fields},
+        [_file_id(path, content=False) for path in paths],
+        _kernel_digest(probed),
+    ]
+
+
+def _kernel_digest(probed: Spec) -> str | None:
+    """Over the content of a kernel of the spec's own, and of its modules. Raises what preparing it raises."""
+    if probed.kernel is None:
+        return None
+    from ringfence.levels.vm import own_kernel
+
+    return own_kernel.prepare(probed.kernel).digest
 
 
 def _file_id(path: str | bytes, *, content: bool = True) -> list[int] | None:
