@@ -236,7 +236,7 @@ def measure_table(document: dict[str, Any]) -> str:
             ratio = f" ({times(found['ratio'])})" if found["ratio"] is not None and level["name"] != "bare" else ""
             cells.append(f"{figure(found['summary']['p50'], one['unit'])}{ratio}")
         better = "less" if one["better"] == "lower" else "more"
-        rows.append([f"{name}: {one['what']} ({better} is better)", *cells])
+        rows.append([f"{name}: {one['what'].rstrip('.')}; {better} is better", *cells])
     return _table(["", *map(title, levels)], rows)
 
 
