@@ -241,7 +241,7 @@ def test_a_systems_qcow2_has_nothing_behind_it(tmp_path: Path) -> None:
     given = [os.fsdecode(one) for one in console.arguments(system, "tcg", b"qemu")]
     drive = given[given.index("-drive") + 1]
     before, _, node = drive.partition("file=json:")
-    assert before == "if=none,id=disk,snapshot=on,"
+    assert before == "if=none,id=disk,snapshot=on,werror=report,rerror=report,"
     assert json.loads(node.replace(",,", ",")) == {
         "driver": "qcow2",
         "read-only": True,

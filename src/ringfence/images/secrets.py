@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 
+from ringfence.images.kernel_mounts import kernel_mount_of, kernel_mounts
 from ringfence.images.masked import MASKED
 
 __all__ = ["why_secret"]
@@ -142,7 +143,19 @@ def why_secret(source: bytes) -> str:
             return f"{_shown(path)} holds credentials, by its name"
     if path in _homes():
         return f"{_shown(path)} is a home directory: mount what lies in it"
-    return _holds(path) if stat.S_ISDIR(mode) else ""
+    return _of_the_kernel(path) or (_holds(path) if stat.S_ISDIR(mode) else "")
+
+
+def _of_the_kernel(path: bytes) -> str:
+    """Whoever names what lies in a sysfs or among cgroups means that; in a proc are all processes of the host."""
+    if kernel_mount_of(path) == b"proc":
+        return f"{_shown(path)} lies in a proc: it tells of the host's processes, and changes them"
+    if path.startswith(b"/sys/"):
+        return ""
+    for point, kind in kernel_mounts([path]):
+        if point != path:
+            return f"a {_shown(kind)} of the host's is mounted below it, at {_shown(point)}"
+    return ""
 
 
 def _is_secret_name(name: bytes) -> bool:

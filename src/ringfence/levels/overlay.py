@@ -55,12 +55,14 @@ def root_steps(sandbox: ContainerSandbox) -> list[MountStep]:
     # The devices first, as /dev/null is what masks a file.
     steps += [layers.overlay(b"/", None), *(step for step in devices if step.kind == BIND), *below]
     folders = [b"/" + entry.name for entry in entries if entry.kind == "directory"]
+    hidden = shown.masks(sandbox, image)
+    masked = {step.target for step in hidden}
     for point in mounts_below(folder + one for one in folders):
+        if point[len(folder) :] in masked:
+            continue
         source = shown.as_it_is(sandbox, point, image)
         steps.append(messages.bind(point[len(folder) :], source, RDONLY | NOSUID | NODEV | RECURSIVE | NOFOLLOW))
-    if host:
-        steps += [messages.mask(path) for path in tree.host_secrets()]
-    return steps
+    return steps + hidden
 
 
 def _layer(sandbox: ContainerSandbox) -> MountStep:

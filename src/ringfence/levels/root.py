@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ringfence.images import tree
+from ringfence.images.kernel_mounts import kernel_mounts
 from ringfence.levels.base import Ability
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
@@ -18,6 +19,7 @@ __all__ = [
     "device_steps",
     "directories_above",
     "host_template",
+    "kernel_places",
     "no_host_files",
     "own_directories",
     "private_steps",
@@ -125,8 +127,8 @@ def device_steps(open_device: Callable[[bytes], bytes | int]) -> list[MountStep]
     return steps + [messages.symlink(b"/dev/" + name, to) for name, to in links.items()]
 
 
-def host_template() -> list[MountStep]:
-    """The host's userland as a ready tree, which the launcher makes."""
+def host_template(launcher: int) -> list[MountStep]:
+    """The host's userland as a ready tree, which the launcher (its pid) makes, of what is mounted where it is."""
     steps = own_directories()
     for entry in tree.host_entries():
         at = b"/" + entry.name
@@ -136,6 +138,18 @@ def host_template() -> list[MountStep]:
         steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
         steps.append(messages.bind(at, at, RDONLY | NOSUID | NODEV | RECURSIVE))
     steps += device_steps(lambda path: path)
-    steps += [messages.mask(path) for path in tree.host_secrets()]
+    steps += [messages.mask(path) for path in (*tree.host_secrets(), *kernel_places(b"", launcher))]
     steps.append(messages.readonly(b"/"))
     return steps
+
+
+def kernel_places(folder: bytes, pid: int | None = None) -> list[bytes]:
+    """Where in a sandbox's root the kernel's own file systems would show, of what is mounted in the image: its folder,
+    or b"" for the host's userland. pid: of whose mount namespace besides our own.
+    """
+    names = [one.name for one in tree.host_entries()] if not folder else None
+    return [
+        place
+        for point, _ in kernel_mounts([folder + b"/" + name for name in names] if names is not None else [folder], pid)
+        if (place := point[len(folder) :]).strip(b"/").partition(b"/")[0] not in tree.OWN_NAMES
+    ]

@@ -7,7 +7,8 @@ import stat
 
 from ringfence.errors import SpecError
 from ringfence.images import held, tree
-from ringfence.levels.root import HOST_TEMPLATE, device_steps, directories_above, own_directories
+from ringfence.images.kernel_mounts import kernel_mount_of
+from ringfence.levels.root import HOST_TEMPLATE, device_steps, directories_above, kernel_places, own_directories
 from ringfence.linux.mounts import clone_tree, set_idmap
 from ringfence.spec.rules import Tmpfs
 from ringfence.wire import messages
@@ -24,6 +25,7 @@ __all__ = [
     "hold_image",
     "host_mount",
     "lower",
+    "masks",
     "mounts",
     "outside_gid",
     "roots_own",
@@ -61,9 +63,35 @@ def skeleton(sandbox: ContainerSandbox) -> list[MountStep]:
                 os.close(one)
         steps.append(messages.bind(at, source, flags))
     steps += device_steps(lambda path: standard_device(sandbox, path))
-    if spec.image == "host" and not own:
-        steps += [messages.mask(path) for path in tree.host_secrets()]
-    return steps
+    return steps + (masks(sandbox, image) if image is not None or not own else [])  # the template has its own
+
+
+def masks(sandbox: ContainerSandbox, image: int | None, at: bytes = b"") -> list[MountStep]:
+    """The steps that hide, beneath `at`, what of the host's userland or of an image isn't to be seen: secrets, and what
+    is mounted there of the kernel's own. image: a descriptor of its folder, which was taken before.
+    """
+    link = b"/proc/self/fd/%d" % (image if image is not None else -1)
+    folder = os.readlink(link) if image is not None else b""
+    if image is not None and (kind := kernel_mount_of(folder)):
+        raise SpecError(f"image: {os.fsdecode(folder)} lies in a {os.fsdecode(kind)} of the host's")
+    places = kernel_places(folder)
+    if image is not None and os.readlink(link) != folder:
+        raise held.replaced(folder)  # what is mounted in it is told by its path, wherever it has gone
+    if places and not sandbox.privileged:
+        # What the caller can't reach its workload can't either, and init couldn't mask it.
+        places = [place for place in places if _may_reach(folder + place)]
+    secrets = tree.host_secrets() if image is None else []
+    return [messages.mask(at + path) for path in (*secrets, *places)]
+
+
+def _may_reach(path: bytes) -> bool:
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return False
+    except OSError:
+        pass  # it shows when it is masked
+    return True
 
 
 def hold_image(sandbox: ContainerSandbox) -> int:
@@ -85,9 +113,7 @@ def userland(sandbox: ContainerSandbox, at: bytes) -> list[MountStep]:
         below = at + b"/" + entry.name
         steps.append(messages.directory(below) if entry.kind == "directory" else messages.file(below))
         steps.append(messages.bind(below, prefix + b"/" + entry.name, flags))
-    if not sandbox.privileged:
-        steps += [messages.mask(at + path) for path in tree.host_secrets()]
-    return steps
+    return steps + (masks(sandbox, None, at) if not sandbox.privileged else [])
 
 
 def device(sandbox: ContainerSandbox, path: bytes) -> bytes | int:

@@ -15,6 +15,7 @@ import stat
 from ringfence import _cache
 from ringfence.errors import SpecError
 from ringfence.images.held import open_real
+from ringfence.images.kernel_mounts import kernel_mounts
 from ringfence.levels.vm import mkfs
 
 TYPE_CHECKING = False
@@ -69,6 +70,9 @@ def _open(folder: str) -> int:
 
 
 def _disk_of(folder: str, held: int, cache_dir: str | None, progress: Progress | None) -> str:
+    for point, of in kernel_mounts([os.readlink(b"/proc/self/fd/%d" % held)]):
+        shown = f"{os.fsdecode(point)} is a {os.fsdecode(of)} of the host's"
+        raise SpecError(f"image: {shown}, which a disk can't hold: unmount it")
     before, size_bytes = _survey(folder, held)
 
     def fill(scratch: str) -> None:

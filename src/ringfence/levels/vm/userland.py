@@ -10,7 +10,7 @@ from __future__ import annotations
 from ringfence.errors import Unmet
 from ringfence.images import tree
 from ringfence.levels.layer import mounts_below
-from ringfence.levels.shown import as_it_is, roots_own
+from ringfence.levels.shown import as_it_is, masks, roots_own
 from ringfence.levels.users import resolve
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOFOLLOW, NOSUID, RDONLY, RECURSIVE
@@ -62,7 +62,11 @@ def owned_userland(jail: ContainerSandbox, at: bytes) -> list[MountStep]:
         path = b"/" + entry.name
         steps.append(messages.directory(at + path) if entry.kind == "directory" else messages.file(at + path))
         steps.append(messages.bind(at + path, roots_own(jail, path), _KEPT))
+    hidden = masks(jail, None, at)
+    masked = {step.target for step in hidden}
     for point in mounts_below(_folders()):
+        if at + point in masked:
+            continue
         # Of a file system of its own nothing is known: its files are nobody's.
         steps.append(messages.bind(at + point, as_it_is(jail, point), _KEPT | RECURSIVE))
-    return steps + [messages.mask(at + path) for path in tree.host_secrets()]
+    return steps + hidden
