@@ -147,10 +147,16 @@ def memory(
 
 
 def _doubt(found: Mapping[str, Taken]) -> None:
-    """A machine that mostly has more memory available than before tells nothing of sandboxes."""
+    """Where other processes do more to the machine's memory than the sandboxes do, it tells nothing of these."""
     for name, taken in found.items():
-        if name.startswith("memory_machine_") and taken.samples and statistics.median(taken.samples) <= 0:
+        samples = taken.samples
+        if not name.startswith("memory_machine_") or not samples:
+            continue
+        middle = statistics.median(samples)
+        if middle <= 0:
             taken.give_up("other processes gave back more memory meanwhile than these took")
+        elif max(samples) - min(samples) > 2 * middle:
+            taken.give_up("it differs from round to round by more than it is: other processes use memory, too")
 
 
 def _give_up(found: Found, place: str, counts: Iterable[int], why: str) -> None:
