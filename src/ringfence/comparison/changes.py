@@ -318,7 +318,7 @@ def _costs(name: str, before: dict[str, Any], after: dict[str, Any], tolerance: 
 def _measures(
     name: str, catalogue: dict[str, Any], before: dict[str, Any], after: dict[str, Any], tolerance: Tolerance
 ) -> Iterator[Change]:
-    for what in before.keys() & after.keys() & catalogue.keys():
+    for what in (name for name in catalogue if name in before and name in after):
         was, now = before[what], after[what]
         if was["source"] == now["source"]:
             spell = functools.partial(figure, unit=catalogue[what]["unit"])
