@@ -15,7 +15,7 @@ from ringfence.comparison.choice import judged, measure
 from ringfence.comparison.facts import bare_facts, level_facts
 from ringfence.comparison.isolation import judge_all
 from ringfence.spec import Spec
-from support.sandboxes import IN_A_GUEST, SOURCES, need_level
+from support.sandboxes import IN_A_GUEST, SOURCES, need, need_level
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,50 @@ def test_the_verdicts_are_those_of_a_comparison(no_guests: None, isolation: str)
     assert {name: str(one.isolation) for name, one in ours.items() if name not in files} == {
         name: str(one.isolation) for name, one in theirs.items() if name not in files
     }
+
+
+# What is seen before and after unshare(2), by `choose`, by `compare` and by its probes.
+_MOVES = """
+import ctypes, json, os, sys
+import ringfence as rf
+from ringfence.comparison import facts, probes_run
+def told():
+    one = rf.choose(isolation="process", require={"host name": "own", "files": "restricted"}).levels[0]
+    try:
+        facts.level_facts("process")
+        summary = ""
+    except rf.RingfenceError as error:
+        summary = str(error)
+    _, refused = probes_run.look(["process"], lambda text: None)
+    return [{row.resource: [row.verdict, row.evidence] for row in one.judged}, summary, refused]
+before = told()
+library = ctypes.CDLL(None, use_errno=True)
+new_uts, new_user = 0x04000000, 0x10000000
+if library.unshare(new_uts if os.geteuid() == 0 else new_uts | new_user):
+    sys.exit(f"unshare: {os.strerror(ctypes.get_errno())}")
+print(json.dumps([before, told()]))
+"""
+
+
+def test_a_caller_that_has_left_its_namespaces_gets_no_verdicts(no_guests: None) -> None:
+    """What is the sandboxes' and not the caller's any more isn't their own for that."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MOVES],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    need("user namespaces", not done.stderr.startswith("unshare: "))
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(done.stdout)
+    assert {name: word for name, (word, _) in before[0].items()} == {"host name": "restricted", "files": "restricted"}
+    assert before[1:] == ["", {}]
+    assert {name: word for name, (word, _) in after[0].items()} == {"host name": "unknown", "files": "unknown"}
+    for reason in (after[0]["host name"][1], after[1], after[2]["process"]):
+        assert "the caller is in other namespaces (" in reason
+        assert "uts" in reason
 
 
 def test_an_image_without_a_shell_is_looked_at_all_the_same(no_guests: None, tmp_path: Path) -> None:

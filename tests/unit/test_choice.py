@@ -382,7 +382,7 @@ def test_all_that_it_follows_from_is_in_its_key(counted: Any, monkeypatch: pytes
     elif what == "privileges":
         monkeypatch.setattr(measure, "_credentials", lambda: ["Uid: 7"])
     elif what == "namespaces":
-        monkeypatch.setattr(measure, "_link", lambda path: "net:[1]")
+        monkeypatch.setattr(measure, "namespaces_here", lambda: {"net": "net:[1]"})
     else:
         machine = HOST.replace(landlock_abi=99)
     measure._known.clear()

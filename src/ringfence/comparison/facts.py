@@ -13,15 +13,15 @@ import subprocess
 import tempfile
 
 from ringfence.api import run
-from ringfence.errors import ProtocolError
+from ringfence.errors import ProtocolError, RingfenceError
 from ringfence.spec import DEFAULT_ENV, File, Limits
-from ringfence.wire.launcher import probe_path
+from ringfence.wire.launcher import launcher, namespaces_here, probe_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["ATTEMPTS", "bare_facts", "level_facts", "parse"]
+__all__ = ["ATTEMPTS", "bare_facts", "check_namespaces", "level_facts", "parse"]
 
 _PROBE = "ringfence-probe"
 # Each is bounded and changes nothing where it succeeds. VICTIM is this process.
@@ -67,6 +67,19 @@ def parse(output: bytes) -> dict[str, Any]:
     return facts
 
 
+def check_namespaces() -> None:
+    """Raises RingfenceError where this thread is in other namespaces than those that sandboxes are made from: what a
+    child of this thread sees is then no control of theirs, and what differs is not of their own.
+    """
+    then, now = launcher().namespaces, namespaces_here()
+    other = [kind for kind in now if now[kind] != then[kind]]
+    if other:
+        kinds = f"the caller is in other namespaces ({', '.join(other)})"
+        raise RingfenceError(
+            f"{kinds} than when its first sandbox was made, and sandboxes are made from the former ones"
+        )
+
+
 def bare_facts() -> dict[str, Any]:
     """Without any boundary: as a child of this process, like any other program that it starts."""
     with tempfile.TemporaryDirectory(prefix="ringfence-bare-") as folder:
@@ -89,6 +102,7 @@ def level_facts(isolation: str, *, limits: Limits | None = None) -> dict[str, An
 
     Raises what `run` raises, and ProtocolError where the probe didn't answer.
     """
+    check_namespaces()
     with open(probe_path(), "rb") as file:
         probe = File(file.read(), 0o755)
     # The command's own time, processes and output say nothing of what the probe needs.

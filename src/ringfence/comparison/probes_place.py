@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 
 from ringfence.api import level
-from ringfence.comparison.facts import ATTEMPTS
+from ringfence.comparison.facts import ATTEMPTS, check_namespaces
 from ringfence.comparison.probes_catalogue import MEMORY_LIMIT, PIDS_LIMIT, PROBES
 from ringfence.errors import ProtocolError, RingfenceError
 from ringfence.levels.host import host
@@ -169,7 +169,10 @@ def bare_place() -> Iterator[Place]:
 
 @contextlib.contextmanager
 def sandbox_place(name: str) -> Iterator[Place]:
-    """Two sandboxes of that level, the second opened when it is needed. Raises what `Sandbox` raises."""
+    """Two sandboxes of that level, the second opened when it is needed. Raises what `Sandbox` raises, and
+    RingfenceError where the caller isn't where they are made (`facts.check_namespaces`).
+    """
+    check_namespaces()
     file = probe_file()
     with contextlib.ExitStack() as stack:
 

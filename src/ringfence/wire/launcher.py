@@ -33,6 +33,7 @@ __all__ = [
     "core_path",
     "end_launcher",
     "launcher",
+    "namespaces_here",
     "probe_path",
     "sealed_core",
 ]
@@ -44,6 +45,10 @@ _GOODBYE_MS = 5000
 _DYING_MS = 1000
 
 
+# namespaces(7): those that a thread is in, and those that its children will be.
+_NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time", "pid_for_children", "time_for_children")
+
+
 def core_path() -> str:
     """Where the static helper is: in the package."""
     return _binary("ringfence-core")
@@ -52,6 +57,17 @@ def core_path() -> str:
 def probe_path() -> str:
     """Where the static probe workload is: in the package."""
     return _binary("ringfence-probe")
+
+
+def namespaces_here() -> dict[str, str | None]:
+    """The namespaces of the calling thread and of its children, by kind; None where one can't be told. Takes 60 us."""
+    found: dict[str, str | None] = {}
+    for kind in _NAMESPACES:
+        try:
+            found[kind] = os.readlink(f"/proc/thread-self/ns/{kind}")
+        except OSError:
+            found[kind] = None
+    return found
 
 
 # linux/memfd.h, linux/fcntl.h.
@@ -118,6 +134,8 @@ class Launcher:
     def __init__(self) -> None:
         # Of an unprivileged user it stays in the host's mount namespace and takes sources by path.
         self.own_mounts = privileges.privileged()
+        # Those that sandboxes are made from, wherever the caller goes by unshare(2) or setns(2) later.
+        self.namespaces = namespaces_here()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

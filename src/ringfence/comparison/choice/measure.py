@@ -20,7 +20,7 @@ from ringfence.comparison import facts as probe
 from ringfence.comparison.facts import ATTEMPTS
 from ringfence.errors import ProtocolError, RingfenceError, SpecError, StartError
 from ringfence.spec import NAMESPACES, File, FileIn, Limits, Network, Spec
-from ringfence.wire.launcher import core_path, probe_path
+from ringfence.wire.launcher import core_path, namespaces_here, probe_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ class Here:
     def facts(self, spec: Spec) -> tuple[dict[str, Any], dict[str, Any]]:
         """The facts without a boundary, and those inside a sandbox of that spec, at the level that it names.
 
-        Raises what `run` raises, and ProtocolError where the probe doesn't answer.
+        Raises what `run` raises, ProtocolError where the probe doesn't answer, and RingfenceError where this thread has
+        left the namespaces that sandboxes are made from.
         """
+        probe.check_namespaces()
         probed = _probed(spec)
 
         def measure() -> list[Any]:
@@ -244,7 +246,7 @@ def _host(machine: Host) -> list[Any]:
         # Where its own cgroup is differs from login to login, and decides nothing.
         [machine.replace(cgroups=layout.replace(unified=b"", controllers=())), _controllers(machine)],
         _credentials(),
-        [_link(f"/proc/self/ns/{name}") for name in NAMESPACES],
+        namespaces_here(),
     ]
 
 
@@ -253,7 +255,7 @@ def _controllers(machine: Host) -> list[Any]:
 
 
 def _credentials() -> list[str]:
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+    with open("/proc/thread-self/status", encoding="ascii", errors="replace") as file:
         return [line for line in file.read().splitlines() if line.partition(":")[0] in _CREDENTIALS]
 
 
@@ -305,13 +307,6 @@ def _first_line(path: str) -> str | None:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return file.readline().strip()
-    except OSError:
-        return None
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
     except OSError:
         return None
 
