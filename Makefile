@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory
 .ONESHELL:
 .NOTPARALLEL:
 , := ,
-.PHONY: help setup system venv test-tools core demo docs report test test-long lint fuzz pytest clean
+.PHONY: help setup system venv test-tools core demo docs report test test-long lint fuzz clean
 
 # The system's own Python where there is one: a sandbox with image="host" shows it too.
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
@@ -23,6 +23,7 @@ FUZZ_SECONDS ?= 5
 PYTEST_ARGS ?=
 REPORT_ARGS ?=
 IN_A_GUEST := tests/levels/test_inside_a_vm.py
+PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -131,31 +132,29 @@ docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	echo 'open build/site/index.html'
 
-# The suite in a guest keeps one CPU busy for minutes, and measures nothing: the checks run beside it.
+# The suite in a guest keeps one CPU busy for minutes, and measures nothing: the checks run beside it. Much in the others is
+# a race on purpose, or measures time on a machine that others use too: what fails is tried once more, by itself. Both are
+# told.
 test: setup test-tools
 	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(IN_A_GUEST) >"$$log" 2>&1 & guest=$$!
-	failed=0
+	$(PYTEST) $(IN_A_GUEST) >"$$log" 2>&1 & guest=$$!
+	failed=0 again=0
 	$(MAKE) lint fuzz || failed=1
-	wait $$guest || [ $$? = 5 ] || failed=1 # 5: PYTEST_ARGS left none
+	$(call say,tests)
+	wait $$guest || [ $$? = 5 ] || again=1 # 5: PYTEST_ARGS left none
 	cat "$$log"
 	# The tests of style/test_tools.py are what lint did.
-	$(MAKE) pytest PYTEST_ARGS='$(PYTEST_ARGS) --ignore $(IN_A_GUEST) --ignore tests/style/test_tools.py' || failed=1
-	exit $$failed
+	$(PYTEST) --durations=25 --durations-min=5 --ignore $(IN_A_GUEST) --ignore tests/style/test_tools.py tests || again=$$?
+	if [ $$again = 1 ]; then
+	    printf '\033[1m== once more, what failed\033[0m\n'
+	    again=0; $(PYTEST) --last-failed --last-failed-no-failures none tests || again=$$?
+	fi
+	[ $$failed = 0 ] && [ $$again = 0 ]
 
 # Some ten minutes on two idle CPUs.
 test-long: setup test-tools
 	$(call say,tests that take long)
-	@$(BIN)/python -m pytest -m long $(PYTEST_ARGS) tests
-
-# Much here is a race on purpose, or measures time on a machine that others use too: what fails is tried once more, by
-# itself. Both are told.
-pytest:
-	$(call say,tests)
-	@$(BIN)/python -m pytest --durations=25 --durations-min=5 $(PYTEST_ARGS) tests || { \
-	    status=$$?; [ $$status = 1 ] || exit $$status; \
-	    printf '\033[1m== once more, what failed\033[0m\n'; \
-	    $(BIN)/python -m pytest $(PYTEST_ARGS) --last-failed --last-failed-no-failures none tests; }
+	@$(PYTEST) -m long tests
 
 lint:
 	$(call say,ruff)
