@@ -132,7 +132,7 @@ OF_AN_UNPRIVILEGED_CALLER: dict[str, dict[str, str]] = {
         "processes-descriptors": "shared",  # their numbers, and nothing that they lead to
         "capability-sets": "shared",  # there is none; the bounding set stays
     },
-    "container": {},
+    "container": {"user-outside": "restricted"},  # mapped, but to the caller
 }
 AS_USER = """
 import json

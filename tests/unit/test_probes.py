@@ -23,6 +23,7 @@ from ringfence.comparison.probes import (
     same,
 )
 from ringfence.comparison.probes_catalogue import PROBES
+from ringfence.comparison.probes_place import Place
 from ringfence.comparison.probes_table import counts
 from ringfence.comparison.surface import judge as judge_surface
 from ringfence.comparison.surface import parse as parse_surface
@@ -51,6 +52,25 @@ def verdict(way: Way, host: Seen, inside: Seen) -> Isolation:
 
 
 # ---- the catalogue ----
+
+
+def test_a_covered_boot_id_is_no_kernel_of_its_own() -> None:
+    """What the place is, is with its facts; another tool's may be anything."""
+    (probe,) = (one for one in PROBES if one.name == "kernel-identity")
+    release, line = RECORDED["bare"]["kernel_release"], probe.way.attempt
+
+    def at(level: str, boot_id: str) -> Seen:
+        def ask(words: object, given: bytes) -> tuple[bytes, str]:
+            facts = {"boot_id": boot_id, "kernel_release": release, "level": "said by the probe"}
+            lines = [boot_id if one == line else "ok" for one in given.decode().splitlines()[1:]]
+            return "\n".join([json.dumps(facts), *lines]).encode(), ""
+
+        return Seen(*Place(ask, ask, level=level).ask_all(dict.fromkeys(("victim", "host", "disk", "cgroup"), "1")))
+
+    host = at("bare", "one")
+    told = {level: probe.way.judge(host, at(level, "other")).isolation for level in ("process", "container", "vm", "")}
+    assert told == {"process": RESTRICTED, "container": RESTRICTED, "vm": OWN, "": OWN}
+    assert probe.way.judge(host, at("vm", "one")).isolation is SHARED
 
 
 def test_there_are_enough_of_every_group() -> None:
