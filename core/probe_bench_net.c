@@ -97,16 +97,18 @@ static int serve(int listener)
 
 int verb_bench_serve(int argc, char **argv)
 {
-    (void)argc;
     uint64_t port;
     double seconds;
+    struct in_addr address = {.s_addr = htonl(INADDR_LOOPBACK)};
     if (parse_number(argv[1], &port) < 0 || port < 1 || port > UINT16_MAX)
         return bad_argument("a port", argv[1]);
     if (parse_seconds(argv[2], &seconds) < 0 || seconds < 1)
         return bad_argument("seconds", argv[2]);
+    if (argc > 3 && inet_pton(AF_INET, argv[3], &address) != 1)
+        return bad_argument("an address", argv[3]);
     alarm((unsigned)seconds); /* whatever becomes of its client */
     const char *call;
-    int listener = listen_on(htonl(INADDR_ANY), (uint16_t)port, &call);
+    int listener = listen_on(address.s_addr, (uint16_t)port, &call);
     if (listener < 0)
         return complain_failed(call);
     return serve(listener) < 0 ? complain_failed("accept4") : PROBE_OK;

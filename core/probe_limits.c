@@ -21,6 +21,12 @@ int verb_try_memory(int argc, char **argv)
     uint64_t size;
     if (parse_size(argv[1], &size) < 0)
         return bad_argument("a size", argv[1]);
+    /* Where it is too much after all, it is us whom the kernel ends, and none of the host's programs. */
+    int order = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (order >= 0) {
+        (void)!write(order, "1000", 4);
+        close(order);
+    }
     char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return say_failed("mmap");

@@ -43,6 +43,9 @@ FILTERED = {"process": seccomp.for_process("none", tcp_only=False, listen=True, 
 FILTERED["container"] = FILTERED["vm"] = seccomp.policy(namespaces=True)
 
 
+SYNC = seccomp.library().resolve_syscall(seccomp.library().system_arch(), "sync")
+
+
 @functools.cache
 def surface() -> dict[str, Any]:
     return surfaces(LEVELS, lambda _: None)
@@ -108,7 +111,8 @@ def test_every_call_as_an_unconfined_root_does_no_harm(tmp_path: Path) -> None:
         sleeper.wait()
     assert done.stderr == b""
     said = dict(line.split(maxsplit=1) for line in done.stdout.decode().splitlines())
-    assert sorted(map(int, said)) == list(range(481))
+    # Called with whatever arguments, sync writes back all that the machine has changed: it isn't called.
+    assert sorted(map(int, said)) == [number for number in range(481) if number != SYNC]
     assert set(said.values()) >= {"EBADF", "EFAULT", "EINVAL", "ENOSYS", "exits"}
     assert "EPERM" not in said.values()  # else a denial inside could not be told
     after = state_of_the_machine()

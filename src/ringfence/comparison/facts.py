@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 __all__ = ["ATTEMPTS", "bare_facts", "check_namespaces", "level_facts", "parse"]
 
 _PROBE = "ringfence-probe"
-# Each is bounded and changes nothing where it succeeds. VICTIM is this process.
+# Each is bounded and changes nothing where it succeeds. VICTIM is this process; RANDOM another word each time, as a
+# file that a killed one left, or that another makes just now, would be taken for a refusal.
 ATTEMPTS: tuple[tuple[str, str], ...] = (
     ("kill", "try-kill VICTIM 0"),
     ("procmem", "try-procmem VICTIM"),
     ("environ", "try-environ VICTIM"),
     ("ptrace", "try-ptrace VICTIM"),
     ("write_etc", "try-open-write /etc/passwd"),
-    ("write_usr", "try-create /usr/.ringfence-compare"),
+    ("write_usr", "try-create /usr/.ringfence-compare-RANDOM"),
     ("socket", "try-socket inet stream"),
     ("sethostname", "try-sethostname"),
     ("settime", "try-settime"),
@@ -50,7 +51,8 @@ ATTEMPTS: tuple[tuple[str, str], ...] = (
 
 def _lines() -> bytes:
     """For the probe's verb `each`: the facts, then an attempt a line."""
-    attempts = (attempt.replace("VICTIM", str(os.getpid())) for _, attempt in ATTEMPTS)
+    victim, random = str(os.getpid()), os.urandom(8).hex()
+    attempts = (attempt.replace("VICTIM", victim).replace("RANDOM", random) for _, attempt in ATTEMPTS)
     return "".join(f"{line}\n" for line in ("facts", *attempts)).encode()
 
 

@@ -30,6 +30,8 @@ __all__ = ["Surface", "call_names", "judge", "parse", "surfaces"]
 _PROBE = "ringfence-probe"
 # x86-64's own numbers beyond the old ones that every architecture shares from 424 on.
 _X86_64 = {"uretprobe": 335, "uprobe": 336}
+# All calls, each with its own time limit, on a busy machine.
+_TIMEOUT_SECONDS = 120
 _DENIALS = ("EPERM", "ENOSYS", "EACCES", "signal 31")
 
 
@@ -111,9 +113,14 @@ def judge(
 
 
 def _outside() -> dict[int, str]:
-    done = subprocess.run(
-        [probe_path(), "surface"], stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd="/"
-    )
+    """Raises ProtocolError where it doesn't end, or gives nothing."""
+    words = [probe_path(), "surface"]
+    try:
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd="/", timeout=_TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ProtocolError(f"the probe of system calls did not end in {_TIMEOUT_SECONDS} s") from None
     return parse(done.stdout)
 
 
