@@ -2,7 +2,7 @@
  * them; find looks for one. Run in two sandboxes, or outside and inside, they show which channels there are.
  *
  * A mark is named by a token of up to 8 hex digits, which is also its key and, folded, its port. What a mark leaves in a
- * file system or in the kernel is removed when the holder ends, by its time or by SIGTERM.
+ * file system or in the kernel is removed when the holder ends, by its time or by a signal that asks for it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,6 +41,7 @@
 struct token {
     char text[9];
     uint32_t key;
+    unsigned seconds; /* that it is held */
 };
 
 static int parse_token(const char *text, struct token *token)
@@ -49,7 +50,8 @@ static int parse_token(const char *text, struct token *token)
     if (length == 0 || length > 8 || strspn(text, "0123456789abcdef") != length)
         return -1;
     snprintf(token->text, sizeof token->text, "%s", text);
-    token->key = (uint32_t)strtoul(text, NULL, 16) & 0x7fffffff;
+    token->seconds = 0;
+    token->key = ((uint32_t)strtoul(text, NULL, 16) & 0x3fffffff) | 0x40000000; /* never 0, which is IPC_PRIVATE */
     return 0;
 }
 
@@ -227,7 +229,7 @@ static const char *hold_key(const struct token *token)
     long key = syscall(SYS_add_key, "user", name, "x", 1ul, KEY_SPEC_USER_KEYRING);
     if (key < 0)
         return "add_key";
-    syscall(SYS_keyctl, KEYCTL_SET_TIMEOUT, key, 120u); /* gone by itself, whatever becomes of us */
+    syscall(SYS_keyctl, KEYCTL_SET_TIMEOUT, key, token->seconds + 10); /* gone by itself, whatever becomes of us */
     return NULL;
 }
 
@@ -260,7 +262,8 @@ static const char *find_lock(const struct token *token)
     return "flock";
 }
 
-enum { EVENT_MS = 10, LOOK_MS = 400, ENOUGH_EVENTS = 15 };
+/* The look ends as soon as enough was seen; on a busy machine, or from a guest, that takes long. */
+enum { EVENT_MS = 10, LOOK_MS = 3000, ENOUGH_EVENTS = 15 };
 
 static const char *hold_events(const struct token *token)
 {
@@ -313,7 +316,7 @@ static const char *find_process(const struct token *token)
     for (struct dirent *entry; (entry = readdir(dir));) {
         char path[300], line[256];
         uint64_t pid;
-        if (parse_number(entry->d_name, &pid) < 0)
+        if (parse_number(entry->d_name, &pid) < 0 || pid == (uint64_t)getpid())
             continue;
         snprintf(path, sizeof path, "/proc/%s/cmdline", entry->d_name);
         ssize_t n = read_text(path, line, sizeof line);
@@ -387,12 +390,22 @@ static void remove_marks(const struct token *token, unsigned held)
             marks[i].remove(token);
 }
 
-/* Until its time or SIGTERM; meanwhile the directory is opened as often as `find events` expects. */
+/* Whatever asks for our end, the terminal too: first the marks are removed. */
+static sigset_t signals_to_end(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGQUIT);
+    return set;
+}
+
+/* Until its time or such a signal; meanwhile the directory is opened as often as `find events` expects. */
 static void keep(double seconds)
 {
-    sigset_t end_signals;
-    sigemptyset(&end_signals);
-    sigaddset(&end_signals, SIGTERM);
+    sigset_t end_signals = signals_to_end();
     double end = monotonic_seconds() + seconds;
     const struct timespec pause = {.tv_nsec = EVENT_MS * 1000000l};
     while (monotonic_seconds() < end && sigtimedwait(&end_signals, NULL, &pause) < 0) {
@@ -441,9 +454,8 @@ int verb_hold(int argc, char **argv)
         return bad_argument("a token", argv[1]);
     if (parse_seconds(argv[2], &seconds) < 0)
         return bad_argument("seconds", argv[2]);
-    sigset_t end_signals;
-    sigemptyset(&end_signals);
-    sigaddset(&end_signals, SIGTERM);
+    token.seconds = (unsigned)seconds;
+    sigset_t end_signals = signals_to_end();
     sigprocmask(SIG_BLOCK, &end_signals, NULL);
     if (argc > 3 && (status = go_to_the_background(&ready)) != PROBE_OK)
         return status;

@@ -6,7 +6,10 @@ import functools
 import os
 import select
 import shutil
-from collections.abc import Iterable
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,7 @@ import ringfence as rf
 from ringfence.comparison.isolation import Isolation
 from ringfence.comparison.probes import Seen
 from ringfence.comparison.probes_catalogue import PROBES
-from ringfence.comparison.probes_place import probe_limits
+from ringfence.comparison.probes_place import Holder, Place, probe_limits
 from ringfence.comparison.probes_run import BARE, judge_all_probes, look
 from ringfence.comparison.probes_runsc import RUNSC
 from support import unprivileged
@@ -177,6 +180,48 @@ def test_roots_of_their_own_close_what_shared_files_open(tmp_path_factory: pytes
             assert "lock ok\nevents ok\n" in held
             found = [finder.run(["/usr/probe", "find", mark, "abc"], text=True).stdout for mark in ("lock", "events")]
             assert [one.strip() for one in found] == said
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_what_asks_a_holder_to_end_has_it_remove_its_marks_first(by: signal.Signals) -> None:
+    """Ctrl-C goes to all of a terminal's foreground; and the holder isn't in ours."""
+    token = f"abcd{int(by):04d}"
+    holder = Holder(token)
+    assert os.getsid(holder.process.pid) == holder.process.pid
+    assert unconfined("find", "sysv-msg", token) == (0, b"ok\n")
+    holder.check()
+    holder.process.send_signal(by)
+    assert holder.process.wait(10) == 0
+    with pytest.raises(rf.ProtocolError, match="had ended"):
+        holder.check()
+    holder.close()
+    for mark in ("tmp", "dev-shm", "sysv-shm", "sysv-msg", "sysv-sem", "queue", "key"):
+        assert unconfined("find", mark, token)[0] == 1, mark
+
+
+def test_a_level_is_not_told_where_the_marks_outside_had_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What wasn't found then would look like one of its own."""
+    real = Place.ask_all
+
+    def ask_all(place: Place, names: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+        if place.level != BARE:
+            os.kill(int(names["victim"]), signal.SIGTERM)
+            time.sleep(0.1)
+        return real(place, names)
+
+    monkeypatch.setattr(Place, "ask_all", ask_all)
+    seen, refused = look(["process"], lambda _: None)
+    assert set(seen) == {BARE}
+    assert refused == {"process": "what holds marks outside had ended before the probes"}
+
+
+def test_keys_are_none_that_mean_a_new_one_each_time() -> None:
+    """IPC_PRIVATE is 0: a token of zeros would be found by nobody."""
+    holder = Holder("000000")
+    try:
+        assert unconfined("find", "sysv-shm", "000000") == (0, b"ok\n")
+    finally:
+        holder.close()
 
 
 def test_nothing_is_left_of_a_comparison_that_is_killed() -> None:

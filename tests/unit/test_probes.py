@@ -136,11 +136,28 @@ def test_nothing_is_claimed_of_what_was_not_seen() -> None:
             assert one.judge(host, Seen(RECORDED["container"], {})).isolation in (NOT_TESTABLE, RESTRICTED), one.name
 
 
-@pytest.mark.parametrize("said", ["timeout", "nothing said", "ringfence-probe: no such verb", ""])
-def test_an_attempt_that_gave_no_answer_proves_nothing(said: str) -> None:
-    way = reach("try x")
-    assert verdict(way, seen("bare", try_x="ok"), seen("container", try_x=said)) is NOT_TESTABLE
-    assert verdict(way, seen("bare", try_x=said), seen("container", try_x="EPERM x")) is NOT_TESTABLE
+NO_ANSWERS = [
+    "timeout",
+    "nothing said",
+    "ringfence-probe: no such verb",
+    "",
+    "died signal 11",
+    "died signal 9",
+    "EAGAIN fork",
+    "not tried: too little memory",
+]
+
+
+@pytest.mark.parametrize("said", NO_ANSWERS)
+@pytest.mark.parametrize("level", ["process", "container", "vm"])
+def test_an_attempt_that_gave_no_answer_proves_nothing(level: str, said: str) -> None:
+    """Also where a namespace or a kernel of its own is known."""
+    for way in (reach("try x"), reach("try x", private="pid", gone=True), reach("try x", kernel=False)):
+        assert verdict(way, seen("bare", try_x="ok"), seen(level, try_x=said)) is NOT_TESTABLE
+        assert verdict(way, seen("bare", try_x=said), seen(level, try_x="EPERM x")) is NOT_TESTABLE
+    for way in (same(attempt="try x"), same(attempt="try x", kernel=False), same(attempt="try x", private="uts")):
+        assert verdict(way, seen("bare", try_x="a value"), seen(level, try_x=said)) is NOT_TESTABLE
+        assert verdict(way, seen("bare", try_x="a value"), seen(level)) is NOT_TESTABLE
 
 
 # ---- the ways ----
@@ -166,6 +183,21 @@ def test_reach_what_is_gone_or_of_a_namespace() -> None:
     assert verdict(reach("try x", private="uts"), host, seen("process", try_x="ok")) is SHARED
 
 
+FINDS = [one for one in PROBES if one.way.attempt.startswith("find ") and one.way.where == "inside"]
+
+
+@pytest.mark.parametrize("probe", FINDS, ids=lambda one: one.name)
+@pytest.mark.parametrize("level", ["process", "container", "vm"])
+def test_what_was_found_of_the_callers_is_shared_whatever_is_known_of_the_boundary(level: str, probe: Probe) -> None:
+    """A mark is named by a random token, so who finds it has found the caller's."""
+    attempt = probe.way.attempt
+    host = Seen(RECORDED["bare"], {attempt: "ok"})
+    assert probe.judge(host, Seen(RECORDED[level], {attempt: "ok"})).isolation is SHARED
+    if probe.name in ("files-temporary", "ipc-posix-memory"):  # files of the host's can be in a guest, too
+        refused = probe.judge(host, Seen(RECORDED[level], {attempt: "EACCES open"}))
+        assert refused.isolation is RESTRICTED
+
+
 def test_the_call_and_its_errno_are_shown() -> None:
     found = reach("try x").judge(seen("bare", try_x="ok"), seen("process", try_x="EPERM sethostname"))
     assert (found.evidence, found.control) == ("sethostname: EPERM", "ok")
@@ -173,10 +205,10 @@ def test_the_call_and_its_errno_are_shown() -> None:
     assert failed.evidence == "the control fails: init_module: ENOSYS"
 
 
-def channel(level: str, held: str, found: str) -> Isolation:
+def channel(level: str, held: str, found: str, there: str = "ok", *, timed: bool = False) -> Isolation:
     host = Seen(RECORDED["bare"], {"find key {pair}": "ok", "hold key": "ok"})
-    inside = Seen(RECORDED[level], {"find key {pair}": found, "hold key": held})
-    return verdict(between("key"), host, inside)
+    inside = Seen(RECORDED[level], {"find key {pair}": found, "hold key": held, "same key": there})
+    return verdict(between("key", timed=timed), host, inside)
 
 
 def test_between() -> None:
@@ -187,6 +219,17 @@ def test_between() -> None:
     assert channel("container", "EPERM add_key", "ENOKEY keyctl") is RESTRICTED
     assert channel("vm", "EPERM add_key", "EPERM keyctl") is OWN
     assert channel("container", "ok", "timeout") is NOT_TESTABLE
+
+
+def test_an_absence_counts_where_the_mark_is_found_by_who_has_set_it() -> None:
+    """Else the holder may have ended, or this can't be found anywhere."""
+    for level in ("process", "container", "vm"):
+        for there in ("ENOKEY keyctl", "EPERM keyctl", "timeout", ""):
+            assert channel(level, "ok", "ENOKEY keyctl", there) is NOT_TESTABLE
+    assert channel("container", "ok", "EPERM keyctl", "ENOKEY keyctl") is RESTRICTED  # a refusal is one by itself
+    # What wasn't seen in some seconds may still be there.
+    assert channel("container", "ok", "ENOENT read", timed=True) is RESTRICTED
+    assert channel("vm", "ok", "ENOENT read", timed=True) is OWN
 
 
 def test_same() -> None:
@@ -220,12 +263,35 @@ def test_instance() -> None:
 
 
 def test_overload() -> None:
-    way = overload("fork x", "the limit")
+    way = overload("fork x", "the limit", "pids", (" EAGAIN",))
     host = seen("bare", fork_x="forked 100 ok")
-    assert verdict(way, host, seen("container", fork_x="forked 62 EAGAIN")) is RESTRICTED
-    assert verdict(way, host, seen("container", fork_x="forked 100 ok")) is SHARED
-    assert verdict(way, host, seen("vm", fork_x="forked 62 EAGAIN")) is OWN
-    assert verdict(way, seen("bare", fork_x="forked 9 EAGAIN"), seen("container", fork_x="ok")) is NOT_TESTABLE
+
+    def limited(level: str, said: str, *kept: str) -> Seen:
+        return Seen({**RECORDED[level], "kept": list(kept)}, {"fork x": said})
+
+    assert verdict(way, host, limited("container", "forked 62 EAGAIN", "pids")) is RESTRICTED
+    assert verdict(way, host, limited("container", "forked 100 ok", "pids")) is SHARED
+    assert verdict(way, host, limited("container", "forked 100 ok")) is SHARED
+    assert verdict(way, host, limited("vm", "forked 62 EAGAIN", "pids")) is OWN
+    assert verdict(way, seen("bare", fork_x="forked 9 EAGAIN"), limited("container", "ok", "pids")) is NOT_TESTABLE
+    # What ended otherwise, or by a limit that isn't the sandbox's, was not held by it.
+    for level in ("container", "vm"):
+        assert verdict(way, host, limited(level, "forked 62 EAGAIN", "memory")) is NOT_TESTABLE
+        for said in ("forked 62 ENOMEM", "died signal 11", "ended by killed by signal 9", "timeout"):
+            assert verdict(way, host, limited(level, said, "pids")) is NOT_TESTABLE
+
+
+def test_the_limit_of_memory_is_told_by_how_the_attack_ended() -> None:
+    (one,) = (one for one in PROBES if one.name == "attack-memory")
+    host = Seen(RECORDED["bare"], {one.way.attempt: "ok"})
+    kept = {**RECORDED["container"], "kept": ["memory"]}
+    for said, wanted in {
+        "ended by the workload was stopped: it reached its memory limit": RESTRICTED,
+        "ENOMEM mmap": RESTRICTED,
+        "ended by signal 9": NOT_TESTABLE,
+        "not tried: no limit holds it": NOT_TESTABLE,
+    }.items():
+        assert one.judge(host, Seen(kept, {one.way.attempt: said})).isolation is wanted, said
 
 
 def test_counts() -> None:

@@ -54,6 +54,10 @@ GROUPS = (
 )
 # How a call says that there is no such thing where it looked.
 _ABSENT = frozenset({"ENOENT", "ESRCH", "ECONNREFUSED", "ENOKEY", "ENODATA"})
+# How the probe says that it couldn't begin: nothing that it tries is one of these.
+_OF_THE_PROBE = (" fork", " pipe", " malloc", " waitpid")
+# SIGSYS, the one signal that is a refusal: seccomp sends it (seccomp(2)). By any other the attempt was cut short.
+_BY_A_FILTER = "died signal 31"
 _SHOWN = 70
 
 
@@ -150,8 +154,12 @@ def _failed(said: str | None) -> str | None:
         return "it was not tried"
     if said == "timeout":
         return "it didn't end in time"
-    if said in ("", "nothing said") or said.startswith(("ringfence-probe:", "usage:")):
+    if said.startswith("not tried"):
+        return said
+    if said in ("", "nothing said") or said.startswith(("ringfence-probe:", "usage:")) or said.endswith(_OF_THE_PROBE):
         return f"the probe failed: {said}"
+    if said.startswith("died signal ") and said != _BY_A_FILTER:
+        return f"it ended otherwise: {said}"
     return None
 
 
@@ -171,6 +179,7 @@ def _its_own(kernel: bool, private: str, host: Seen, inside: Seen) -> str | None
 def reach(attempt: str, *, private: str = "", gone: bool = False, kernel: bool = True) -> Way:
     """An attempt on something of the host's: "ok" is shared, a refusal restricted.
 
+    What was found by a mark of the caller's (`find`), whose token is random, is the caller's, whatever else is known.
     private: the namespace that gives a sandbox an instance of its own of what is acted on. gone: that it isn't found
     means that the sandbox has a world of its own, as the host's is known to be there. kernel: whether another kernel
     has its own of it.
@@ -185,6 +194,8 @@ def reach(attempt: str, *, private: str = "", gone: bool = False, kernel: bool =
         if said is None or failure is not None:
             return _not_testable(str(failure), "ok")
         evidence = shown(said)
+        if said == "ok" and attempt.startswith("find "):
+            return Judged(Isolation.SHARED, "what the caller has set is found", "ok")
         own = _its_own(kernel, private, host, inside)
         if own is not None:
             return Judged(Isolation.OWN, f"{evidence}; {own}", "ok")
@@ -197,8 +208,17 @@ def reach(attempt: str, *, private: str = "", gone: bool = False, kernel: bool =
     return Way(attempt, judge)
 
 
-def between(mark: str, *, kernel: bool = True) -> Way:
-    """A channel: one of two sandboxes of a level sets the mark, the other looks for it."""
+def _not_here(held: str, same: str | None, said: str) -> str | None:
+    """Why what one of two sandboxes doesn't see proves nothing; None where it does."""
+    if held != "ok" or said.partition(" ")[0] not in _ABSENT or same == "ok":
+        return None
+    return f"not found in the one that has set it either: {_failed(same) or shown(str(same))}"
+
+
+def between(mark: str, *, kernel: bool = True, timed: bool = False) -> Way:
+    """A channel: one of two sandboxes of a level sets the mark, the other looks for it. That it isn't found there
+    counts where the first one finds it itself. timed: what isn't seen in some time is no proof of another instance.
+    """
     attempt = f"find {mark} {{pair}}"
 
     def judge(host: Seen, inside: Seen) -> Judged:
@@ -207,6 +227,8 @@ def between(mark: str, *, kernel: bool = True) -> Way:
             return _no_control(_failed(control) or shown(str(control)))
         held, said = inside.said.get(f"hold {mark}"), inside.said.get(attempt)
         failure = _failed(held) or _failed(said)
+        if failure is None and held is not None and said is not None:
+            failure = _not_here(held, inside.said.get(f"same {mark}"), said)
         if held is None or said is None or failure is not None:
             return _not_testable(str(failure), "ok")
         if held == "ok" and said == "ok":
@@ -217,11 +239,20 @@ def between(mark: str, *, kernel: bool = True) -> Way:
             evidence = f"set in the one, in the other {shown(said)}"
         if kernel and other_kernel(host.facts, inside.facts):
             return Judged(Isolation.OWN, f"{evidence}; of a kernel of each", "ok")
-        if held == "ok" and said.partition(" ")[0] in _ABSENT:
+        if held == "ok" and said.partition(" ")[0] in _ABSENT and not timed:
             return Judged(Isolation.OWN, evidence, "ok")
         return Judged(Isolation.RESTRICTED, evidence, "ok")
 
     return Way(attempt, judge, "pair")
+
+
+def _unseen(seen: Seen, fact: str, attempt: str) -> str | None:
+    """Why neither a value nor a refusal was seen; None where one was."""
+    if attempt:
+        return _failed(seen.said.get(attempt))
+    if seen.facts.get(fact) is None and not seen.facts.get(f"{fact}_errno"):
+        return f"{fact} was not reported"
+    return None
 
 
 def _value(seen: Seen, fact: str, attempt: str) -> tuple[str | None, str]:
@@ -251,8 +282,11 @@ def same(
         theirs, missing = _value(host, fact, attempt)
         if theirs is None:
             return _no_control(missing)
-        ours, missing = _value(inside, fact, attempt)
         control = shown(theirs)
+        unseen = _unseen(inside, fact, attempt)
+        if unseen is not None:
+            return _not_testable(unseen, control)
+        ours, missing = _value(inside, fact, attempt)
         own = _its_own(kernel, private, host, inside)
         if own is not None:
             return Judged(Isolation.OWN, f"{shown(ours) if ours is not None else missing}; {own}", control)
@@ -332,9 +366,12 @@ def processors() -> Way:
     return Way("", judge)
 
 
-def overload(attempt: str, limit: str, *, alone: bool = False) -> Way:
+def overload(attempt: str, limit: str, rule: str, ends: tuple[str, ...], *, alone: bool = False) -> Way:
     """More is taken than `limit` (of the sandbox that probes run in) leaves, though not without bound: getting it all
     is shared. attempt: it prints "DID NUMBER ok|ERRNO", or just "ok".
+
+    rule: of the sandbox's limits, the one that `limit` is; "" where it isn't of these. ends: how what it prints ends
+    where it holds. An end that is none of these, or without the rule in force (the fact "kept"), proves nothing.
     """
 
     def judge(host: Seen, inside: Seen) -> Judged:
@@ -351,6 +388,10 @@ def overload(attempt: str, limit: str, *, alone: bool = False) -> Way:
             return _not_testable(f"{evidence}: it was given none", control)
         if got_all:
             return Judged(Isolation.SHARED, evidence, control)  # whatever kernel gave it, it came from the host
+        if not said.endswith(ends):
+            return _not_testable(f"it ended otherwise: {shown(said)}", control)
+        if rule and rule not in inside.facts.get("kept", ()):
+            return _not_testable(f"{shown(said)}, and no {rule} limit was in force", control)
         if other_kernel(host.facts, inside.facts):
             return Judged(Isolation.OWN, f"{evidence}; of its own kernel", control)
         return Judged(Isolation.RESTRICTED, evidence, control)

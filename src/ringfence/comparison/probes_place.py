@@ -21,7 +21,7 @@ from ringfence.wire.launcher import probe_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from typing import Any
 
     # Runs the probe with these words and this stdin; what it printed, and how it ended where not by itself, or "".
@@ -31,8 +31,10 @@ __all__ = ["Holder", "Place", "bare_place", "probe_file", "probe_limits", "sandb
 
 _PROBE = "ringfence-probe"
 _DISK_LIMIT = 16 << 20
-# Longer than all probes of all levels take.
-_HELD_SECONDS = 120
+# Far longer than all probes of all levels take; what holds marks outside ends with us anyway.
+_HELD_SECONDS = 900
+# So much is taken without a limit only where far more is free.
+_MEMORY_TO_SPARE = 1 << 30
 # An attempt's own limit; a guest under emulation is slow.
 _EACH_SECONDS = 20
 _INSIDE = tuple(dict.fromkeys(one.way.attempt for one in PROBES if one.way.attempt and one.way.where == "inside"))
@@ -67,6 +69,15 @@ def told(output: bytes, lines: Sequence[str]) -> list[str]:
     return [one.strip() for one in found]
 
 
+def _free_memory() -> int:
+    """What the host could give now; 0 where that can't be told."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
 class Holder:
     """A process of ours, without any boundary, that holds marks until it is closed. It ends with us, too."""
 
@@ -77,6 +88,7 @@ class Holder:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env=dict(DEFAULT_ENV),
+            start_new_session=True,  # what ends us by the terminal leaves it the time to remove what it has set
         )
         # What it has set, a line each, and its pid.
         self.said = b""
@@ -85,6 +97,11 @@ class Holder:
             self.said += line
             if line.startswith(b"pid "):
                 break
+
+    def check(self) -> None:
+        """Raises ProtocolError where it has ended: then what wasn't found shows nothing."""
+        if self.process.poll() is not None:
+            raise ProtocolError("what holds marks outside had ended before the probes")
 
     def close(self) -> None:
         """Ends it; it removes what it has set."""
@@ -96,11 +113,22 @@ class Holder:
 
 class Place:
     """Where attempts are made. second: in another sandbox of the same kind. level: "bare" or a level of ours, "" for
-    another tool's sandbox. limited: whether it was given limits, as far as it takes any.
+    another tool's sandbox. limited: whether it was given limits, as far as it takes any; kept: the rules of those that
+    are in force, which may grow as it is asked. same: asks where the holder of a pair's marks is, if `ask` doesn't.
     """
 
-    def __init__(self, ask: Ask, second: Ask, *, level: str = "", limited: bool = True) -> None:
-        self._ask, self._second, self._level, self._limited = ask, second, level, limited
+    def __init__(
+        self,
+        ask: Ask,
+        second: Ask,
+        *,
+        level: str = "",
+        limited: bool = True,
+        kept: Collection[str] = (),
+        same: Ask | None = None,
+    ) -> None:
+        self._ask, self._second, self._same = ask, second, same or ask
+        self.level, self._limited, self._kept = level, limited, kept
 
     def _each(self, ask: Ask, lines: Sequence[str]) -> list[str]:
         printed, ended = ask(["each", str(_EACH_SECONDS)], "".join(f"{line}\n" for line in lines).encode())
@@ -117,23 +145,32 @@ class Place:
             raise ProtocolError(f"the probe printed no facts but {first[:80]!r}") from None
         said = dict(zip(_INSIDE, rest, strict=True))
         facts["limited"] = self._limited
-        facts["level"] = self._level
+        facts["level"] = self.level
+        facts["kept"] = sorted(self._kept)
         facts["attempts"] = {name: said[line] for name, line in ATTEMPTS if line in said}  # as the summary has them
         return facts, said
 
     def ask_a_pair(self) -> dict[str, str]:
+        """By "hold MARK", "same MARK" (the find in the sandbox that holds it) and the attempt's line."""
         token = secrets.token_hex(3)
         printed, ended = self._ask(["hold", token, str(_HELD_SECONDS), "background"], b"")
         if ended:
             raise ProtocolError(f"the probe that holds marks ended by {ended}")
         lines = [line.partition(" ") for line in printed.decode("utf-8", "replace").splitlines()]
         held = {f"hold {name}": said for name, _, said in lines if name != "pid"}
-        found = self._each(self._second, [attempt.format(pair=token) for attempt in _PAIR])
+        attempts = [attempt.format(pair=token) for attempt in _PAIR]
+        found = self._each(self._second, attempts)
+        # After the other: what is found here now was there all the time.
+        same = self._each(self._same, attempts)
+        held |= {f"same {attempt.split()[1]}": said for attempt, said in zip(_PAIR, same, strict=True)}
         return held | dict(zip(_PAIR, found, strict=True))
 
     def attack(self) -> dict[str, str]:
         said = {}
         for attempt in _ALONE:
+            if attempt.startswith("try-memory") and "memory" not in self._kept and _free_memory() < _MEMORY_TO_SPARE:
+                said[attempt] = "not tried: no limit holds it, and less than 1 GiB of memory is free"
+                continue
             printed, ended = self._ask(attempt.split(), b"")
             said[attempt] = f"ended by {ended}" if ended else printed.decode("utf-8", "replace").strip()
         return said
@@ -174,6 +211,7 @@ def sandbox_place(name: str) -> Iterator[Place]:
     """
     check_namespaces()
     file = probe_file()
+    kept: set[str] = set()
     with contextlib.ExitStack() as stack:
 
         def opened() -> Sandbox:
@@ -183,6 +221,7 @@ def sandbox_place(name: str) -> Iterator[Place]:
 
         def ask_in(sandbox: Sandbox, words: Sequence[str], given: bytes) -> tuple[bytes, str]:
             done = sandbox.run([f"./{_PROBE}", *words], input=given)
+            kept.update(one.rule for one in done.applied if one.effective is not None)
             return done.stdout, "" if done.exit_code is not None else done.describe()
 
         first = opened()
@@ -193,4 +232,4 @@ def sandbox_place(name: str) -> Iterator[Place]:
                 others.append(opened())
             return ask_in(others[0], words, given)
 
-        yield Place(lambda words, given: ask_in(first, words, given), second, level=name)
+        yield Place(lambda words, given: ask_in(first, words, given), second, level=name, kept=kept)

@@ -68,6 +68,7 @@ def look(names: Iterable[str], tell: Callable[[str], None]) -> tuple[dict[str, S
                 tell(f"probes, {name}")
                 with _given_up(name, places, refused):
                     facts[name], found = place.ask_all(_names(bait))
+                    bait.check()
                     said[name].update(found)
         finally:
             bait.close()

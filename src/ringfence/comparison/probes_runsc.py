@@ -100,9 +100,25 @@ class _Runsc:
             raise Unavailable(RUNSC, f"it doesn't run here: {said[-1] if said else 'no word'}", "")
         return done.stdout, f"signal {done.returncode - 128}" if done.returncode > 128 else ""
 
+    def ask_holder(self, words: Sequence[str], given: bytes) -> tuple[bytes, str]:
+        """The same, in the container that holds marks."""
+        name = self._holders[-1][0]
+        command = [self._program, "--root", os.path.join(self._folder, "state"), "exec", name, f"/{_PROBE}", *words]
+        try:
+            done = subprocess.run(command, input=given, capture_output=True, check=False, timeout=_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return b"", f"nothing in {_TIMEOUT_SECONDS} s"
+        return done.stdout, f"signal {done.returncode - 128}" if done.returncode > 128 else ""
+
     def _hold(self, words: Sequence[str]) -> bytes:
         name, command = self._bundle(words[:-1])
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # `close` ends it, also where we were ended by the terminal
+        )
         self._holders.append((name, process))
         assert process.stdout is not None
         lines = []
@@ -137,6 +153,6 @@ def runsc() -> Iterator[Place]:
         tool = _Runsc(program, folder)
         try:
             tool.ask(["exit", "0"], b"")
-            yield Place(tool.ask, tool.ask, limited=False)
+            yield Place(tool.ask, tool.ask, limited=False, same=tool.ask_holder)
         finally:
             tool.close()
