@@ -10,7 +10,7 @@ import pytest
 from kernel_parts import RELEASE, bzimage, debian_modules, elf_kernel
 
 from ringfence.errors import SpecError, Unavailable
-from ringfence.levels.vm import own_kernel
+from ringfence.levels.vm import kernel, own_kernel
 from ringfence.spec import Kernel
 
 KERNEL = elf_kernel()
@@ -84,6 +84,23 @@ def test_a_module_that_is_a_symlink_or_a_fifo_is_not_read(image: Path, cache: st
     made = own_kernel.prepare(Kernel(image), cache)
     assert "9p" not in made.sets
     assert not any(b"only the caller's" in path.read_bytes() for path in Path(made.modules).iterdir())
+
+
+def test_modules_that_another_account_put_there_are_not_taken(tmp_path: Path) -> None:
+    """As /tmp/lib/modules for /tmp/build/bzImage: nobody named that folder."""
+    image = tmp_path / "build" / "bzImage"
+    folder = tmp_path / "lib" / "modules" / "6.99.0-mine"
+    image.parent.mkdir()
+    folder.mkdir(parents=True)
+    assert kernel.folder_beside(str(image), folder.name) == str(folder)
+    tmp_path.chmod(0o1777)
+    assert kernel.folder_beside(str(image), folder.name) == str(folder)
+    folder.chmod(0o777)
+    assert kernel.folder_beside(str(image), folder.name) is None
+    folder.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(folder.parent, 65534, 65534)
+        assert kernel.folder_beside(str(image), folder.name) is None
 
 
 def test_a_release_that_leads_elsewhere(tmp_path: Path, cache: str) -> None:

@@ -26,11 +26,11 @@ _YOUNG_S = 60
 _MOST = 4
 
 
-def hold(fd: int) -> None:
+def hold(fd: int) -> bool:
     """Locks our own run folder, for as long as this descriptor, or a forked child's copy of it, is open.
 
     Only then others may pass through, to a work directory that lets them in, but not look around. By that those who
-    don't see our pid know that it was locked.
+    don't see our pid know that it was locked. False where it is gone: who waited here for long was taken for dead.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -38,6 +38,7 @@ def hold(fd: int) -> None:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks: our pid has to tell
             raise
     os.fchmod(fd, _HELD)
+    return os.fstat(fd).st_nlink > 0
 
 
 def note(run_fd: int, parent_fd: int) -> None:

@@ -60,23 +60,33 @@ class State:
         self._berths: dict[str, list[Berth]] = {}
         self._cgroups: dict[Limits, list[Cgroup]] = {}
         parent = work_folder(passable=helper.own_mounts)
-        # One name for the run folder and the cgroups: what bears it is dead once the folder's lock is free.
-        self._name = b"ringfence-%d-%s" % (self.pid, os.urandom(8).hex().encode())
         self._parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         # What the launcher was told to remove: (kind, directory that it is in, name).
         self._owned: list[tuple[int, int, bytes]] = []
-        # The launcher first: a folder that it doesn't know of would outlive a SIGKILL.
         try:
-            self._own(OWN_TREE, self._parent_fd, self._name)
-            os.mkdir(self._name, 0o700, dir_fd=self._parent_fd)
+            self.run_fd = self._make_folder()
         except BaseException:
             os.close(self._parent_fd)
             os.close(self.null)
             raise
-        self.run_fd = os.open(self._name, leftovers.FOLDER, dir_fd=self._parent_fd)
-        leftovers.hold(self.run_fd)
         self.run_path = os.path.join(os.path.realpath(parent), self._name)
         self._equip(helper)
+
+    def _make_folder(self) -> int:
+        """The run folder, held."""
+        while True:
+            # One name for it and the cgroups: what bears it is dead once the folder's lock is free.
+            self._name = b"ringfence-%d-%s" % (self.pid, os.urandom(8).hex().encode())
+            # The launcher first: a folder that it doesn't know of would outlive a SIGKILL.
+            self._own(OWN_TREE, self._parent_fd, self._name)
+            os.mkdir(self._name, 0o700, dir_fd=self._parent_fd)
+            try:
+                made = os.open(self._name, leftovers.FOLDER, dir_fd=self._parent_fd)
+            except FileNotFoundError:
+                continue
+            if leftovers.hold(made):
+                return made
+            os.close(made)
 
     def _equip(self, helper: Launcher) -> None:
         """What a launcher needs of us as root: the locks of our ids, and the run folder in its mount namespace."""

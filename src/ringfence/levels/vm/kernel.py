@@ -4,7 +4,7 @@ Where it comes from, in this order:
 
 1. the file that $RINGFENCE_KERNEL names: a bzImage, an uncompressed kernel, or a kernel package (.deb). Its
    modules are looked for in $RINGFENCE_KERNEL_MODULES, else in lib/modules/<release> beside or above it,
-   else in /lib/modules/<release>;
+   else in /lib/modules/<release>, where that and all above it is root's or ours;
 2. the generic kernel package of Debian or Ubuntu, only downloaded and unpacked;
 3. the host's own, /boot/vmlinuz-<release>, where it can be read and has every module.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 
 from ringfence import _cache
+from ringfence._trust import why_not_ours
 from ringfence._value import Value
 from ringfence.errors import SpecError, Unavailable
 from ringfence.levels.vm import bzimage, debian, modules
@@ -221,12 +222,14 @@ def _modules_beside(path: str, release: str) -> ModuleTree:
 
 
 def folder_beside(path: str, release: str) -> str | None:
-    """Where the modules of a kernel of that path and release are, as a distribution has them."""
+    """Where the modules of a kernel of that path and release are, as a distribution has them. Nobody named the folder:
+    one that another account could have put there isn't taken, as /tmp/lib for /tmp/build/bzImage.
+    """
     here = os.path.dirname(path)
     # The release is what the image says of itself, which may be anything.
     candidates = [] if "/" in release or release in (".", "..") else [here, os.path.dirname(here), "/"]
     folders = (os.path.join(root, "lib/modules", release) for root in candidates)
-    return next((folder for folder in folders if os.path.isdir(folder)), None)
+    return next((folder for folder in folders if os.path.isdir(folder) and not why_not_ours(folder)), None)
 
 
 def write(folder: str, image: bytes, tree: ModuleTree, *, source: str, required: tuple[str, ...]) -> None:
