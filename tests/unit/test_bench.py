@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ringfence as rf
-from ringfence.comparison import bench, peers
+from ringfence.comparison import bench, peers, starts
 from ringfence.comparison.bench import GROUPS, TARGETS, Bench, Measurement, Target, measure
 from ringfence.comparison.bench_report import print_measurement
 from ringfence.comparison.report import console
@@ -106,3 +106,20 @@ def test_the_command_line_knows_every_group() -> None:
     from ringfence.cli.bench import _GROUPS
 
     assert tuple(GROUPS) == _GROUPS
+
+
+def test_a_measuring_process_takes_nothing_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python -m` looks there first: whoever may write to it would run code as the caller."""
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name in ("json", "runpy", "ringfence"):
+        (tmp_path / f"{name}.py").write_text("import planted")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-m", "json"], check=False, capture_output=True)
+    assert (tmp_path / "ran").exists()  # the control
+    (tmp_path / "ran").unlink()
+    assert starts._first_of_a_process("bare") > 0
+    assert not (tmp_path / "ran").exists()
+    for source in Path(rf.__file__).parent.rglob("*.py"):
+        assert 'sys.executable, "-m"' not in source.read_text(encoding="utf-8"), source

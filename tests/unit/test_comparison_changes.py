@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from comparison_parts import MACHINE, a_document, a_level, gone, measured, start
 import ringfence as rf
 from ringfence.comparison.changes import Changes, Tolerance, changes_between
 from ringfence.comparison.document import save
+from ringfence.comparison.probes_table import print_probes
 from ringfence.comparison.report import console, print_changes, print_comparison
 
 SOURCE = Path(rf.__file__).parent.parent
@@ -246,6 +248,28 @@ def test_a_document_with_everything_is_printed(tmp_path: Path) -> None:
     wide = text_of(lambda to: print_comparison({**whole, "levels": [*whole["levels"], *peers]}, to), tmp_path)
     assert "hidden" not in wide  # no room for it
     assert "tool3" in wide
+
+
+def test_what_a_file_says_moves_no_terminal_and_is_no_markup(tmp_path: Path) -> None:
+    evil = "\x1b]0;pwned\x07[red]x[/red][/x]"
+    probe = {"group": evil, "tries": evil, "why": evil}
+    levels = [
+        a_level(
+            f"vm{evil}",
+            accelerator=evil,
+            memory_source=evil,
+            isolation={evil: verdict("own", evil)},
+            probes={evil: tried("own", evil)},
+            measures={evil: measured([1.0, 2.0, 3.0], 1.5)},
+            surface={**surface(bpf="absent"), "by": evil},
+        )
+    ]
+    measure = {"group": evil, "what": evil, "unit": "ns", "better": "lower"}
+    document = a_document(*levels, probes={evil: probe}, measures={evil: measure}, argv=[evil])
+    for print_it in (print_comparison, print_probes):
+        text = "".join(text_of(functools.partial(print_it, document), tmp_path).split())
+        assert "\x1b" not in text and "\x07" not in text
+        assert "\\x1b]0;pwned" in text and "[red]x[/red][/x]" in text
 
 
 # ---- the command line ----

@@ -352,3 +352,17 @@ def test_a_page_that_cannot_be_written_is_told_before_anything_is_run(tmp_path: 
     assert done.returncode == 125
     assert b"--html: " in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_plot_says_stays_as_it_is() -> None:
+    """A name that looks like a part of the drawing: only the tags are made the page's."""
+    from ringfence.comparison import plots
+
+    label = 'id="x" font: 9px y; #010101 url(#z) xmlns="u"'
+    picture = (
+        '<?xml?><svg xmlns="http://www.w3.org/2000/svg" width="1pt" height="2pt" viewBox="0 0 1 2">\n   <metadata>m'
+        f'</metadata><g id="z">\n  <text id="t" style="font: 9px serif; fill: #010101">{label}</text>\n </g></svg>'
+    )
+    assert plots._for_a_page(picture) == (
+        '<svg  viewBox="0 0 1 2">\n<g>\n<text style="font-size: 9px; fill: var(--fg)">' + label + "</text>\n</g></svg>"
+    )

@@ -8,6 +8,7 @@ import pytest
 
 import ringfence as rf
 from ringfence import api
+from ringfence.comparison import peers
 from ringfence.linux import ids, subids
 from ringfence.spec import Spec
 
@@ -70,3 +71,14 @@ def test_a_collision_refuses_every_run(isolation: str) -> None:
     with pytest.raises(rf.Unavailable) as caught:
         api.run_spec(spec, rf.host().replace(ids=("they are lxd's", "give sandboxes others")))
     assert (caught.value.reason, caught.value.help) == ("they are lxd's", "give sandboxes others")
+
+
+def test_the_ids_that_other_tools_get_are_nobodys(tmp_path: Path) -> None:
+    first, count = peers._FIRST_ID, peers._IDS
+    # systemd's UIDS-GIDS.md: 524288 to 1879048191 for containers.
+    assert first > 1879048191
+    assert first + count <= BUILT_IN[0]
+    assert ids.whose(first, count, host(tmp_path)) == ""
+    assert ids.whose(first, count, host(tmp_path, passwd=f"big:x:{first + 5}:0::/:/bin/sh\n")) == "big of /etc/passwd"
+    line = f"ringfence:{first - 65536}:655360\n"
+    assert "ringfence of" in ids.whose(first, count, host(tmp_path, subuid=line, subgid=line))

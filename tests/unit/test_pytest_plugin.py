@@ -90,6 +90,44 @@ def test_another_level(): pass
     found.stdout.no_fnmatch_line("*SystemExit*")
 
 
+def test_a_baseline_that_says_nothing_of_a_level_is_no_budget(
+    pytester: pytest.Pytester, baseline: dict[str, Any]
+) -> None:
+    for file, changes in (("gone", {"unavailable": "no namespaces here"}), ("bare", {"isolation": {}})):
+        less = json.loads(json.dumps(baseline))
+        level_named(less, "container").update(changes)  # type: ignore[union-attr]
+        save(less, str(pytester.path / f"{file}.json"))
+    mark = 'isolation="container", startup_ratio=50, repeat=1, probes=False'
+    found = run(
+        pytester,
+        f"""
+@pytest.mark.ringfence_budget({mark}, against="gone.json")
+def test_gone(): pass
+
+@pytest.mark.ringfence_budget({mark}, against="gone.json", verdicts=False)
+def test_gone_for_starts(): pass
+
+@pytest.mark.ringfence_budget({mark}, against="bare.json")
+def test_bare(): pass
+
+@pytest.mark.ringfence_budget({mark}, against="bare.json", verdicts=False)
+def test_not_asked_for(): pass
+
+@pytest.mark.ringfence_budget(isolation="container", startup_ratio=50, repeat=1, against="baseline.json")
+def test_no_probes_there(): pass
+""",
+    )
+    found.assert_outcomes(passed=1, failed=4)
+    found.stdout.fnmatch_lines(
+        [
+            "*is exceeded: container didn't run in *gone.json (no namespaces here): save it anew where it does.*",
+            "*is exceeded: container didn't run in *gone.json*",
+            "*is exceeded: *bare.json has no verdicts of container's isolation: save it anew with them.*",
+            "*is exceeded: *baseline.json has no verdicts of container's probes: *, or say probes=False.*",
+        ]
+    )
+
+
 def test_a_slower_start_fails_the_test(pytester: pytest.Pytester, baseline: dict[str, Any]) -> None:
     quick = json.loads(json.dumps(baseline))
     container = level_named(quick, "container")

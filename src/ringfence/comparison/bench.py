@@ -157,7 +157,7 @@ def _starter(kind: str, number: int, folder: str) -> Iterator[Callable[[], int]]
     import select
 
     with subprocess.Popen(
-        [sys.executable, "-m", "ringfence.comparison._starter", kind, str(number), folder],
+        [sys.executable, "-P", "-m", "ringfence.comparison._starter", kind, str(number), folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=_environment(),
@@ -339,7 +339,7 @@ def _command_line(isolation: str) -> None:
     words = ["run", "-i", isolation, "--memory", "256M", "--pids", "64", "--", *_TRUE]
     # The installed command, as a user has it: -m takes 3 ms more, for runpy.
     script = os.path.join(os.path.dirname(sys.executable), "ringfence")
-    _child([*([script] if os.access(script, os.X_OK) else [sys.executable, "-m", "ringfence"]), *words])
+    _child([*([script] if os.access(script, os.X_OK) else [sys.executable, "-P", "-m", "ringfence"]), *words])
 
 
 def _child(argv: Sequence[str]) -> None:

@@ -188,7 +188,7 @@ def _child(name: str) -> Iterator[Callable[[int], Any]]:
     """A process of this module, which opens so many sandboxes and closes them. Raises OSError with its reason."""
     path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
-        [sys.executable, "-m", "ringfence.comparison.density", name],
+        [sys.executable, "-P", "-m", "ringfence.comparison.density", name],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""},

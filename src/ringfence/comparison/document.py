@@ -179,7 +179,16 @@ def write_file(path: str, data: bytes) -> None:
     folder, name = os.path.split(target)
     scratch = os.path.join(folder, f".{name[:100]}.{os.urandom(6).hex()}")
     try:
-        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+        was = os.stat(target)
+    except FileNotFoundError:
+        was = None
+    mode = 0o666 if was is None else 0o600
+    try:
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
+            if was is not None:  # it stays as private as it was, and its owner's
+                with contextlib.suppress(PermissionError):
+                    os.fchown(file.fileno(), was.st_uid, was.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode) & 0o777)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

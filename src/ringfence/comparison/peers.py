@@ -17,7 +17,7 @@ import subprocess
 from ringfence._value import Closing, Value
 from ringfence.errors import Unavailable
 from ringfence.levels.host import host
-from ringfence.linux import seccomp
+from ringfence.linux import ids, seccomp
 from ringfence.spec import DEFAULT_ENV
 
 TYPE_CHECKING = False
@@ -32,8 +32,8 @@ __all__ = ["PEERS", "Peer", "Tool", "bubblewrap", "oci_runtime"]
 # Name to Debian's package of it.
 PEERS = {"bwrap": "bubblewrap", "crun": "crun", "runc": "runc", "runsc": "runsc", "podman": "podman"}
 _IDS = 65536
-# An id range that no account has, below ringfence's own.
-_FIRST_ID = 0x6F000000
+# An id range that no account has: above the last one that systemd gives to containers, below ringfence's own.
+_FIRST_ID = 0x70000000
 _USER = 1000
 _HIDDEN = ["nosuid", "nodev"]
 _TRY_S = 60
@@ -218,11 +218,13 @@ class Tool(Closing):
         if program is None:
             raise Unavailable(name, _missing(name).removesuffix(f" (Debian's package {PEERS[name]})"),
                               f"install Debian's package {PEERS[name]}")  # fmt: skip
+        as_root = os.geteuid() == 0
+        if as_root and name != "bwrap" and (taken := ids.whose(_FIRST_ID, _IDS)):
+            raise Unavailable(name, f"the ids that it is given, {_FIRST_ID} and on, are partly {taken}'s")
         self.name, self.program, self.folder = name, program, folder
         self.version = _version(program, folder)
         self.note = _NOTES[name]
         self.work = os.path.join(folder, "work")
-        as_root = os.geteuid() == 0
         self.owner = (_FIRST_ID + _USER, _FIRST_ID + _USER) if as_root and name != "bwrap" else None
         self._stack = contextlib.ExitStack()
         self._counter = itertools.count()

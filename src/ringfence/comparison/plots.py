@@ -192,11 +192,19 @@ def _for_a_page(text: str) -> str:
     """Just the svg element, as HTML has it: no names of other places, the page's colours and its font."""
     text = text[text.index("<svg ") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    used = set(re.findall(r"(?:#|url\(#)([\w-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
-    text = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r"<svg \1", text)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    # What stands between the tags are labels, with their < and > as references: those are left as they are.
+    parts = re.split(r"(<[^>]*>)", text)
+    used = {name for tag in parts[1::2] for name in re.findall(r"(?:#|url\(#)([\w-]+)", tag)}
+    parts[1::2] = [_tag_for_a_page(tag, used) for tag in parts[1::2]]
+    parts[::2] = [part if part.strip() else re.sub(r"\n\s*", "\n", part) for part in parts[::2]]
+    return "".join(parts).strip()
+
+
+def _tag_for_a_page(tag: str, used: set[str]) -> str:
+    tag = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag)
+    tag = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", tag)
+    tag = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r"<svg \1", tag)
+    tag = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", tag)
     for colour, variable in _NAMED.items():
-        text = text.replace(colour, f"var({variable})")
-    return re.sub(r"\n\s*", "\n", text).strip()
+        tag = tag.replace(colour, f"var({variable})")
+    return re.sub(r"\n\s*", "\n", tag)

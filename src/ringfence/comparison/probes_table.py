@@ -34,11 +34,13 @@ def print_probes(document: Mapping[str, Any], to: Console) -> None:
     for name, about in document["probes"].items():
         groups.setdefault(about["group"], []).append(name)
     for group, names in groups.items():
-        table = Table(title=group, title_justify="left", title_style="bold", padding=(0, 1), show_lines=True)
+        heading = Text(visible(group), style="bold")
+        table = Table(title=heading, title_justify="left", padding=(0, 1), show_lines=True)
         table.add_column("", ratio=2, overflow="fold")
         for one in columns:
             told = counts({name: one["probes"][name] for name in names})
-            table.add_column(f"{one['name']}\n{told.partition(': ')[2]}", ratio=3, overflow="fold")
+            column = Text(visible(f"{one['name']}\n{told.partition(': ')[2]}"))
+            table.add_column(column, ratio=3, overflow="fold")
         for name in names:
             cells = []
             for one in columns:
@@ -48,5 +50,6 @@ def print_probes(document: Mapping[str, Any], to: Console) -> None:
                         (found["verdict"], _STYLES[found["verdict"]]), "\n", (visible(found["evidence"]), "dim")
                     )
                 )
-            table.add_row(Text.assemble((name, "bold"), "\n", (document["probes"][name]["tries"], "dim")), *cells)
+            tries = visible(document["probes"][name]["tries"])
+            table.add_row(Text.assemble((visible(name), "bold"), "\n", (tries, "dim")), *cells)
         to.print(table)

@@ -127,11 +127,11 @@ def _none(word: str = "-") -> Text:
 
 
 def _table(heading: str, levels: Sequence[dict[str, Any]], *first: str) -> Table:
-    table = Table(title=heading, title_justify="left", title_style="bold", expand=False, padding=(0, 1))
+    table = Table(title=_plain(heading, "bold"), title_justify="left", expand=False, padding=(0, 1))
     for name in first or ("",):
         table.add_column(name, no_wrap=len(first) > 1)
     for one in levels:
-        table.add_column(title(one), ratio=1, overflow="fold")
+        table.add_column(_plain(title(one)), ratio=1, overflow="fold")
     return table
 
 
@@ -173,7 +173,7 @@ def _isolation_table(levels: Sequence[dict[str, Any]]) -> Table:
     evidence = len(levels) <= _ROOMY
     table.show_lines = evidence
     for resource in dict.fromkeys(name for one in levels for name in one["isolation"]):
-        table.add_row(resource, *(_verdict(one["isolation"].get(resource), evidence) for one in levels))
+        table.add_row(_plain(resource), *(_verdict(one["isolation"].get(resource), evidence) for one in levels))
     return table
 
 
@@ -229,7 +229,7 @@ def _cost_table(levels: Sequence[dict[str, Any]]) -> Table:
             shown = Text(figure(found["p50"], unit) + (f"  {times(ratio)}" if ratio is not None else ""))
             if len(levels) <= _ROOMY:
                 source = f"\n{one['memory_source']}" if unit == "bytes" and one["memory_source"] else ""
-                shown.append(f"\n{spread(found, unit)}{source}", style="dim")
+                shown.append(f"\n{spread(found, unit)}{visible(source)}", style="dim")
             cells.append(shown)
         table.add_row(name, *cells)
     return table

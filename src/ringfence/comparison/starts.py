@@ -174,7 +174,7 @@ def _cold(found: Found, places: Sequence[Place], effort: Effort, tell: Callable[
 
 def _first_of_a_process(name: str) -> int:
     path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
-    words = [sys.executable, "-m", "ringfence.comparison.starts", name, program("true")]
+    words = [sys.executable, "-P", "-m", "ringfence.comparison.starts", name, program("true")]
     done = subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
@@ -185,7 +185,7 @@ def _first_of_a_process(name: str) -> int:
         env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""},
     )
     if done.returncode:
-        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{words[2]} failed")
+        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{words[3]} failed")
     return int(done.stdout)
 
 

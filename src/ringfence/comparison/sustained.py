@@ -394,7 +394,7 @@ def _child(kind: str, what: str, folder: str) -> Iterator[Callable[..., Any]]:
     """A process of this module, which answers a line of JSON by one. Raises OSError with its reason where it can't."""
     path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
-        [sys.executable, "-m", "ringfence.comparison.sustained", kind, what, folder],
+        [sys.executable, "-P", "-m", "ringfence.comparison.sustained", kind, what, folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},

@@ -28,6 +28,7 @@ __all__ = [
     "process_uid",
     "range_",
     "slots",
+    "whose",
     "why_not",
 ]
 
@@ -106,6 +107,15 @@ def _taken(root: str, ours: Range, uids: list[tuple[str, int, int]], gids: list[
             if name != _NAME and first < ours.end and ours.first < first + count:
                 return f"{name} of {file}"
     return ""
+
+
+def whose(first: int, count: int, root: str = "/") -> str:
+    """Whose one of these ids is, by the accounts and by what /etc/subuid and /etc/subgid give; "" where nobody's."""
+    uids, gids = (subids.ranges(os.path.join(root, "etc", name)) for name in ("subuid", "subgid"))
+    if taken := _taken(root, Range(first=first, count=count, source=""), uids, gids):
+        return taken
+    ours = find_range(root)
+    return f"{_NAME} of {ours.source}" if first < ours.end and ours.first < first + count else ""
 
 
 _range: Range | None = None
