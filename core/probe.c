@@ -91,6 +91,8 @@ static const struct verb verbs[] = {
     {"statfs", "PATH — print the size of its file system", 1, 1, verb_statfs},
 
     {"each", "[SECONDS] — a verb with its arguments on each line of stdin: print a line for each", 0, 1, verb_each},
+    {"if-listed", "FILE WORD VERB [ARGUMENT…] — that verb, unless FILE can be read and doesn't have WORD", 3, -1,
+     verb_if_listed},
     {"hold", "TOKEN SECONDS [background] — set marks that others may find, print which, keep them", 2, 3, verb_hold},
     {"find", "MARK TOKEN — look for a mark that `hold` set", 2, 2, verb_find},
     {"surface", "[LAST] — every system call up to number LAST, with bad arguments: print `NUMBER RESULT`", 0, 1,

@@ -43,6 +43,7 @@ int write_all(int fd, const void *data, size_t size);
 int list_fds(int *fds, int max);                           /* open descriptors, ascending; returns how many */
 void fd_target(int fd, char *target, size_t size);         /* what it is open on, "?" where /proc can't tell */
 ssize_t read_text(const char *path, char *text, size_t size); /* NUL-terminated, cut at size - 1 */
+int is_missing_in(const char *path, const char *word); /* 1 where the file can be read and doesn't have that word */
 
 /* probe_basic.c: exit status, streams, arguments */
 verb_fn verb_exit, verb_signal, verb_cat, verb_count, verb_emit, verb_both, verb_argv, verb_env, verb_cwd;
@@ -71,7 +72,7 @@ verb_fn verb_escape;
 verb_fn verb_facts;
 
 /* probe_each.c: many attempts in one run */
-verb_fn verb_each;
+verb_fn verb_each, verb_if_listed;
 void leave_no_core(void);
 int run_verb(int count, char **words); /* probe.c: what main does with its arguments; returns the exit status */
 

@@ -164,14 +164,26 @@ static const char *find_tcp(const struct token *token)
     return connect_to(AF_INET, (struct sockaddr *)&address, sizeof address);
 }
 
+/* A module that is loaded for it would stay. */
+static int no_vsock(void)
+{
+    int missing = is_missing_in("/proc/net/protocols", "AF_VSOCK");
+    errno = EAFNOSUPPORT;
+    return missing;
+}
+
 static const char *hold_vsock(const struct token *token)
 {
+    if (no_vsock())
+        return "socket";
     struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_port = port_of(token), .svm_cid = VMADDR_CID_ANY};
     return listen_at(AF_VSOCK, (struct sockaddr *)&address, sizeof address);
 }
 
 static const char *find_vsock(const struct token *token)
 {
+    if (no_vsock())
+        return "socket";
     struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_port = port_of(token), .svm_cid = 1 /* local */};
     return connect_to(AF_VSOCK, (struct sockaddr *)&address, sizeof address);
 }

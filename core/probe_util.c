@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -148,6 +149,18 @@ ssize_t read_text(const char *path, char *text, size_t size)
         return -1;
     text[used] = '\0';
     return (ssize_t)used;
+}
+
+int is_missing_in(const char *path, const char *word)
+{
+    static char text[1 << 14];
+    if (read_text(path, text, sizeof text) < 0)
+        return 0;
+    size_t length = strlen(word);
+    for (const char *at = text; (at = strstr(at, word)); at += length)
+        if ((at == text || strchr(" \t\n", at[-1])) && strchr(" \t\n", at[length])) /* its end, too */
+            return 0;
+    return 1;
 }
 
 int list_fds(int *fds, int max)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +231,9 @@ def test_an_absence_counts_where_the_mark_is_found_by_who_has_set_it() -> None:
         for there in ("ENOKEY keyctl", "EPERM keyctl", "timeout", ""):
             assert channel(level, "ok", "ENOKEY keyctl", there) is NOT_TESTABLE
     assert channel("container", "ok", "EPERM keyctl", "ENOKEY keyctl") is RESTRICTED  # a refusal is one by itself
+    # Chance, and no refusal.
+    assert channel("process", "EADDRINUSE bind", "ok") is NOT_TESTABLE
+    assert channel("vm", "EEXIST open", "EACCES open") is NOT_TESTABLE
     # What wasn't seen in some seconds may still be there.
     assert channel("container", "ok", "ENOENT read", timed=True) is RESTRICTED
     assert channel("vm", "ok", "ENOENT read", timed=True) is OWN
@@ -335,6 +342,52 @@ def test_each_tells_a_crash_a_kill_and_a_hang_and_goes_on() -> None:
 
 def test_each_does_not_wait_for_what_a_hung_attempt_has_started() -> None:
     assert probe("each", "0.3", given="spin-children 2 60\nexit 0\n") == ["timeout", "ok"]
+
+
+def test_a_crash_of_an_attempt_starts_no_handler() -> None:
+    """At a limit of 0 the kernel still starts one behind a pipe; at 1 it makes no core at all (core(5))."""
+    (facts,) = probe("each", given="facts\n")
+    assert json.loads(facts)["rlimits"]["core"] == [1, 1]
+
+
+def test_the_benches_server_is_on_loopback_unless_it_is_told_otherwise() -> None:
+    for words, elsewhere in (((), False), (("0.0.0.0",), True)):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with subprocess.Popen([probe_path(), "bench-serve", str(port), "20", *words]) as server:
+            try:
+                connected = {one: tries(one, port) for one in ("127.0.0.1", "127.0.0.2")}
+            finally:
+                server.kill()
+        assert connected == {"127.0.0.1": True, "127.0.0.2": elsewhere}
+
+
+def tries(address: str, port: int) -> bool:
+    """Whether a connection is made, the server being given time to begin where it should be there."""
+    for _ in range(100 if address == "127.0.0.1" else 1):
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection((address, port), timeout=5):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_would_load_a_module_is_not_tried(tmp_path: Path) -> None:
+    """Its names are whole words; where the file can't be read it is another boundary's, and the attempt is made."""
+    listed = tmp_path / "listed"
+    listed.write_text("235 autofs\n229 fuse-other\nloop")
+    said = {
+        f"{listed} autofs": "0 ",
+        f"{listed} loop": "0 ",
+        f"{listed} fuse": "ENODEV not-loaded",
+        f"{listed} auto": "ENODEV not-loaded",
+        f"{tmp_path}/none fuse": "0 ",
+    }
+    assert probe("each", given="".join(f"if-listed {one} argv 0\n" for one in said)) == list(said.values())
+    of_modules = re.compile(r"try-socket (alg|vsock)|/dev/(kvm|fuse|loop)")
+    loads = [one.way.attempt for one in PROBES if of_modules.search(one.way.attempt)]
+    assert len(loads) == 5
+    assert all(one.startswith("if-listed /proc/") for one in loads)
 
 
 # ---- the surface ----

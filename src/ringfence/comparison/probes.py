@@ -58,6 +58,8 @@ _ABSENT = frozenset({"ENOENT", "ESRCH", "ECONNREFUSED", "ENOKEY", "ENODATA"})
 _OF_THE_PROBE = (" fork", " pipe", " malloc", " waitpid")
 # SIGSYS, the one signal that is a refusal: seccomp sends it (seccomp(2)). By any other the attempt was cut short.
 _BY_A_FILTER = "died signal 31"
+# How a call says that a name, a key or a port is in use: chance, and no refusal.
+_TAKEN = frozenset({"EADDRINUSE", "EEXIST"})
 _SHOWN = 70
 
 
@@ -231,6 +233,8 @@ def between(mark: str, *, kernel: bool = True, timed: bool = False) -> Way:
             failure = _not_here(held, inside.said.get(f"same {mark}"), said)
         if held is None or said is None or failure is not None:
             return _not_testable(str(failure), "ok")
+        if held.partition(" ")[0] in _TAKEN:
+            return _not_testable(f"another has it already: {shown(held)}", "ok")
         if held == "ok" and said == "ok":
             return Judged(Isolation.SHARED, "the one sees what the other has set", "ok")
         if held != "ok":
