@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,7 +95,6 @@ def test_what_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
         b"12 11 0:9 / /opt/both rw - tmpfs none rw",
         b"13 1 0:9 / /option rw - proc proc rw",
     )
-    monkeypatch.setattr(kernel_mounts, "_known", (b"", []))
     points = kernel_mounts._parse(b"\n".join(lines) + b"\n")
     monkeypatch.setattr(kernel_mounts, "_points", lambda pid: points)
     assert kernel_mounts.kernel_mounts([b"/opt", b"/usr"]) == [
@@ -108,3 +108,35 @@ def test_what_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_mount_of(b"/opt/a b/fs/bpf/x") == b"bpf"
     assert kernel_mount_of(b"/opt/both/1") == b"proc"
     assert kernel_mount_of(b"/opt/ssh/x") == kernel_mount_of(b"/optional") == b""
+
+
+CHANGES = """
+import os, subprocess, sys
+from ringfence.images.kernel_mounts import kernel_mounts
+
+def mount(*words):
+    subprocess.run(words, check=True)
+
+place = os.fsencode(sys.argv[1])
+assert kernel_mounts([place]) == []
+for _ in range(3):
+    mount("mount", "-t", "proc", "none", sys.argv[1])
+    assert kernel_mounts([place]) == kernel_mounts([place]) == [(place, b"proc")]
+    mount("umount", sys.argv[1])
+    assert kernel_mounts([place]) == kernel_mounts([place]) == []
+mount("mount", "-t", "proc", "none", sys.argv[1])
+child = os.fork()
+found = kernel_mounts([place])
+if child == 0:
+    os._exit(found != [(place, b"proc")])
+assert found == [(place, b"proc")]
+assert os.waitpid(child, 0)[1] == 0
+print("ok")
+"""
+
+
+def test_a_mount_is_seen_at_once(tmp_path: Path) -> None:
+    need_root()  # to mount
+    words = ["unshare", "--mount", "--propagation", "private", sys.executable, "-P", "-c", CHANGES, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "ok\n", done.stderr

@@ -4,6 +4,14 @@ what is written there changes the host. An image, or a folder of a chroot's, may
 
 from __future__ import annotations
 
+import os
+import select
+from _thread import allocate_lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from io import FileIO
+
 __all__ = ["kernel_mount_of", "kernel_mounts"]
 
 # File systems without a disk of their own (`nodev` in /proc/filesystems) that hold files all the same.
@@ -16,8 +24,11 @@ _DATA = frozenset(
 )
 
 _Points = list[tuple[bytes, bytes]]
-# What a mountinfo said last, and what that meant: most starts find it unchanged.
-_known: tuple[bytes, _Points] = (b"", [])
+# What mountinfo said last, and that file: most starts find it unchanged.
+_known: _Points | None = None
+_watched: FileIO | None = None
+_namespace = 0
+_lock = allocate_lock()
 
 
 def kernel_mounts(folders: list[bytes], pid: int | None = None) -> _Points:
@@ -39,20 +50,36 @@ def kernel_mount_of(path: bytes) -> bytes:
 
 def _points(pid: int | None) -> _Points:
     """All of the kernel's, sorted: what is above another one comes first."""
-    global _known
+    if pid is None:
+        with _lock:
+            return _own_points()
     with open("/proc/self/mountinfo", "rb", 0) as file:
         text = file.read()
-    if pid is not None:
-        try:
-            with open(f"/proc/{pid}/mountinfo", "rb", 0) as file:
-                text += file.read()
-        except PermissionError:
-            pass  # without CAP_SYS_PTRACE: its namespace is a copy of ours, made a moment ago
-    last, points = _known
-    if text != last:
-        points = _parse(text)
-        _known = text, points
-    return points
+    try:
+        with open(f"/proc/{pid}/mountinfo", "rb", 0) as file:
+            text += file.read()
+    except PermissionError:
+        pass  # without CAP_SYS_PTRACE: its namespace is a copy of ours, made a moment ago
+    return _parse(text)
+
+
+def _own_points() -> _Points:
+    """The kernel tells by poll whether a mount was made or removed since the file was opened, or polled (proc(5))."""
+    global _watched, _namespace, _known
+    namespace = os.stat("/proc/self/ns/mnt").st_ino
+    if _watched is None or namespace != _namespace:
+        if _watched is not None:
+            _watched.close()
+            _watched = None
+        _watched, _namespace = open("/proc/self/mountinfo", "rb", 0), namespace  # noqa: SIM115
+        _known = None
+    changed = select.poll()
+    changed.register(_watched.fileno(), select.POLLPRI)
+    if changed.poll(0) or _known is None:
+        _known = None  # should reading fail
+        _watched.seek(0)
+        _known = _parse(_watched.read())
+    return _known
 
 
 def _parse(text: bytes) -> _Points:
@@ -83,3 +110,15 @@ def _on_disk() -> set[bytes]:
     """The file systems that need a disk. The kernel doesn't list what only it can mount, as nsfs."""
     with open("/proc/filesystems", "rb") as file:
         return {line.strip() for line in file if not line.startswith(b"nodev")}
+
+
+def _after_fork_in_child() -> None:
+    # The child shares the open file, and with it what was told of changes.
+    global _watched, _known, _lock
+    _lock = allocate_lock()
+    if _watched is not None:
+        _watched.close()
+    _watched = _known = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -14,13 +14,13 @@ import stat
 from ringfence._value import Value
 from ringfence.errors import SpecError
 
-__all__ = ["OWN_NAMES", "Entry", "entries", "host_entries", "host_secrets"]
+__all__ = ["HOST_NAMES", "OWN_NAMES", "Entry", "entries", "host_entries", "host_secrets"]
 
 # Made by ringfence in every sandbox; an image's own are never shown.
 OWN_NAMES = frozenset((b"dev", b"home", b"proc", b"run", b"sys", b"tmp", b"work"))
 
 # The host's userland: programs, libraries, configuration. All else (home, root, srv, var, mnt, boot, …) stays out.
-_HOST_NAMES = (b"bin", b"etc", b"lib", b"lib32", b"lib64", b"libx32", b"opt", b"sbin", b"usr")
+HOST_NAMES = (b"bin", b"etc", b"lib", b"lib32", b"lib64", b"libx32", b"opt", b"sbin", b"usr")
 
 # Each folder and file at the top takes a descriptor of the plan, of which there are 64.
 _MOST_SHOWN = 40
@@ -96,7 +96,7 @@ def _entries(folder: str, held: int) -> list[Entry]:
 
 def host_entries() -> list[Entry]:
     """The host's userland."""
-    found = (_entry(b"/", name) for name in _HOST_NAMES)
+    found = (_entry(b"/", name) for name in HOST_NAMES)
     return [entry for entry in found if entry is not None]
 
 

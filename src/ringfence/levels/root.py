@@ -147,9 +147,9 @@ def kernel_places(folder: bytes, pid: int | None = None) -> list[bytes]:
     """Where in a sandbox's root the kernel's own file systems would show, of what is mounted in the image: its folder,
     or b"" for the host's userland. pid: of whose mount namespace besides our own.
     """
-    names = [one.name for one in tree.host_entries()] if not folder else None
+    folders = [folder] if folder else [b"/" + name for name in tree.HOST_NAMES]
     return [
         place
-        for point, _ in kernel_mounts([folder + b"/" + name for name in names] if names is not None else [folder], pid)
+        for point, _ in kernel_mounts(folders, pid)
         if (place := point[len(folder) :]).strip(b"/").partition(b"/")[0] not in tree.OWN_NAMES
     ]
