@@ -8,11 +8,14 @@ import re
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ringfence.comparison import probes_place, surface
+from ringfence.comparison.facts import ATTEMPTS, bare_facts
 from ringfence.comparison.isolation import Isolation
 from ringfence.comparison.probes import (
     GROUPS,
@@ -370,6 +373,49 @@ def tries(address: str, port: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_memory_is_not_taken_without_a_limit_where_little_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for the control, nor inside where the host can't limit it."""
+    asked: list[list[str]] = []
+
+    def ask(words: Sequence[str], given: bytes) -> tuple[bytes, str]:
+        asked.append(list(words))
+        return b"ok\n", ""
+
+    monkeypatch.setattr(probes_place, "_free_memory", lambda: 1 << 29)
+    (said,) = Place(ask, ask, kept={"pids"}).attack().values()
+    assert said.startswith("not tried: ")
+    assert asked == []
+    assert Place(ask, ask, kept={"memory"}).attack() == {"try-memory 160M": "ok"}
+    monkeypatch.setattr(probes_place, "_free_memory", lambda: 1 << 31)
+    assert Place(ask, ask).attack() == {"try-memory 160M": "ok"}
+
+
+def test_what_the_summary_creates_in_usr_has_another_name_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed one left would make the control fail for good."""
+    given: list[bytes] = []
+
+    def ran(words: Sequence[str], *, input: bytes, **_: object) -> subprocess.CompletedProcess[bytes]:
+        given.append(input)
+        return subprocess.CompletedProcess(words, 0, b"{}\n" + b"ok\n" * len(ATTEMPTS))
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    for _ in range(2):
+        bare_facts()
+    names = [[line for line in one.split(b"\n") if line.startswith(b"try-create ")] for one in given]
+    assert len(names[0]) == len(names[1]) == 1
+    assert names[0] != names[1]
+
+
+def test_a_surface_that_does_not_end_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    hangs.write_text("#!/bin/sh\nexec sleep 60\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(surface, "probe_path", lambda: str(hangs))
+    monkeypatch.setattr(surface, "_TIMEOUT_SECONDS", 0.2)
+    with pytest.raises(ProtocolError, match="did not end"):
+        surface.surfaces([], lambda _: None)
 
 
 def test_what_would_load_a_module_is_not_tried(tmp_path: Path) -> None:
