@@ -181,13 +181,14 @@ class Spec(Value):
         command = _argv(argv)
         variables = _env(env)
         _check_exec_size(command, variables)
-        mounted, in_memory = _mounts(mounts)
+        # What was left out, as most are in most calls, isn't looked at.
+        mounted, in_memory = _mounts(mounts) if mounts != () else ((), ())
         shared = _namespaces(namespaces)
         wanted_network = _network(network, shared)
-        granted = boundary.capabilities(capabilities)
-        nodes = _devices(devices)
+        granted = boundary.capabilities(capabilities) if capabilities != () else ()
+        nodes = _devices(devices) if devices != () else ()
         may_read = None if readable is None else _paths(readable, "readable")
-        may_write = _paths(writable, "writable")
+        may_write = _paths(writable, "writable") if writable != () else ()
         given = {
             "hostname": hostname is not None,
             "user": user is not None,

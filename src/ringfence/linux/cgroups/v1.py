@@ -315,7 +315,7 @@ class V1Cgroup(Cgroup):
             return False
         # Whoever joins one joins all. To read a list of processes takes longer than their number.
         count = self._number("pids", "pids.current")
-        if self.processes() if count is None else count:
+        if count or (count is None and self._read(next(iter(self._parents), ""), "cgroup.procs")):
             return False
         return limits.pids is None or self._number("pids", "pids.max") == limits.pids
 
