@@ -22,7 +22,11 @@ CORE_SOURCES := $(wildcard core/*.c core/*.h) core/build.py src/ringfence/__init
 FUZZ_SECONDS ?= 5
 PYTEST_ARGS ?=
 REPORT_ARGS ?=
+# What no other work on this machine disturbs, nor is disturbed by it.
 IN_A_GUEST := tests/levels/test_inside_a_vm.py
+BESIDE := $(patsubst %,tests/unit/test_%.py,choice compare_isolation comparison_changes comparison_document comparison_html \
+    docs erofs errors hostile_channel initramfs kernel network_dns network_flows network_packets network_policy \
+    network_resolver observe own_kernel parse probes qmp report result seccomp seccomp_profile site spec value)
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -132,7 +136,7 @@ docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	echo 'open build/site/index.html'
 
-# The suite in a guest keeps one CPU busy for minutes, and measures nothing: the checks run beside it. Much in the others is
+# The suite in a guest keeps one CPU busy for minutes: the checks run beside it, and some tests. Much in the others is
 # a race on purpose, or measures time on a machine that others use too: what fails is tried once more, by itself. Both are
 # told.
 test: setup test-tools
@@ -141,10 +145,11 @@ test: setup test-tools
 	failed=0 again=0
 	$(MAKE) lint fuzz || failed=1
 	$(call say,tests)
-	wait $$guest || [ $$? = 5 ] || again=1 # 5: PYTEST_ARGS left none
+	$(PYTEST) -q $(BESIDE) || [ $$? = 5 ] || again=1 # 5: PYTEST_ARGS left none
+	wait $$guest || [ $$? = 5 ] || again=1
 	cat "$$log"
 	# The tests of style/test_tools.py are what lint did.
-	$(PYTEST) --durations=25 --durations-min=5 --ignore $(IN_A_GUEST) --ignore tests/style/test_tools.py tests || again=$$?
+	$(PYTEST) --durations=25 --durations-min=5 $(addprefix --ignore=,$(IN_A_GUEST) $(BESIDE) tests/style/test_tools.py) tests || again=$$?
 	if [ $$again = 1 ]; then
 	    printf '\033[1m== once more, what failed\033[0m\n'
 	    again=0; $(PYTEST) --last-failed --last-failed-no-failures none tests || again=$$?

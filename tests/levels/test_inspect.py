@@ -35,14 +35,21 @@ def running(words: list[str], name: str, **options: object) -> Iterator[rf.Inspe
     try:
         yield rf.inspect(found_below(starter.pid, name))
     finally:
-        for one in leaks.descendants(starter.pid):
-            if one.name == name:
-                os.kill(one.pid, 9)
+        kill_below(starter.pid, name)
         try:
             starter.communicate(timeout=10)
         except subprocess.TimeoutExpired:
             starter.kill()
             starter.communicate()
+
+
+def kill_below(pid: int, name: str) -> None:
+    """All of that name, itself or below it."""
+    for one in leaks.descendants(pid):
+        if one.name == name:
+            os.kill(one.pid, 9)
+    if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+        os.kill(pid, 9)
 
 
 def found_below(pid: int, name: str) -> int:
@@ -62,6 +69,9 @@ def found_below(pid: int, name: str) -> int:
 def sandboxed(isolation: str, **options: object) -> Iterator[rf.Inspection]:
     """`sleep` in a sandbox of ours that stays."""
     with rf.Sandbox(isolation=isolation, **options) as sandbox:  # type: ignore[arg-type]
+        assert sandbox.run(
+            ["true"]
+        ).ok  # else another guest is started in place of one that is killed before its first word
 
         def sleep() -> None:
             with contextlib.suppress(rf.ProtocolError):  # a QEMU that was killed takes the run with it
@@ -74,7 +84,7 @@ def sandboxed(isolation: str, **options: object) -> Iterator[rf.Inspection]:
         try:
             yield rf.inspect(pid)
         finally:
-            os.kill(pid, 9)
+            kill_below(os.getpid(), name)  # also a QEMU that waits for the next guest
             thread.join()
 
 

@@ -148,7 +148,7 @@ def test_not_asked_for(): pass
     )
     found.assert_outcomes(passed=1, failed=1)
     found.stdout.fnmatch_lines(
-        ["*is exceeded: container: a start takes * ms, took 1.0* us: x*in relation to the bare*"]
+        ["*is exceeded: container: a start takes * took 1.0* us: x*in relation to the bare*"]
     )
 
 
