@@ -147,9 +147,7 @@ def test_not_asked_for(): pass
 """,
     )
     found.assert_outcomes(passed=1, failed=1)
-    found.stdout.fnmatch_lines(
-        ["*is exceeded: container: a start takes * took 1.0* us: x*in relation to the bare*"]
-    )
+    found.stdout.fnmatch_lines(["*is exceeded: container: a start takes * took 1.0* us: x*in relation to the bare*"])
 
 
 def test_what_an_absolute_budget_says(pytester: pytest.Pytester) -> None:
