@@ -22,7 +22,7 @@ from ringfence._value import Plain, Value
 from ringfence.api import level, run
 from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.statistics import percentile
-from ringfence.levels.base import Command
+from ringfence.comparison.taken import run_in
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.host import host
 from ringfence.levels.limits import cgroup_limits
@@ -212,16 +212,7 @@ def _start(
     base: type[_Cut] = _Process if isolation == "process" else _Container
     kind: type[_Cut] = type(base.__name__, (base,), {"cut": staticmethod(cut) if cut is not None else None})
     with kind(spec, host(), state(), **options) as sandbox:
-        command = Command(
-            argv=spec.argv,
-            env=spec.environment(sandbox.home),
-            cwd=sandbox.home,
-            input=None,
-            wall_time_ns=None,
-            output_bytes=1 << 20,
-            once=True,
-        )
-        outcome = sandbox.run(command)
+        outcome = run_in(sandbox, spec)
         if outcome.exited is None or outcome.exited.exit_code != 0:
             raise OSError(f"{argv[0]} did not end well: {outcome.exited}")
         assert outcome.started is not None
@@ -266,9 +257,6 @@ def _takes(isolation: str, argv: Sequence[str]) -> dict[str, Callable[[], int]]:
     def unstocked() -> int:
         whole()  # which has the one in stock
         return whole()
-
-    def single_mounts() -> int:
-        return _timed(lambda: _start(isolation, argv, None, extra=lambda _: []))
 
     def more(**rules: Any) -> Callable[[], int]:
         return lambda: _timed(lambda: _start(isolation, argv, None, rules))

@@ -19,6 +19,7 @@ import time
 
 from ringfence._value import Value
 from ringfence.api import level, run
+from ringfence.comparison import child
 from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.peers import bubblewrap, oci_runtime
 from ringfence.comparison.statistics import ratio, summarize
@@ -41,8 +42,6 @@ _LIMITS = Limits(memory="256M", pids=64)
 _VM_ROUNDS = 3
 _READY_S = 120.0
 _PAUSE_S = 0.006
-# The library is found by a child as this process found it, installed or not.
-_SOURCE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 class Target(Value):
@@ -154,40 +153,8 @@ def _timed(start: Callable[[], object]) -> int:
 @contextlib.contextmanager
 def _starter(kind: str, number: int, folder: str) -> Iterator[Callable[[], int]]:
     """A `_starter` process. Raises OSError with its reason where it can't do that here."""
-    import select
-
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "ringfence.comparison._starter", kind, str(number), folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=_environment(),
-        text=True,
-    ) as process:
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None
-        assert answers is not None
-
-        def take() -> int:
-            asked.write("\n")
-            asked.flush()
-            return int(answers.readline())
-
-        try:
-            if not select.select([answers], [], [], _READY_S)[0]:
-                process.kill()
-                raise OSError(f"not ready after {_READY_S:.0f} s")
-            said = answers.readline().strip()
-            if said != "ready":
-                raise OSError(said or "it ended without a word")
-            yield take
-        finally:
-            asked.close()
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the library where it is for us, and compiled once, as an installed one is."""
-    path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
+    with child.answering(child.module("_starter", kind, str(number), folder), ready_s=_READY_S) as ask:
+        yield lambda: int(ask(""))
 
 
 # ---- the groups ----
@@ -249,7 +216,7 @@ def _imports(bench: Bench) -> None:
     """What a Python process pays for the library before its first run."""
     base = [sys.executable, "-I", "-S", "-c"]
     bench.add("python -I -S -c pass", functools.partial(_child, [*base, "pass"]))
-    code = f"import sys, time; sys.path.insert(0, {_SOURCE!r}); a = time.perf_counter_ns(); import ringfence; "
+    code = f"import sys, time; sys.path.insert(0, {child.SOURCE!r}); a = time.perf_counter_ns(); import ringfence; "
     bench.takes["import ringfence"] = functools.partial(_told, [*base, code + "print(time.perf_counter_ns() - a)"])
 
 
@@ -343,7 +310,7 @@ def _command_line(isolation: str) -> None:
 
 
 def _child(argv: Sequence[str]) -> None:
-    subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=_environment(), check=True)
+    subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=child.environment(), check=True)
 
 
 def _told(argv: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 
+from ringfence.comparison import child
 from ringfence.comparison.document import BARE
 from ringfence.comparison.starts import program
 from ringfence.comparison.taken import in_rounds, reason, start
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["launches", "memory"]
 
-_SOURCE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _SETTLE_S = 0.2
 _ROUNDS = 3
 # What opening may take, and what of the machine's memory must stay available: of 1, and bytes.
@@ -186,35 +186,15 @@ def _add(found: dict[str, Taken], count: int, told: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _child(name: str) -> Iterator[Callable[[int], Any]]:
     """A process of this module, which opens so many sandboxes and closes them. Raises OSError with its reason."""
-    path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "ringfence.comparison.density", name],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""},
-        text=True,
-    ) as process:
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None
-        assert answers is not None
+    with child.answering(child.module("density", name)) as ask:
 
-        def ask(count: int) -> Any:
-            asked.write(f"{count}\n")
-            asked.flush()
-            line = answers.readline()
-            told = json.loads(line) if line else {"error": "it ended without an answer"}
+        def measured(count: int) -> Any:
+            told = json.loads(ask(str(count)))
             if "error" in told:
                 raise OSError(told["error"])
             return told
 
-        try:
-            said = answers.readline().strip()
-            if said != "ready":
-                raise OSError(said or "it ended without a word")
-            yield ask
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                asked.close()
+        yield measured
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ import time
 from ringfence.api import level
 from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.statistics import ratio, summarize
+from ringfence.comparison.taken import run_in
 from ringfence.errors import Unavailable
-from ringfence.levels.base import Command
 from ringfence.levels.host import host
 from ringfence.pool import Pool
 from ringfence.sandbox import Sandbox
@@ -171,18 +171,9 @@ def _to_end(image: str, *, use_template: bool) -> int:
     from ringfence.levels.vm.sandbox import VmSandbox
 
     spec = Spec.make([_PROBE, "exit", "0"], isolation="vm", image=image)
-    command = Command(
-        argv=spec.argv,
-        env=spec.environment(b"/work"),
-        cwd=b"/work",
-        input=None,
-        wall_time_ns=None,
-        output_bytes=1 << 20,
-        once=False,
-    )
     began = time.perf_counter_ns()
     with VmSandbox(spec, host(), use_template=use_template) as sandbox:
-        outcome = sandbox.run(command)
+        outcome = run_in(sandbox, spec, once=False)
         took = time.perf_counter_ns() - began
     if outcome.exited is None or outcome.exited.exit_code != 0:
         raise OSError("the probe did not end well in a guest")

@@ -15,8 +15,8 @@ import time
 from ringfence._value import Closing
 from ringfence.api import check_spec, level, run
 from ringfence.comparison.document import BARE
+from ringfence.comparison.taken import run_in
 from ringfence.errors import Unavailable
-from ringfence.levels.base import Command
 from ringfence.levels.host import host
 from ringfence.sandbox import Sandbox
 from ringfence.spec import DEFAULT_ENV, Spec
@@ -153,16 +153,7 @@ class Level(Place):
         spec = Spec.make(argv, isolation=self.name)
         boundary, machine = check_spec(spec)
         with boundary.open(spec, machine) as sandbox:
-            command = Command(
-                argv=spec.argv,
-                env=spec.environment(sandbox.home),
-                cwd=sandbox.home,
-                input=None,
-                wall_time_ns=None,
-                output_bytes=spec.limits.output_bytes,
-                once=True,
-            )
-            outcome = sandbox.run(command)
+            outcome = run_in(sandbox, spec)
         gone_ns = time.monotonic_ns()
         if outcome.exited is None or outcome.exited.exit_code != 0 or not outcome.first_output_ns:
             raise OSError(_said(argv, f"{outcome.exited}", outcome.stderr))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
 import time
 
+from ringfence.comparison import child
 from ringfence.comparison.document import BARE
-from ringfence.comparison.taken import in_rounds, start
+from ringfence.comparison.taken import in_rounds, run_in, start
 from ringfence.errors import StartError
-from ringfence.levels.base import Command
 from ringfence.levels.host import host
 from ringfence.pool import Pool
 from ringfence.spec import ISOLATIONS, Spec
@@ -33,7 +32,6 @@ __all__ = ["take"]
 _PAUSE_S = 0.006
 # Of starts there are more rounds than of what times itself: each is but one sample.
 _ROUNDS = 3
-_SOURCE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _CHILD_S = 120
 
 
@@ -173,19 +171,19 @@ def _cold(found: Found, places: Sequence[Place], effort: Effort, tell: Callable[
 
 
 def _first_of_a_process(name: str) -> int:
-    path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
-    words = [sys.executable, "-P", "-m", "ringfence.comparison.starts", name, program("true")]
     done = subprocess.run(
-        words,
+        child.module("starts", name, program("true")),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
         timeout=_CHILD_S,
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""},
+        env=child.environment(),
     )
     if done.returncode:
-        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"{words[3]} failed")
+        raise OSError(
+            done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "ringfence.comparison.starts failed"
+        )
     return int(done.stdout)
 
 
@@ -205,16 +203,7 @@ def _boot_once() -> None:
 
     spec = Spec.make([program("true")], isolation="vm")
     with VmSandbox(spec, host(), use_template=False) as sandbox:
-        command = Command(
-            argv=spec.argv,
-            env=spec.environment(sandbox.home),
-            cwd=sandbox.home,
-            input=None,
-            wall_time_ns=None,
-            output_bytes=1 << 20,
-            once=True,
-        )
-        outcome = sandbox.run(command)
+        outcome = run_in(sandbox, spec)
     if outcome.exited is None or outcome.exited.exit_code != 0:
         raise OSError("true did not end well in a guest that was booted")
 

@@ -23,6 +23,7 @@ import threading
 import time
 
 from ringfence.api import level, run
+from ringfence.comparison import child
 from ringfence.comparison.machine import machine_facts
 from ringfence.comparison.peers import bubblewrap
 from ringfence.comparison.statistics import percentile
@@ -38,7 +39,6 @@ __all__ = ["endurance", "growth", "idle", "lines", "measure", "rates"]
 
 _TRUE = ["/usr/bin/true"]
 _LIMITS = Limits(memory="256M", pids=64)
-_SOURCE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 _TOOLS = ("subprocess", "process", "container", "bwrap", "crun")
 _BLOCK = 100
 _SETTLE_S = 1.0
@@ -392,34 +392,8 @@ def measure(count: int = 2000, tell: Callable[[str], None] | None = None) -> dic
 @contextlib.contextmanager
 def _child(kind: str, what: str, folder: str) -> Iterator[Callable[..., Any]]:
     """A process of this module, which answers a line of JSON by one. Raises OSError with its reason where it can't."""
-    path = os.pathsep.join(filter(None, [_SOURCE, os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "ringfence.comparison.sustained", kind, what, folder],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
-        text=True,
-    ) as process:
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None
-        assert answers is not None
-
-        def ask(*words: object) -> Any:
-            asked.write(json.dumps(words) + "\n")
-            asked.flush()
-            line = answers.readline()
-            if not line:
-                raise OSError(f"{kind} {what} ended without an answer")
-            return json.loads(line)
-
-        try:
-            said = answers.readline().strip()
-            if said != "ready":
-                raise OSError(said or "it ended without a word")
-            yield ask
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                asked.close()
+    with child.answering(child.module("sustained", kind, what, folder)) as ask:
+        yield lambda *words: json.loads(ask(json.dumps(words)))
 
 
 def main() -> int:

@@ -9,13 +9,17 @@ import time
 from ringfence._value import Value
 from ringfence.comparison.statistics import block_interval, interval, ratio, summarize
 from ringfence.errors import RingfenceError
+from ringfence.levels.base import Command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
-__all__ = ["FULL", "QUICK", "Effort", "Taken", "in_rounds", "judged", "reason", "start"]
+    from ringfence.levels.base import Outcome, Sandbox
+    from ringfence.spec import Spec
+
+__all__ = ["FULL", "QUICK", "Effort", "Taken", "in_rounds", "judged", "reason", "run_in", "start"]
 
 BUILT_IN = "built in"
 _LEAST_BLOCKS = 3
@@ -138,3 +142,18 @@ def start(names: Iterable[str], places: Sequence[str]) -> dict[str, dict[str, Ta
     """Nothing taken yet: by place and measure."""
     wanted = list(names)
     return {place: {name: Taken() for name in wanted} for place in places}
+
+
+def run_in(sandbox: Sandbox, spec: Spec, *, once: bool = True) -> Outcome:
+    """A spec's command in a sandbox of the seam, without what `run` does around it. once: it takes no other."""
+    return sandbox.run(
+        Command(
+            argv=spec.argv,
+            env=spec.environment(sandbox.home),
+            cwd=sandbox.home,
+            input=None,
+            wall_time_ns=None,
+            output_bytes=spec.limits.output_bytes,
+            once=once,
+        )
+    )
