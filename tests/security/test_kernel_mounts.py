@@ -20,6 +20,7 @@ TOP = "/mnt"
 SETUP = """
 mount -t tmpfs none "$1" && mkdir -p "$1/opt/chroot/proc" "$1/image/srv/deep" "$1/image/usr" "$1/image/proc" &&
 mount --bind "$1/opt" /opt && mount -t proc none /opt/chroot/proc && mkdir /opt/data &&
+mkdir "$(printf '/opt/a\\rb')" && mount -t tmpfs none "$(printf '/opt/a\\rb')" &&
 mount -t tmpfs none /opt/data && echo kept >/opt/data/file && mkdir /opt/data/dev &&
 mount -t devpts none /opt/data/dev && mount -t tmpfs none "$1/image/srv/deep" &&
 mkdir "$1/image/srv/deep/a b" && mount -t proc none "$1/image/srv/deep/a b" &&
@@ -94,9 +95,14 @@ def test_what_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
         b"11 1 0:9 / /opt/both rw - proc proc rw",
         b"12 11 0:9 / /opt/both rw - tmpfs none rw",
         b"13 1 0:9 / /option rw - proc proc rw",
+        b"14 1 0:9 / /srv/a\rb\x85c rw - proc pr\roc rw",
+        b"15 1 0:9 / /dev rw - devtmpfs none rw",
+        b"16 15 0:9 / /dev/shm rw - tmpfs none rw",
+        b"17 1 0:9 / /covered/deep rw - tmpfs none rw",
+        b"18 1 0:9 / /covered rw - sysfs none rw",
     )
-    points = kernel_mounts._parse(b"\n".join(lines) + b"\n")
-    monkeypatch.setattr(kernel_mounts, "_points", lambda pid: points)
+    mounts = kernel_mounts._parse(b"\n".join(lines) + b"\n")
+    monkeypatch.setattr(kernel_mounts, "_own_mounts", lambda: mounts)
     assert kernel_mounts.kernel_mounts([b"/opt", b"/usr"]) == [
         (b"/opt/a b", b"sysfs"),
         (b"/opt/both", b"proc"),
@@ -108,6 +114,27 @@ def test_what_is_the_kernels_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_mount_of(b"/opt/a b/fs/bpf/x") == b"bpf"
     assert kernel_mount_of(b"/opt/both/1") == b"proc"
     assert kernel_mount_of(b"/opt/ssh/x") == kernel_mount_of(b"/optional") == b""
+    # A name may hold what ends a line elsewhere.
+    assert kernel_mounts.kernel_mounts([b"/srv"]) == [(b"/srv/a\rb\x85c", b"proc")]
+    # The nearest mount counts, and what was mounted over it later.
+    assert kernel_mount_of(b"/dev/shm/image") == b""
+    assert kernel_mount_of(b"/dev/x") == b"devtmpfs"
+    assert kernel_mount_of(b"/covered/deep/x") == b"sysfs"
+
+
+@pytest.mark.parametrize(
+    ("fstype", "data"),
+    [
+        *((name, True) for name in ("ext4", "tmpfs", "overlay", "fuse", "fuse.sshfs", "fuseblk", "nfs4", "zfs")),
+        *((name, False) for name in ("proc", "sysfs", "a-new-one", "not-known-here", "autofs", "fusectl", "cgroup2")),
+    ],
+)
+def test_what_is_on_no_disk_and_not_known_as_data_is_of_the_kernel(
+    fstype: str, data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_mounts, "_on_disk", lambda: {b"ext4", b"fuseblk"})
+    _, points = kernel_mounts._parse(f"1 0 0:9 / /x rw - {fstype} none rw\n".encode())
+    assert (points == []) is data
 
 
 CHANGES = """
@@ -131,6 +158,26 @@ if child == 0:
     os._exit(found != [(place, b"proc")])
 assert found == [(place, b"proc")]
 assert os.waitpid(child, 0)[1] == 0
+# Under another root the places have other names.
+parent, name = os.path.split(place)
+os.mkdir(parent + b"/proc")
+mount("mount", "-t", "proc", "none", parent + b"/proc")
+os.chroot(parent)
+assert kernel_mounts([b"/" + name]) == [(b"/" + name, b"proc")], kernel_mounts([b"/"])
+print("ok")
+"""
+# Templates are made of the mounts of the namespace that the launcher started in, wherever the caller is by then.
+LEFT = """
+import ctypes, subprocess
+import ringfence as rf
+from ringfence.levels.state import state
+
+subprocess.run("mount -t tmpfs none /opt && mkdir /opt/proc && mount -t proc none /opt/proc", shell=True, check=True)
+state()
+assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+subprocess.run(["umount", "/opt/proc"], check=True)
+seen = rf.run(["ls", "-A", "/opt/proc"], isolation="container")
+assert seen.ok and seen.stdout == b"", seen
 print("ok")
 """
 
@@ -138,5 +185,13 @@ print("ok")
 def test_a_mount_is_seen_at_once(tmp_path: Path) -> None:
     need_root()  # to mount
     words = ["unshare", "--mount", "--propagation", "private", sys.executable, "-P", "-c", CHANGES, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_a_template_hides_what_was_mounted_where_the_launcher_started() -> None:
+    need_root()  # to mount
+    need_level("container")
+    words = ["unshare", "--mount", "--propagation", "private", sys.executable, "-P", "-c", LEFT]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "ok\n", done.stderr

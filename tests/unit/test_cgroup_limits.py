@@ -383,7 +383,9 @@ class TestDisks:
         (tmp_path / "block").mkdir()
         (tmp_path / "block" / name).symlink_to(leaf)
         mounts = tmp_path / "mountinfo"
-        mounts.write_text(f"31 1 {name} / / rw,relatime - xfs /dev/sda1 rw\n")
+        # A name may hold what ends a line elsewhere.
+        others = b"30 1 0:9 / /mnt/a\rb\x1cc rw - fuse.x a rw\n"
+        mounts.write_bytes(others + f"31 1 {name} / / rw,relatime - xfs /dev/sda1 rw\n".encode())
         found = disks.disk_of(os.fsencode(tmp_path), blocks=os.fsencode(tmp_path / "block"), mountinfo=str(mounts))
         assert found == disks.Disk(device=(8, 0), file_system="xfs")
         bare = disks.disk_of(os.fsencode(tmp_path), blocks=b"/nowhere", mountinfo="/nowhere")

@@ -107,18 +107,6 @@ def test_a_path_may_be_a_device_or_files_of_the_kernels(rule: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("fstype", "data"),
-    [
-        *((name, True) for name in ("ext4", "tmpfs", "overlay", "fuse", "fuse.sshfs", "fuseblk", "nfs4", "zfs")),
-        *((name, False) for name in ("proc", "sysfs", "a-new-one", "not-known-here", "autofs", "fusectl", "cgroup2")),
-    ],
-)
-def test_what_is_on_no_disk_and_not_known_as_data_is_of_the_kernel(fstype: str, data: bool) -> None:
-    known = {"ext4": "", "fuseblk": "", "proc": "nodev", "a-new-one": "nodev", "autofs": "nodev", "fusectl": "nodev"}
-    assert judged._is_data(fstype, known) is data
-
-
-@pytest.mark.parametrize(
     ("number", "harmless"), [((226, 128), True), ((226, 191), True), ((226, 0), False), ((226, 64), False)]
 )
 def test_of_graphics_only_a_node_that_renders_is_harmless(

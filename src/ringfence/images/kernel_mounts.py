@@ -17,61 +17,69 @@ __all__ = ["kernel_mount_of", "kernel_mounts"]
 # File systems without a disk of their own (`nodev` in /proc/filesystems) that hold files all the same.
 _DATA = frozenset(
     (
-        *(b"tmpfs", b"ramfs", b"overlay", b"aufs", b"unionfs", b"ecryptfs", b"shiftfs", b"9p", b"virtiofs", b"zfs"),
+        *(b"tmpfs", b"ramfs", b"rootfs", b"overlay", b"aufs", b"unionfs", b"ecryptfs", b"shiftfs", b"9p", b"virtiofs"),
         *(b"nfs", b"nfs4", b"cifs", b"smb3", b"smbfs", b"ceph", b"afs", b"coda", b"lustre", b"beegfs", b"gpfs"),
-        *(b"orangefs", b"pvfs2", b"ubifs", b"jffs2", b"vboxsf", b"vmhgfs", b"prl_fs", b"bcachefs"),
+        *(b"orangefs", b"pvfs2", b"ubifs", b"jffs2", b"vboxsf", b"vmhgfs", b"prl_fs", b"bcachefs", b"zfs"),
     )
 )
 
 _Points = list[tuple[bytes, bytes]]
-# What mountinfo said last, and that file: most starts find it unchanged.
-_known: _Points | None = None
+# A mount point: (the place of its last mount in the list, the type of one there that is the kernel's, or b"").
+_Table = dict[bytes, tuple[int, bytes]]
+# With those that are the kernel's, sorted: what is above another one comes first.
+_Mounted = tuple[_Table, _Points]
+# What mountinfo said last, that file, and of which namespace and root: most starts find it unchanged.
+_known: _Mounted | None = None
 _watched: FileIO | None = None
-_namespace = 0
+_seen_from: tuple[int, ...] = ()
 _lock = allocate_lock()
 
 
-def kernel_mounts(folders: list[bytes], pid: int | None = None) -> _Points:
+def kernel_mounts(folders: list[bytes], also: FileIO | None = None) -> _Points:
     """(mount point, type) of what is the kernel's at these folders (real paths) and below, without those below another
-    one of them. pid: of whose mount namespace besides this process's own.
+    one of them. also: the open mountinfo of another mount namespace, which is looked at besides this thread's own.
     """
     inside = tuple(folder.rstrip(b"/") + b"/" for folder in folders)
+    _, points = _own_mounts()
+    if also is not None:
+        also.seek(0)
+        points = sorted({*points, *_parse(also.read())[1]}, key=_in_order)
     found: _Points = []
-    for path, kind in _points(pid):
+    for path, kind in points:
         if (path + b"/").startswith(inside) and not (found and (path + b"/").startswith(found[-1][0] + b"/")):
             found.append((path, kind))
     return found
 
 
-def kernel_mount_of(path: bytes) -> bytes:
-    """The type of what a real path lies in, where that is the kernel's; b"" elsewhere."""
-    return next((kind for point, kind in reversed(_points(None)) if (path + b"/").startswith(point + b"/")), b"")
+def kernel_mount_of(path: bytes, unlisted: bytes = b"") -> bytes:
+    """The type of what a real path lies in, where that is the kernel's; b"" elsewhere. A mount that was made later
+    above the nearest one may cover that, so it counts too. unlisted: where no mount is listed above, as in a chroot.
+    """
+    table, _ = _own_mounts()
+    above = [(len(at), *table[at]) for at in table if (path + b"/").startswith(at.rstrip(b"/") + b"/")]
+    if not above:
+        return unlisted
+    _, nearest, kind = max(above)
+    return kind or next((one for _, number, one in above if one and number > nearest), b"")
 
 
-def _points(pid: int | None) -> _Points:
-    """All of the kernel's, sorted: what is above another one comes first."""
-    if pid is None:
-        with _lock:
-            return _own_points()
-    with open("/proc/self/mountinfo", "rb", 0) as file:
-        text = file.read()
-    try:
-        with open(f"/proc/{pid}/mountinfo", "rb", 0) as file:
-            text += file.read()
-    except PermissionError:
-        pass  # without CAP_SYS_PTRACE: its namespace is a copy of ours, made a moment ago
-    return _parse(text)
+def _own_mounts() -> _Mounted:
+    with _lock:
+        return _read_where_it_changed()
 
 
-def _own_points() -> _Points:
-    """The kernel tells by poll whether a mount was made or removed since the file was opened, or polled (proc(5))."""
-    global _watched, _namespace, _known
-    namespace = os.stat("/proc/self/ns/mnt").st_ino
-    if _watched is None or namespace != _namespace:
+def _read_where_it_changed() -> _Mounted:
+    """The kernel tells by poll whether a mount was made or removed since the file was opened, or polled (proc(5)). What
+    it lists is what can be reached from the root of whoever opened it.
+    """
+    global _watched, _seen_from, _known
+    root = os.stat("/")
+    seen_from = os.stat("/proc/thread-self/ns/mnt").st_ino, root.st_dev, root.st_ino
+    if _watched is None or seen_from != _seen_from:
         if _watched is not None:
             _watched.close()
             _watched = None
-        _watched, _namespace = open("/proc/self/mountinfo", "rb", 0), namespace  # noqa: SIM115
+        _watched, _seen_from = open("/proc/thread-self/mountinfo", "rb", 0), seen_from  # noqa: SIM115
         _known = None
     changed = select.poll()
     changed.register(_watched.fileno(), select.POLLPRI)
@@ -82,24 +90,31 @@ def _own_points() -> _Points:
     return _known
 
 
-def _parse(text: bytes) -> _Points:
-    kinds: dict[bytes, set[bytes]] = {}
-    for line in text.splitlines():
+def _parse(text: bytes) -> _Mounted:
+    kinds: dict[bytes, tuple[int, set[bytes]]] = {}
+    # Not splitlines: of a name only blank, tab, newline and backslash are escaped, and a carriage return is part of it.
+    for number, line in enumerate(text.split(b"\n")):
+        if not line:
+            continue
         fields, _, rest = line.partition(b" - ")
         point = fields.split(b" ")[4]
         if b"\\" in point:  # \040 is a space
             point = point.decode("unicode_escape").encode("latin-1")
-        kinds.setdefault(point, set()).add(rest.partition(b" ")[0])
+        _, here = kinds.get(point, (0, set[bytes]()))
+        kinds[point] = number, here | {rest.partition(b" ")[0]}
     on_disk = _on_disk()
-    found = []
-    for point, here in kinds.items():
+    table: _Table = {}
+    for point, (number, here) in kinds.items():
         strange = {kind for kind in here if kind not in on_disk and kind not in _DATA and not _is_fuse(kind)}
         # What autofs has mounted hangs on the same point.
         if len(here) > 1:
             strange.discard(b"autofs")
-        if strange:
-            found.append((point, min(strange)))
-    return sorted(found, key=lambda one: one[0] + b"/")
+        table[point] = number, min(strange, default=b"")
+    return table, sorted(((point, kind) for point, (_, kind) in table.items() if kind), key=_in_order)
+
+
+def _in_order(one: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    return one[0] + b"/", one[1]
 
 
 def _is_fuse(kind: bytes) -> bool:

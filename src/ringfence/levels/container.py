@@ -237,7 +237,7 @@ class ContainerSandbox(LocalSandbox):
         spec = self.spec
         own = self.host.privileged
         if own and spec.image == "host":
-            self.state.template(HOST_TEMPLATE, lambda: host_template(self.state.launcher.pid))
+            self.state.template(HOST_TEMPLATE, lambda: host_template(self.state.launcher.mountinfo))
         layered = spec.overlay or spec.limits.disk_bytes is not None
         if layered or spec.tmpfs:
             from ringfence.levels.layer import Layer

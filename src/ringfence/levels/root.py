@@ -13,6 +13,7 @@ from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, Mo
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from io import FileIO
 
 __all__ = [
     "HOST_TEMPLATE",
@@ -127,8 +128,10 @@ def device_steps(open_device: Callable[[bytes], bytes | int]) -> list[MountStep]
     return steps + [messages.symlink(b"/dev/" + name, to) for name, to in links.items()]
 
 
-def host_template(launcher: int) -> list[MountStep]:
-    """The host's userland as a ready tree, which the launcher (its pid) makes, of what is mounted where it is."""
+def host_template(mountinfo: FileIO | None) -> list[MountStep]:
+    """The host's userland as a ready tree, which the launcher makes, of what is mounted where it started. mountinfo: of
+    that namespace.
+    """
     steps = own_directories()
     for entry in tree.host_entries():
         at = b"/" + entry.name
@@ -138,18 +141,18 @@ def host_template(launcher: int) -> list[MountStep]:
         steps.append(messages.directory(at) if entry.kind == "directory" else messages.file(at))
         steps.append(messages.bind(at, at, RDONLY | NOSUID | NODEV | RECURSIVE))
     steps += device_steps(lambda path: path)
-    steps += [messages.mask(path) for path in (*tree.host_secrets(), *kernel_places(b"", launcher))]
+    steps += [messages.mask(path) for path in (*tree.host_secrets(), *kernel_places(b"", mountinfo))]
     steps.append(messages.readonly(b"/"))
     return steps
 
 
-def kernel_places(folder: bytes, pid: int | None = None) -> list[bytes]:
+def kernel_places(folder: bytes, also: FileIO | None = None) -> list[bytes]:
     """Where in a sandbox's root the kernel's own file systems would show, of what is mounted in the image: its folder,
-    or b"" for the host's userland. pid: of whose mount namespace besides our own.
+    or b"" for the host's userland. also: the mountinfo of another mount namespace besides our own.
     """
     folders = [folder] if folder else [b"/" + name for name in tree.HOST_NAMES]
     return [
         place
-        for point, _ in kernel_mounts(folders, pid)
+        for point, _ in kernel_mounts(folders, also)
         if (place := point[len(folder) :]).strip(b"/").partition(b"/")[0] not in tree.OWN_NAMES
     ]

@@ -49,7 +49,7 @@ def disk_of(path: bytes, *, blocks: bytes = b"/sys/dev/block", mountinfo: str = 
 
 def _file_system(device: str, mountinfo: str) -> str:
     try:
-        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
+        with open(mountinfo, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             for line in file:
                 before, _, after = line.partition(" - ")
                 if before.split(" ")[2] == device:

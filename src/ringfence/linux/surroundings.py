@@ -226,7 +226,7 @@ def _engine(root: str, environ: Mapping[str, str]) -> str:
 def _look_at_mounts(root: str) -> tuple[int, bool]:
     """(how many mounts hide parts of every /proc, whether no mount is our root)."""
     mounts = []
-    for line in text(root, "proc/self/mountinfo").splitlines():
+    for line in text(root, "proc/self/mountinfo").split("\n"):
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         if len(fields) > 5:

@@ -136,6 +136,8 @@ class Launcher:
         self.own_mounts = privileges.privileged()
         # Those that sandboxes are made from, wherever the caller goes by unshare(2) or setns(2) later.
         self.namespaces = namespaces_here()
+        # What is mounted there, as long as this is open: templates are made of it, wherever the caller is by then.
+        self.mountinfo = open("/proc/thread-self/mountinfo", "rb", 0) if self.own_mounts else None  # noqa: SIM115
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -221,8 +223,7 @@ class Launcher:
 
         False where it was killed before, and so has left what it owned.
         """
-        self._drop_answers()
-        self._socket.close()
+        self._let_go()
         return self._reap(_GOODBYE_MS)
 
     def _reap(self, wait_ms: int) -> bool:
@@ -247,11 +248,16 @@ class Launcher:
 
     def forget(self) -> None:
         """In a forked child: lets go of the parent's launcher, which must not wait for us to end."""
-        self._drop_answers()
-        self._socket.close()
+        self._let_go()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def _let_go(self) -> None:
+        self._drop_answers()
+        self._socket.close()
+        if self.mountinfo is not None:
+            self.mountinfo.close()
 
     def _drop_answers(self) -> None:
         while self._unconfirmed:
@@ -260,7 +266,7 @@ class Launcher:
     def __del__(self) -> None:
         # Of a launcher that was killed: see `_gone`.
         if hasattr(self, "_socket"):
-            self._socket.close()
+            self._let_go()
 
     def _send(self, request: bytes, fds: Sequence[int]) -> None:
         if len(request) > frames.PACKET_MAX:

@@ -11,6 +11,7 @@ import stat
 
 from ringfence.comparison.isolation import RESOURCES, Isolation, Verdict, judge_all, other_kernel
 from ringfence.errors import RingfenceError, SpecError
+from ringfence.images.kernel_mounts import kernel_mount_of, kernel_mounts
 from ringfence.spec import NAMESPACES
 
 TYPE_CHECKING = False
@@ -42,28 +43,6 @@ _BY_FILTER = (
 )
 # What no file system can open.
 _NOT_BY_FILES = frozenset(("kernel", "memory", "CPUs", "capabilities", "system calls", "new privileges", "users"))
-# File systems on no block device whose files are data all the same. Every other one that /proc/filesystems calls nodev
-# is taken for the kernel itself: a new one of these comes with many a release.
-_OF_DATA = frozenset(
-    (
-        *(
-            "tmpfs",
-            "ramfs",
-            "rootfs",
-            "overlay",
-            "aufs",
-            "fuse",
-            "9p",
-            "virtiofs",
-            "nfs",
-            "nfs4",
-            "cifs",
-            "smb3",
-            "ceph",
-        ),
-        *("zfs", "btrfs", "bcachefs", "ubifs", "jffs2", "ecryptfs", "lustre", "gpfs", "afs", "vboxsf"),
-    )
-)
 # Documentation/admin-guide/devices.txt: null, zero, full, random, urandom and tty, which every process may use.
 _STANDARD = frozenset(((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)))
 # tun, fuse and kvm; sound; of graphics the nodes that only render, as those before them set a screen's mode.
@@ -184,38 +163,12 @@ def _opens_only_itself(path: bytes) -> bool:
 
 def kernel_files(path: bytes) -> bool:
     """Whether a path is, holds or lies in a file system of the kernel's own; also where that can't be told."""
+    real = os.path.realpath(path)
     try:
-        real = os.path.realpath(path)
-        with open("/proc/thread-self/mountinfo", "rb") as file:
-            lines = file.read().splitlines()
-        with open("/proc/filesystems", encoding="ascii", errors="replace") as file:
-            known = {name: nodev for nodev, name in (line.rstrip("\n").split("\t") for line in file)}
+        return bool(kernel_mount_of(real, b"unlisted") or kernel_mounts([real]))
     except (OSError, ValueError):
         return True
-    nearest, kind = b"", b""
-    for line in lines:
-        before, _, after = line.partition(b" - ")
-        point = _unescaped(before.split(b" ")[4])
-        fstype = after.split(b" ")[0]
-        # proc_pid_mountinfo(5): the later of two mounts on one point covers the other.
-        if _is_below(real, point) and len(point) >= len(nearest):
-            nearest, kind = point, fstype
-        if _is_below(point, real) and not _is_data(fstype.decode(errors="replace"), known):
-            return True
-    return not nearest or not _is_data(kind.decode(errors="replace"), known)
-
-
-def _is_data(fstype: str, known: Mapping[str, str]) -> bool:
-    """Whether a type of file system holds data. known: by type, "nodev" or ""; proc_filesystems(5)."""
-    kind = fstype.partition(".")[0]  # FUSE's have a subtype, as in fuse.sshfs
-    return kind in _OF_DATA or known.get(kind) == ""
 
 
 def _is_below(path: bytes, folder: bytes) -> bool:
     return path == folder or path.startswith(folder.rstrip(b"/") + b"/")
-
-
-def _unescaped(point: bytes) -> bytes:
-    """mountinfo has blanks, tabs, newlines and backslashes as three octal digits."""
-    parts = point.split(b"\\")
-    return parts[0] + b"".join(bytes([int(one[:3], 8) & 0xFF]) + one[3:] for one in parts[1:])

@@ -407,7 +407,7 @@ def _v1_home(controllers: Iterable[Controller]) -> str:
 def _own_paths(own: str) -> dict[str, bytes]:
     """Controller to path of this process's own cgroup, from lines like "4:memory:/x"; version 2 is ""."""
     paths: dict[str, bytes] = {}
-    for line in own.splitlines():
+    for line in filter(None, own.split("\n")):
         _, names, path = line.split(":", 2)
         for name in names.split(","):
             paths[name] = os.fsencode(path)
@@ -416,7 +416,8 @@ def _own_paths(own: str) -> dict[str, bytes]:
 
 def _mounts(mountinfo: str) -> Iterable[tuple[bytes, bytes, str, list[str]]]:
     """(root, mount point, "cgroup" or "cgroup2", superblock options) of each cgroup mount."""
-    for line in mountinfo.splitlines():
+    # Names in other lines may hold what splitlines ends a line at: only blank, tab, newline and backslash are escaped.
+    for line in mountinfo.split("\n"):
         before, _, after = line.partition(" - ")
         kind, _, rest = after.partition(" ")
         if kind in ("cgroup", "cgroup2"):
