@@ -174,28 +174,11 @@ def _relative(
     for name in names:
         if name not in there:
             yield f"{path} has no level {name}, only {', '.join(there)}"
-            continue
-        yield from _nothing_to_compare(old, document, name, path, verdicts)
     old = {**old, "levels": [one for one in old["levels"] if one["name"] in (BARE, *names)]}
+    document = {**document, "levels": [one for one in document["levels"] if one["name"] in (BARE, *there)]}
     tolerance = Tolerance(share=(startup_ratio or 1.0) - 1)
     changes = changes_between(old, document, tolerance=tolerance, allow_unknown=allow_unknown)
     ignored = {"start"} if startup_ratio is None else set()
     ignored |= set() if verdicts else {"isolation", "probe", "surface"}
     yield from (f"{one.level}: {one.sentence}" for one in changes.worse if one.about not in ignored)
     config.stash.setdefault(_NOTES, {}).update(dict.fromkeys(f"{path}: {note}" for note in changes.notes))
-
-
-def _nothing_to_compare(
-    old: dict[str, Any], document: dict[str, Any], name: str, path: str, verdicts: bool
-) -> Iterable[str]:
-    """Why a level of a saved comparison is no budget: whatever it isolates now would be no less."""
-    from ringfence.comparison.document import level_named
-
-    before, now = level_named(old, name) or {}, level_named(document, name) or {}
-    if before["unavailable"]:
-        yield f"{name} didn't run in {path} ({before['unavailable']}): save it anew where it does"
-        return
-    for what in ("isolation", "probes") if verdicts else ():
-        if now[what] and not before[what]:
-            no_probes = ", or say probes=False" if what == "probes" else ""
-            yield f"{path} has no verdicts of {name}'s {what}: save it anew with them{no_probes}"

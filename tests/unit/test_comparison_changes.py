@@ -75,11 +75,22 @@ def test_a_real_weakening_is_worse_even_where_unknown_is_allowed() -> None:
     assert len(between(old, new, allow_unknown=True).worse) == 1
 
 
-def test_a_level_that_is_gone_or_does_not_run_is_worse_and_one_that_came_is_better() -> None:
+def test_a_level_that_is_gone_is_worse_and_so_is_one_that_there_is_nothing_to_hold_against() -> None:
     there = a_level("container")
-    assert told(changes_between(a_document(there), a_document(a_level("process")))) == [("worse", "level", "")]
+    other = changes_between(a_document(there), a_document(a_level("process")))
+    assert [(one.level, one.kind, one.about) for one in other.changes] == [
+        ("container", "worse", "level"),
+        ("process", "worse", "level"),
+    ]
     assert told(between(there, gone("container"))) == [("worse", "level", "")]
-    assert told(between(gone("container"), there)) == [("better", "level", "")]
+    assert told(between(gone("container"), there)) == [("worse", "level", "")]
+    assert told(between(gone("container"), there, allow_unknown=True)) == [("worse", "level", "")]
+    # Of a level that doesn't run, and of another tool, nothing is promised.
+    assert told(changes_between(a_document(there), a_document(there, gone("vm"), a_level("crun")))) == []
+    for section, about in (("isolation", "isolation"), ("probes", "probe")):
+        blank = {**there, section: {}}
+        seen = {**there, section: {"x": verdict("shared") if section == "isolation" else tried("shared")}}
+        assert told(between(blank, seen)) == [("worse", about, "")]
     assert told(between(gone("container"), gone("container"))) == []
 
 
@@ -302,6 +313,16 @@ def test_saved_and_compared_on_the_command_line(tmp_path: Path) -> None:
     other = command_line("--levels", "process", "--repeat", "1", "--against", saved, "--", "true")
     assert other.returncode == 1
     assert b"worse   container: it is gone" in other.stdout
+    assert b"worse   process: that comparison has no such level" in other.stdout
+    container.update(unavailable="no namespaces here")
+    save(document, weaker)
+    for now, then, said in (
+        (weaker, saved, b"worse   container: it doesn't run any more: no namespaces here"),
+        (saved, weaker, b"worse   container: it didn't run then (no namespaces here): there is nothing"),
+    ):
+        lost = command_line("--load", now, "--against", then)
+        assert lost.returncode == 1
+        assert said in lost.stdout, lost.stdout
 
 
 def test_what_is_saved_can_go_to_a_pipe() -> None:

@@ -120,10 +120,10 @@ def test_no_probes_there(): pass
     found.assert_outcomes(passed=1, failed=4)
     found.stdout.fnmatch_lines(
         [
-            "*is exceeded: container didn't run in *gone.json (no namespaces here): save it anew where it does.*",
-            "*is exceeded: container didn't run in *gone.json*",
-            "*is exceeded: *bare.json has no verdicts of container's isolation: save it anew with them.*",
-            "*is exceeded: *baseline.json has no verdicts of container's probes: *, or say probes=False.*",
+            "*is exceeded: container: it didn't run then (no namespaces here): *save that comparison anew. *gone.json.",
+            "*is exceeded: container: it didn't run then (no namespaces here): *gone.json.",
+            "*is exceeded: container: there were no verdicts of its isolation then: *bare.json.",
+            "*is exceeded: container: there were no verdicts of its probes then: *baseline.json.",
         ]
     )
 

@@ -83,9 +83,10 @@ OPTIONS = Options(
 The command runs without a boundary as well, with your privileges: don't compare what you don't trust.
 
 Worse than a comparison that was saved (--against) is: a verdict further down in own, restricted, shared, or one that
-can't be told any more; a system call that is reached and was denied; a level that is gone; output that differs from the
-bare command's and didn't; a start that takes longer beyond noise: the interval of its ratio is above 1 and it is above
-the tolerance, both by itself and in relation to the bare command. Starts are compared on the same CPU model and kernel
+can't be told any more; a system call that is reached and was denied; a level that is gone or doesn't run any more, and
+one of which that comparison says nothing (it didn't run then, or wasn't tried); output that differs from the bare
+command's and didn't; a start that takes longer beyond noise: the interval of its ratio is above 1 and it is above the
+tolerance, both by itself and in relation to the bare command. Starts are compared on the same CPU model and kernel
 only. docs/design/comparison.md has the JSON, and the whole rule.
 
 Exit status:

@@ -1,11 +1,11 @@
 """What changed between two comparisons: a budget for what a boundary isolates and what a start costs.
 
 Worse is: a verdict further down in own > restricted > shared, or one that can't be told any more; a system call that
-was denied and is reached; a level that is gone; output that differs from the bare command's and didn't; and a start
-that takes longer beyond noise. That last one takes three things together, so that a busy machine is no regression: the
-95 % interval of the ratio of medians lies above 1; the median is above the old one by more than the tolerance's share
-*and* its time; and ratio and interval are so in relation to the bare command of the same comparison too, which has
-nothing of ringfence's in it.
+was denied and is reached; a level that is gone, and one of which the old comparison says nothing; output that differs
+from the bare command's and didn't; and a start that takes longer beyond noise. That last one takes three things
+together, so that a busy machine is no regression: the 95 % interval of the ratio of medians lies above 1; the median is
+above the old one by more than the tolerance's share *and* its time; and ratio and interval are so in relation to the
+bare command of the same comparison too, which has nothing of ringfence's in it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _TOLD = ("machine", "cpus", "nested", "memory_bytes", "cgroups", "landlock_abi",
 _FEWEST_RUNS = 3
 _RESAMPLES = 400
 _MOST_NAMES = 8
+_NO_BUDGET = "there is nothing to hold it against, save that comparison anew"
 
 
 class Tolerance(Value):
@@ -131,6 +132,10 @@ def changes_between(
             judged = [*judged, *_times(old, new, name, tolerance, notes)]
         # The bare run is the control and other tools are no promise of ours: of them it is only told.
         found += judged if name in ISOLATIONS else [one.replace(kind="changed") for one in judged]
+    for after in new["levels"]:
+        if after["name"] in ISOLATIONS and not after["unavailable"] and level_named(old, after["name"]) is None:
+            told = f"that comparison has no such level: {_NO_BUDGET}, or leave it out by --levels"
+            found.append(Change(kind="worse", level=after["name"], about="level", name="", sentence=told))
     return Changes(since=since, changes=found, notes=notes)
 
 
@@ -159,13 +164,19 @@ def _level_changes(
     name = before["name"]
     about_level = functools.partial(Change, level=name, about="level", name="")
     if before["unavailable"]:
-        came = after is not None and not after["unavailable"]
-        return [about_level(kind="better", sentence="it runs here now")] if came else []
+        if after is None or after["unavailable"]:
+            return []
+        # Whatever it isolates would be no less than nothing.
+        return [about_level(kind="worse", sentence=f"it didn't run then ({before['unavailable']}): {_NO_BUDGET}")]
     if after is None:
         return [about_level(kind="worse", sentence="it is gone: this comparison has no such level")]
     if after["unavailable"]:
         return [about_level(kind="worse", sentence=f"it doesn't run any more: {after['unavailable']}")]
     found = [*_output(before, after)]
+    for about, what in (("isolation", "isolation"), ("probe", "probes")):
+        if after[what] and not before[what]:
+            told = f"there were no verdicts of its {what} then: {_NO_BUDGET}"
+            found.append(Change(kind="worse", level=name, about=about, name="", sentence=told))
     found += _verdicts(name, "isolation", before["isolation"], after["isolation"], allow_unknown)
     found += _verdicts(name, "probe", before["probes"], after["probes"], allow_unknown)
     if before["surface"] is None or after["surface"] is None:
