@@ -184,8 +184,7 @@ def test_a_socket_of_an_engine_and_a_folder_of_the_hosts(tmp_path: Path) -> None
 @pytest.mark.parametrize("tool", ["bwrap", "runc", "crun"])
 def test_what_others_made(tool: str) -> None:
     need_root()
-    if shutil.which(tool) is None:
-        pytest.skip(f"this machine lacks: {tool}")
+    need(f"Debian's {peers.PEERS[tool]}", shutil.which(tool) is not None)
     with tempfile.TemporaryDirectory(prefix="ringfence-inspect-") as folder:
         os.chmod(folder, 0o711)
         command = ["/usr/bin/sleep", "60"]
@@ -193,6 +192,7 @@ def test_what_others_made(tool: str) -> None:
         prefix = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/unified; exec "$@"', "sh"]
         with running([*prefix, *words] if tool == "crun" else words, "sleep") as found:
             assert found.kind == "container"
+            assert found.maker == ("bubblewrap" if tool == "bwrap" else tool)
             assert found.capabilities_on_host is False
             assert found.no_new_privs is True
             assert not found.capabilities["effective"]
@@ -203,6 +203,8 @@ def test_what_others_made(tool: str) -> None:
                 assert found.bounds.pids is None
                 assert any("nothing limits its" in one for one in found.weak)
             else:
+                assert found.container is not None
+                assert found.container.id == f"inspect-{os.getpid()}"
                 assert found.bounds.memory_bytes == 256 << 20
                 assert found.bounds.pids == 64
                 assert "read-only" in (found.root or "")

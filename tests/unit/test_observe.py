@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.observe import judge
+from ringfence.observe import mounts
 from ringfence.observe.groups import bounds
 from ringfence.observe.proc import MountEntry, Proc, unescaped
 from ringfence.observe.vmm import monitor
@@ -114,7 +114,68 @@ HOST = [
     ],
 )
 def test_mounts_of_note(lines: list[str], expected: tuple[str, ...]) -> None:
-    assert judge.mounts_of_note([entry(line) for line in lines], HOST) == expected
+    assert mounts.mounts_of_note([entry(line) for line in lines], HOST) == expected
+
+
+def numbered(line: str) -> MountEntry:
+    """ "number parent point", of a tmpfs."""
+    number, parent, point = line.split()
+    found: MountEntry = entry(f"0:{number} / {point} rw tmpfs t rw").replace(number=int(number), parent=int(parent))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["1 0 /", "2 1 /a", "3 2 /a/b"], [1, 2, 3]),
+        # On top of another one: of the root, too, as pivot_root leaves it.
+        (["1 0 /", "2 1 /a", "3 2 /a"], [1, 3]),
+        (["1 0 /", "2 1 /", "3 2 /a", "4 1 /b"], [2, 3]),
+        (["1 1 /", "2 1 /a"], [1, 2]),
+        # One above it in the same mount, as systemd-nspawn has it: the later line isn't the one that is seen.
+        (["1 0 /", "2 1 /run", "3 2 /run/host", "4 3 /run/host/x", "5 2 /run/host/x"], [1, 2, 3, 4]),
+        # What lies on what isn't reached.
+        (["1 0 /", "2 1 /a/b", "3 1 /a", "4 2 /a/b/c", "5 2 /a/b"], [1, 3]),
+    ],
+)
+def test_which_mounts_are_seen(lines: list[str], expected: list[int]) -> None:
+    found = mounts.visible([numbered(line) for line in lines])
+    assert [one.number for one in found] == expected
+
+
+def test_the_hosts_own_tree() -> None:
+    """A unit of systemd's: what of it is read-only there and isn't on the host, in one line."""
+    root, run, home = "8:1 / / {} ext4 /dev/sda1 rw", "0:30 / /run rw tmpfs tmpfs rw", "8:2 / /home ro ext4 /dev/b rw"
+    own = "8:1 /var/tmp/systemd-private-{}-a.service-1/tmp /var/tmp rw ext4 /dev/sda1 rw".format("0" * 32)
+    hidden = "0:30 /systemd/inaccessible/dir /root ro tmpfs tmpfs rw"
+    strict = [entry(line) for line in (root.format("ro"), run, home, own, hidden)]
+    assert mounts.mounts_of_note(strict, HOST) == ("sees the host's files, read-only, but for /run",)
+    loose = [entry(line) for line in (root.format("rw"), run, home)]
+    assert mounts.mounts_of_note(loose, HOST) == ("may write to the host's files where its user may, but for /home",)
+
+
+def test_what_is_below_a_folder_that_was_told_is_not_told_again() -> None:
+    lines = ["8:1 / /host rw ext4 /dev/sda1 rw", "8:2 / /host/home rw ext4 /dev/b rw", "0:30 / /host/run ro tmpfs t rw"]
+    shown = [entry(line) for line in lines]
+    assert mounts.mounts_of_note(shown, HOST) == ("may write to the host's / at /host",)
+    # But where it may do more there.
+    lines = ["8:1 / /host ro ext4 /dev/sda1 rw", "8:2 / /host/home rw ext4 /dev/b rw"]
+    assert mounts.mounts_of_note([entry(line) for line in lines], HOST) == (
+        "sees the host's / at /host, read-only",
+        "may write to the host's /home at /host/home",
+    )
+
+
+def test_a_socket_in_a_folder_that_is_mounted() -> None:
+    shown = [entry("0:30 / /there ro tmpfs tmpfs rw")]
+    [first, _] = mounts.mounts_of_note(shown, HOST, engines=["/run/docker.sock", "/var/lib/podman.sock"])
+    assert first == "the socket of an engine, which starts what it is told to, is there: /there/docker.sock"
+
+
+def test_settings_of_its_own_network_are_its_own() -> None:
+    shown = [entry("0:40 /sys/net /proc/sys/net rw proc proc rw")]
+    assert mounts.mounts_of_note(shown, HOST, own_network=True) == ()
+    assert mounts.mounts_of_note(shown, HOST) == ("the kernel's settings may be written to: /proc/sys/net",)
 
 
 def test_escapes_of_the_mount_table() -> None:

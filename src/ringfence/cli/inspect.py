@@ -49,6 +49,11 @@ def main(argv: Sequence[str]) -> int:
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "program", found.exe or found.name
     yield "command", " ".join(found.argv)[:200] or "-"
+    if found.container is not None:
+        told = found.container.to_json().items()
+        yield "container", ", ".join(f"{name} {value}" for name, value in told if value) or "unknown"
+    if found.unit:
+        yield "unit", found.unit
     for number, weak in enumerate(found.weak):
         yield "weak" if number == 0 else "", weak
     for number, note in enumerate(found.mounts):
@@ -94,6 +99,8 @@ def _limits(found: Inspection) -> Iterator[tuple[str, str]]:
             said = "no limit" if limit is None else f"at most {show(limit)}"
             yield name, said + (f", {show(used)} used" if used is not None else "")
     yield "cpus", "unknown" if "cpu" in bounds.unknown else "no limit" if bounds.cpus is None else f"{bounds.cpus:g}"
+    if bounds.devices is not None:
+        yield "devices", "every node" if bounds.devices == "all" else "the nodes that its cgroup lists"
     yield "cgroup", ", ".join(dict.fromkeys(bounds.paths.values())) or "unknown"
 
 

@@ -54,11 +54,12 @@ def _row(group: Group) -> tuple[str, ...]:
     first = group.first
     uid = str(first.uids[1]) if first.uids else "?"
     count = str(len(group.pids))
+    called = (first.container.name or first.container.id[:12]) if first.container is not None else ""
     return (
         str(first.pid),
         count,
         str(group.resident_bytes >> 20),
         uid,
-        first.name,
+        f"{called} ({first.name})" if called else first.name,
         "; ".join(first.verdict.split("; ")[:3]),
     )

@@ -28,17 +28,19 @@ _PIDS = {1: ("pids.max", "pids.current"), 2: ("pids.max", "pids.current")}
 class Bounds(Plain):
     """paths: of each controller, that of version 2 as "". memory_bytes, pids, cpus: the limits, or None for none.
 
-    memory_used_bytes, pids_used: of its own cgroup and below. unknown: the controllers whose files this caller can't
-    see, so that None says nothing of them.
+    memory_used_bytes, pids_used: of its own cgroup and below. devices: "all" where it may use every device node that it
+    can make or is given, "listed" where only some, None where that can't be told, as of version 2. unknown: the
+    controllers whose files this caller can't see, so that None says nothing of them.
     """
 
-    __slots__ = ("cpus", "memory_bytes", "memory_used_bytes", "paths", "pids", "pids_used", "unknown")
+    __slots__ = ("cpus", "devices", "memory_bytes", "memory_used_bytes", "paths", "pids", "pids_used", "unknown")
     paths: dict[str, str]
     memory_bytes: int | None
     memory_used_bytes: int | None
     pids: int | None
     pids_used: int | None
     cpus: float | None
+    devices: str | None
     unknown: tuple[str, ...]
 
     def __init__(
@@ -50,6 +52,7 @@ class Bounds(Plain):
         pids: int | None = None,
         pids_used: int | None = None,
         cpus: float | None = None,
+        devices: str | None = None,
         unknown: tuple[str, ...] = (),
     ) -> None:
         self._set(
@@ -59,6 +62,7 @@ class Bounds(Plain):
             pids=pids,
             pids_used=pids_used,
             cpus=cpus,
+            devices=devices,
             unknown=unknown,
         )
 
@@ -83,6 +87,10 @@ def bounds(process: Proc, mounts: Iterable[MountEntry]) -> Bounds:
         unknown.append("cpu")
     else:
         found["cpus"] = min(_cpus(*where), default=None)
+    where = _where("devices", paths, mounted)
+    if where is not None and where[0] == 1:
+        listed = text(where[1] + where[2], "devices.list").splitlines()
+        found["devices"] = ("all" if "a *:* rwm" in listed else "listed") if listed else None
     return Bounds(paths=paths, unknown=tuple(unknown), **found)
 
 

@@ -8,7 +8,9 @@ import os
 from ringfence._value import Plain, Value
 from ringfence.errors import KernelError
 from ringfence.observe import judge
+from ringfence.observe import mounts as tables
 from ringfence.observe.groups import Bounds, bounds
+from ringfence.observe.origin import Container, origin
 from ringfence.observe.proc import MountEntry, Proc, pids
 from ringfence.observe.vmm import Monitor, monitor
 from ringfence.spec.boundary import NAMESPACES, capability_names
@@ -48,14 +50,16 @@ class Namespace(Plain):
 class Host(Value):
     """What processes are compared with. namespaces, mounts: of the first process of this /proc, or, where that may not
     be looked at, of this caller. own_mounts: of this caller. sockets: inodes of the IP and packet sockets of the first
-    process's network; none where that may not be looked at. groups: those of note, name by number.
+    process's network; none where that may not be looked at. engines: paths of the sockets in it that belong to engines.
+    groups: those of note, name by number.
     """
 
-    __slots__ = ("groups", "mounts", "namespaces", "own_mounts", "sockets")
+    __slots__ = ("engines", "groups", "mounts", "namespaces", "own_mounts", "sockets")
     namespaces: dict[str, int]
     mounts: tuple[MountEntry, ...]
     own_mounts: tuple[MountEntry, ...]
     sockets: frozenset[int]
+    engines: tuple[str, ...]
     groups: dict[int, str]
 
     def __init__(
@@ -65,16 +69,25 @@ class Host(Value):
         mounts: tuple[MountEntry, ...],
         own_mounts: tuple[MountEntry, ...],
         sockets: frozenset[int],
+        engines: tuple[str, ...],
         groups: dict[int, str],
     ) -> None:
-        self._set(namespaces=namespaces, mounts=mounts, own_mounts=own_mounts, sockets=sockets, groups=groups)
+        self._set(
+            namespaces=namespaces,
+            mounts=mounts,
+            own_mounts=own_mounts,
+            sockets=sockets,
+            engines=engines,
+            groups=groups,
+        )
 
 
 class Inspection(Value):
     """A live process, as the kernel told of it at one moment. What this caller may not read is None.
 
     pid, parent: as this caller counts. name: of its program (comm). argv, exe: its command line and program.
-    kind: "process", "container" or "vm". maker: what seems to have made it, or "". verdict: one sentence. weak: what
+    kind: "process", "container" or "vm". maker: what seems to have made it, or "". container: which one of its, where
+    that is told. unit: the service or scope of systemd's that it is in, or "". verdict: one sentence. weak: what
     makes it weaker than its kind could be, the worst first. namespaces: all eight. uid_map, gid_map: (first inside,
     first outside, count). uids: real, effective, saved, file system, as this caller counts. groups: of those that it
     is in, the ones that are a way to more, by name. capabilities: the five sets by name. capabilities_on_host: whether
@@ -85,9 +98,10 @@ class Inspection(Value):
     """
 
     __slots__ = (
-        *("argv", "bounds", "capabilities", "capabilities_on_host", "exe", "filters", "gid_map", "groups", "kind"),
-        *("label", "landlock", "maker", "monitor", "mounts", "name", "namespaces", "no_new_privs", "parent", "partial"),
-        *("pid", "resident_bytes", "root", "seccomp", "sockets", "uid_map", "uids", "verdict", "weak"),
+        *("argv", "bounds", "capabilities", "capabilities_on_host", "container", "exe", "filters", "gid_map", "groups"),
+        *("kind", "label", "landlock", "maker", "monitor", "mounts", "name", "namespaces", "no_new_privs", "parent"),
+        *("partial", "pid", "resident_bytes", "root", "seccomp", "sockets", "uid_map", "uids", "unit", "verdict"),
+        "weak",
     )
     pid: int
     parent: int
@@ -96,6 +110,8 @@ class Inspection(Value):
     exe: str | None
     kind: str
     maker: str
+    container: Container | None
+    unit: str
     verdict: str
     weak: tuple[str, ...]
     namespaces: tuple[Namespace, ...]
@@ -129,6 +145,7 @@ class Inspection(Value):
         found = {name: getattr(self, name) for name in self._fields}
         found["namespaces"] = [one.to_json() for one in self.namespaces]
         found["bounds"] = self.bounds.to_json()
+        found["container"] = None if self.container is None else self.container.to_json()
         found["monitor"] = None if self.monitor is None else self.monitor.to_json()
         return found
 
@@ -148,15 +165,23 @@ def reference() -> Host:
         own_mounts = tuple(own.mounts() or ())
         namespaces, mounts = own.namespaces(), own_mounts
     sockets = frozenset[int]()
+    engines: tuple[str, ...] = ()
     try:
         with Proc(1) as first:
             found = first.namespaces()
             if found.keys() >= namespaces.keys():
                 namespaces, mounts = found, tuple(first.mounts() or own_mounts)
-                sockets = _network_sockets(first)
+                sockets, engines = _network_sockets(first), _engines(first)
     except KernelError:
         pass  # no process 1 here
-    return Host(namespaces=namespaces, mounts=mounts, own_mounts=own_mounts, sockets=sockets, groups=_groups_of_note())
+    return Host(
+        namespaces=namespaces,
+        mounts=mounts,
+        own_mounts=own_mounts,
+        sockets=sockets,
+        engines=engines,
+        groups=_groups_of_note(),
+    )
 
 
 def examine(pid: int, host: Host, *, company: bool = False, proc: str = "/proc") -> Inspection:
@@ -221,10 +246,11 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
         "filters": int(filters) if filters is not None else None,
         "label": label.rstrip("\n\0") or None if label is not None else None,
         "landlock": None,
-        "root": _root(mounts, shared["mnt"], process),
-        "mounts": judge.mounts_of_note(mounts or [], host.mounts) if shared["mnt"] is False else (),
+        "root": _root(mounts, shared["mnt"], process, host),
+        "mounts": _mounts_of_note(mounts or [], host, shared),
         "sockets": _foreign_sockets(descriptors, shared["net"], host),
-        "bounds": bounds(process, host.own_mounts),
+        "bounds": (limits := bounds(process, host.own_mounts)),
+        **_origin(process, int(status.get("PPid", "0")), limits, mounts or [], host, confined=shared["mnt"] is False),
         "resident_bytes": int(resident[0]) * 1024 if resident else None,
         "monitor": monitor(argv, exe, descriptors, process.threads),
         "partial": tuple(partial),
@@ -254,20 +280,49 @@ def _powerful(status: dict[str, str], host: Host) -> tuple[str, ...]:
     return tuple(name for number, name in host.groups.items() if number in numbers)
 
 
-def _root(mounts: list[MountEntry] | None, shared: bool | None, process: Proc) -> str | None:
+def _origin(
+    process: Proc, parent: int, limits: Bounds, mounts: list[MountEntry], host: Host, *, confined: bool
+) -> dict[str, Any]:
+    file = ""
+    if confined:
+        named = next((entry for entry in mounts if entry.point == "/etc/hostname"), None)
+        file = (tables.host_path(named, tables.places(host.own_mounts)) or "") if named is not None else ""
+    found = origin(process, parent, limits.paths, file, confined=confined)
+    maker = found.maker or (f"systemd unit {found.unit}" if found.unit else "")
+    return {"maker": maker, "container": found.container, "unit": found.unit}
+
+
+def _mounts_of_note(mounts: list[MountEntry], host: Host, shared: dict[str, bool | None]) -> tuple[str, ...]:
+    if shared["mnt"] is not False:
+        return ()
+    return tables.mounts_of_note(mounts, host.mounts, engines=host.engines, own_network=shared["net"] is False)
+
+
+def _root(mounts: list[MountEntry] | None, shared: bool | None, process: Proc, host: Host) -> str | None:
     """What its file tree begins with, in words."""
     path = process.link("root")
     if shared and path is not None:
         return "the host's" if path == "/" else f"the host's, below {path} (chroot)"
     if mounts is None:
         return None
-    # The last one on a place is the one that is seen.
-    top = next((entry for entry in reversed(mounts) if entry.point == "/"), None)
+    top = tables.top(mounts)
     if top is None:
         return "none of its mounts (chroot)"
     writable = "writable" if top.writable else "read-only"
+    if tables.host_path(top, tables.places(host.mounts)) == "/":
+        return f"the host's, {writable}, with mounts of its own"
     below = f", {top.root} of it" if top.root not in ("/", "") else ""
     return f"its own: {top.kind} ({top.source}{below}), {writable}"
+
+
+def _engines(process: Proc) -> tuple[str, ...]:
+    """The paths of sockets of engines, of all UNIX sockets of its network namespace."""
+    found = set()
+    for line in (process.text("net/unix") or "").splitlines()[1:]:
+        words = line.split(maxsplit=7)
+        if len(words) == 8 and words[7].startswith("/") and tables.is_engine(words[7]):
+            found.add(os.path.realpath(words[7]))
+    return tuple(sorted(found))
 
 
 def _network_sockets(process: Proc) -> frozenset[int]:

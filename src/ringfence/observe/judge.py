@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
+
+from ringfence.observe.mounts import ENGINE, FILES, NODES, SETTINGS, WRITES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from typing import Any
 
     from ringfence.observe.groups import Bounds
     from ringfence.observe.inspection import Namespace
-    from ringfence.observe.proc import MountEntry
+    from ringfence.observe.origin import Container
     from ringfence.observe.vmm import Monitor
 
-__all__ = ["judge", "mounts_of_note"]
+__all__ = ["judge"]
 
 _LONG = {
     "user": "user",
@@ -27,67 +28,43 @@ _LONG = {
     "cgroup": "cgroup",
     "time": "time",
 }
-# Each of these, counting on the host, is a way to all of it; what it is in a word or two.
+# Each of these, counting on the host, is a way to all of it or to much of it; what it is in a word or two, and the
+# namespaces that leave of it only what is in them, where all of these are its own. CAP_MKNOD is judged by the cgroup.
 _POWER = {
-    "CAP_SYS_MODULE": "can load kernel modules",
-    "CAP_SYS_RAWIO": "can reach the hardware",
-    "CAP_SYS_ADMIN": "can mount and administer the system",
-    "CAP_SYS_PTRACE": "can look into every process",
-    "CAP_BPF": "can load BPF programs",
-    "CAP_DAC_READ_SEARCH": "can read every file",
-    "CAP_DAC_OVERRIDE": "can write every file",
-    "CAP_SYS_BOOT": "can reboot the host",
-    "CAP_SETUID": "can become every user",
-    "CAP_SETGID": "can become every group",
-    "CAP_MKNOD": "can make device nodes",
-    "CAP_NET_ADMIN": "can reconfigure its network",
-    "CAP_SYS_TIME": "can set the clock",
-    "CAP_CHOWN": "can give files away",
-    "CAP_SETFCAP": "can give files capabilities",
-    "CAP_KILL": "can signal every process",
-    "CAP_NET_RAW": "can forge packets",
-    "CAP_SYSLOG": "can read the kernel's log",
-    "CAP_PERFMON": "can trace the kernel",
+    "CAP_SYS_MODULE": ("can load kernel modules", ()),
+    "CAP_SYS_RAWIO": ("can reach the hardware", ()),
+    "CAP_SYS_ADMIN": ("can mount and administer the system", ()),
+    "CAP_SYS_PTRACE": ("can look into every process", ("pid",)),
+    "CAP_BPF": ("can load BPF programs", ()),
+    # By its handle, past what is mounted: open_by_handle_at(2).
+    "CAP_DAC_READ_SEARCH": ("can read every file", ()),
+    "CAP_MKNOD": ("can make and use every device node", ()),
+    "CAP_DAC_OVERRIDE": ("can write every file", ("mnt",)),
+    "CAP_SYS_BOOT": ("can reboot the host", ("pid",)),
+    "CAP_SETUID": ("can become every user", ("mnt", "pid")),
+    "CAP_SETGID": ("can become every group", ("mnt", "pid")),
+    "CAP_NET_ADMIN": ("can reconfigure the host's network", ("net",)),
+    "CAP_SYS_TIME": ("can set the clock", ()),
+    "CAP_CHOWN": ("can give files away", ("mnt",)),
+    "CAP_SETFCAP": ("can give files capabilities", ("mnt",)),
+    "CAP_KILL": ("can signal every process", ("pid",)),
+    "CAP_NET_RAW": ("can forge packets of the host's network", ("net",)),
+    "CAP_SYSLOG": ("can read the kernel's log", ()),
+    "CAP_PERFMON": ("can trace the kernel", ()),
 }
 # As many are told one by one; the rest is counted.
 _MOST_POWERS = 3
-# A file system of the kernel's own, by whose files the host is configured.
-_KERNEL = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "efivarfs")
-_ENGINE = "the socket of an engine, which starts what it is told to, is there:"
-_SETTINGS = "the kernel's settings may be written to:"
-# Device nodes that every container has.
-_NODES = ("null", "zero", "full", "random", "urandom", "tty", "console", "ptmx")
-_SOCKETS = re.compile(r".*/(docker|podman|containerd|crio|cri-dockerd|libvirt-sock|buildkitd|snapd)[\w.-]*\.?sock(et)?")
-# By a part of a cgroup's path, or a program above it.
-_MAKERS = (
-    (re.compile(r"/kubepods"), "Kubernetes"),
-    (re.compile(r"/docker[-/]"), "Docker"),
-    (re.compile(r"/libpod[-_]"), "Podman"),
-    (re.compile(r"/buildah-"), "Buildah"),
-    (re.compile(r"/crio-"), "CRI-O"),
-    (re.compile(r"/lxc(\.payload)?[./]"), "LXC"),
-    (re.compile(r"/machine\.slice/machine-"), "systemd-nspawn"),
-    (re.compile(r"/ringfence-\d+-[0-9a-f]{16}(/|$)"), "ringfence"),
-    (re.compile(r"/([\w@.\\:-]+)\.service(/|$)"), "systemd"),
-)
+_ALL_OF_IT = f"{WRITES} / at "
 
 
 def judge(facts: dict[str, Any]) -> dict[str, Any]:
     """kind, maker, weak and verdict, from the facts of an `Inspection`."""
     namespaces: tuple[Namespace, ...] = facts["namespaces"]
     own = [one.name for one in namespaces if one.shared is False]
-    kind = "vm" if facts["monitor"] is not None else "container" if {"mnt", "pid"} <= set(own) else "process"
-    maker = _maker(facts["bounds"])
+    is_container = "mnt" in own and ("pid" in own or facts["container"] is not None)
+    kind = "vm" if facts["monitor"] is not None else "container" if is_container else "process"
     weak = tuple(_weaknesses(facts, kind, own))
-    return {"kind": kind, "maker": maker, "weak": weak, "verdict": _verdict(facts, kind, maker, own, weak)}
-
-
-def _maker(bounds: Bounds) -> str:
-    for path in bounds.paths.values():
-        for pattern, maker in _MAKERS:
-            if found := pattern.search(path):
-                return f"systemd unit {found[1]}.service" if maker == "systemd" else maker
-    return ""
+    return {"kind": kind, "weak": weak, "verdict": _verdict(facts, kind, own, weak)}
 
 
 # ---- what is weak ----
@@ -102,24 +79,28 @@ def _weaknesses(facts: dict[str, Any], kind: str, own: list[str]) -> Iterator[st
     root_outside = facts["uids"][1:2] == (0,)
     held = set(facts["capabilities"]["effective"]) | set(facts["capabilities"]["permitted"])
     ways_out = [note for note in facts["mounts"] if _is_a_way_out(note)]
-    yield from (note for note in ways_out if note.startswith(_ENGINE))
-    ways_out = [note for note in ways_out if not note.startswith(_ENGINE)]
+    first = [note for note in ways_out if note.startswith(ENGINE)]
+    first += [note for note in ways_out if note.startswith(_ALL_OF_IT)]
+    yield from first
     if on_host is not False:
-        powers = [f"{what} ({name})" for name, what in _POWER.items() if name in held]
+        powers = _powers(held, facts, own)
         yield from powers[:_MOST_POWERS]
-        if len(powers) > _MOST_POWERS:
-            yield f"has {len(powers) - _MOST_POWERS} more capabilities that count on the host"
+        more = len(held) - len(powers[:_MOST_POWERS])
+        if powers and more:
+            yield f"has {more} more {_capabilities(more)} on the host"
         if root_outside:
             yield "is root on the host too: no user namespace"
+        if held and not powers:
+            yield f"has {more} {_capabilities(more)} on the host"
     elif root_outside:
         yield "its user is root on the host"
-    # The kernel's files belong to root of the host: to nobody else they are writable in name only.
-    inside = on_host is False and not root_outside
-    yield from (note for note in ways_out if not (inside and note.startswith(_SETTINGS)))
+    # The kernel's files and device nodes belong to root of the host: for nobody else do they open.
+    as_root = root_outside or (on_host is not False and "CAP_DAC_OVERRIDE" in held)
+    ways_out = [note for note in ways_out if note not in first]
+    yield from (note for note in ways_out if as_root or not note.startswith((SETTINGS, NODES)))
     if facts["sockets"]:
         yield f"holds {facts['sockets']} sockets of the host's network"
-    if facts["groups"] and on_host is not False:
-        yield f"is in the groups {', '.join(facts['groups'])}"
+    yield from _of_its_groups(facts, own)
     for name, what in (
         ("mnt", "sees the host's files"),
         ("pid", "sees and may signal the host's processes"),
@@ -128,7 +109,7 @@ def _weaknesses(facts: dict[str, Any], kind: str, own: list[str]) -> Iterator[st
     ):
         if kind != "process" and name not in own and _is_shared(facts, name):
             yield what
-    if facts["seccomp"] == "none" and kind != "process":
+    if facts["seccomp"] == "none":
         yield "no seccomp filter: every system call of the host's kernel is open"
     if facts["no_new_privs"] is False:
         yield "may gain privileges by set-user-ID programs (no_new_privs is off)"
@@ -144,16 +125,50 @@ def _weaknesses(facts: dict[str, Any], kind: str, own: list[str]) -> Iterator[st
     ]
     if missing and kind != "process":
         yield f"nothing limits its {' and '.join(missing) if len(missing) < 3 else ', '.join(missing)}"
+    if kind == "container" and on_host and not root_outside and facts["uids"]:
+        yield f"is uid {facts['uids'][1]} on the host too: no user namespace"
+
+
+def _powers(held: set[str], facts: dict[str, Any], own: list[str]) -> list[str]:
+    """What its capabilities lead to outside of its own namespaces, the worst first."""
+    # A mount namespace whose tree is the host's holds nothing back.
+    confining = set(own) - ({"mnt"} if _sees_the_hosts_tree(facts) else set())
+    found = []
+    for name, (what, namespaces) in _POWER.items():
+        if name not in held or (namespaces and confining.issuperset(namespaces)):
+            continue
+        if name != "CAP_MKNOD" or facts["bounds"].devices == "all":
+            found.append(f"{what} ({name})")
+    return found
+
+
+def _capabilities(number: int) -> str:
+    return "capability that counts" if number == 1 else "capabilities that count"
+
+
+def _sees_the_hosts_tree(facts: dict[str, Any]) -> bool:
+    return (facts["root"] or "").startswith("the host's")
+
+
+def _of_its_groups(facts: dict[str, Any], own: list[str]) -> Iterator[str]:
+    """A group is a way to more where the host's files are seen, which are told by its number."""
+    if facts["capabilities_on_host"] is False or ("mnt" in own and not _sees_the_hosts_tree(facts)):
+        return
+    is_root = facts["uids"][1:2] == (0,)
+    if groups := [name for name in facts["groups"] if not (is_root and name == "root")]:
+        yield f"is in the groups {', '.join(groups)}"
 
 
 def _of_a_plain_process(facts: dict[str, Any]) -> Iterator[str]:
-    if facts["uids"][1:2] == (0,):
-        yield "runs as root"
-    elif held := facts["capabilities"]["effective"]:
-        powers = [f"{_POWER[name]} ({name})" for name in _POWER if name in held]
+    held = set(facts["capabilities"]["effective"])
+    is_root = facts["uids"][1:2] == (0,)
+    if is_root:
+        yield "runs as root" if held else "runs as root, though without capabilities"
+    powers = _powers(held, facts, [])
+    if not is_root or len(powers) < len(_POWER) // 2:
         yield from powers[:_MOST_POWERS]
-    if facts["groups"] and facts["uids"][1:2] != (0,):
-        yield f"is in the groups {', '.join(facts['groups'])}"
+    if not is_root:
+        yield from _of_its_groups(facts, [])
 
 
 def _is_shared(facts: dict[str, Any], name: str) -> bool:
@@ -161,87 +176,34 @@ def _is_shared(facts: dict[str, Any], name: str) -> bool:
 
 
 def _is_a_way_out(note: str) -> bool:
-    return note.startswith((_ENGINE, "may write to the host's", "all device nodes", _SETTINGS))
-
-
-# ---- mounts ----
-
-
-def mounts_of_note(mounts: Iterable[MountEntry], of_host: Iterable[MountEntry]) -> tuple[str, ...]:
-    """In words: sockets of engines, the host's files that may be written to, the kernel's own files, device nodes."""
-    places = [(entry.device, entry.root.rstrip("/"), entry.point.rstrip("/")) for entry in of_host]
-    seen = list(mounts)
-    found, settings = [], []
-    for entry in seen:
-        if _hidden(entry, seen):
-            continue
-        host_path = _on_host(entry, places)
-        if _SOCKETS.fullmatch(entry.root):
-            found.append(f"{_ENGINE} {entry.point}")
-        elif entry.kind in _KERNEL:
-            if entry.writable and not (entry.kind == "proc" and _is_guarded(entry, seen)):
-                settings.append(entry.point)
-        elif entry.kind == "devtmpfs" and entry.root == "/":
-            found.append(f"all device nodes of the host are in {entry.point}")
-        elif host_path is not None and entry.point != "/" and os.path.basename(host_path) not in _NODES:
-            if entry.writable:
-                found.append(f"may write to the host's {host_path} at {entry.point}")
-            elif not _is_system(host_path):
-                found.append(f"sees the host's {host_path} at {entry.point}, read-only")
-    if settings:
-        found.append(f"{_SETTINGS} {_listed(_tops(settings))}")
-    return tuple(dict.fromkeys(found))
-
-
-def _tops(points: list[str]) -> list[str]:
-    """Without those that lie below another one."""
-    return [one for one in dict.fromkeys(points) if not any(one.startswith(f"{other}/") for other in points)]
-
-
-def _hidden(entry: MountEntry, mounts: list[MountEntry]) -> bool:
-    """Whether another mount lies on the same place, later."""
-    after = mounts[mounts.index(entry) + 1 :]
-    return any(other.point == entry.point for other in after)
-
-
-def _is_guarded(proc: MountEntry, mounts: list[MountEntry]) -> bool:
-    """Whether /proc/sys below it is read-only or hidden, as OCI's runtimes have it."""
-    wanted = f"{proc.point.rstrip('/')}/sys"
-    return any(entry.point == wanted and not entry.writable for entry in mounts)
-
-
-def _on_host(entry: MountEntry, places: list[tuple[tuple[int, int], str, str]]) -> str | None:
-    """What it is called on the host: where a mount there shows the same part of the same file system."""
-    best = None
-    for device, root, point in places:
-        if device == entry.device and (entry.root + "/").startswith(root + "/"):
-            path = (point + entry.root.rstrip("/")[len(root) :]) or "/"
-            best = path if best is None or len(path) < len(best) else best
-    return best
-
-
-def _is_system(path: str) -> bool:
-    """What any userland shows of itself, and device nodes that every container has."""
-    top = path.split("/")[1] if "/" in path else ""
-    return top in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "etc", "opt", "dev", "nix", "gnu")
+    return note.startswith((ENGINE, WRITES, NODES, SETTINGS))
 
 
 # ---- the sentence ----
 
 
-def _verdict(facts: dict[str, Any], kind: str, maker: str, own: list[str], weak: tuple[str, ...]) -> str:
+def _verdict(facts: dict[str, Any], kind: str, own: list[str], weak: tuple[str, ...]) -> str:
     shared = [one.name for one in facts["namespaces"] if one.shared]
-    begin = _beginning(facts, kind, own)
-    by = f", made by {maker}" if maker and kind != "process" else f" of {maker}" if maker else ""
-    parts = [begin + by]
+    parts = [_beginning(facts, kind, own)]
     if own:
         parts[0] += f": its own {_listed([_LONG[name] for name in own])} namespace{'s' if len(own) > 1 else ''}"
         if shared:
             parts.append(f"shares the {_listed([_LONG[name] for name in shared])} one{'s' if len(shared) > 1 else ''}")
     elif "namespaces" in facts["partial"]:
         parts.append("its namespaces may not be seen by this user")
-    parts += weak[:_MOST_POWERS]
+    told = [note for note in facts["mounts"] if note.startswith(FILES)] if kind == "process" else []
+    parts += [*weak[:_MOST_POWERS], *told]
     return "; ".join(parts)
+
+
+def _made_by(facts: dict[str, Any]) -> str:
+    found: Container | None = facts["container"]
+    if not facts["maker"]:
+        return ""
+    names = [found.name or found.id[:12]] if found is not None else []
+    names += [f"image {found.image}"] if found is not None and found.image else []
+    names = [name for name in names if name]
+    return f", made by {facts['maker']}" + (f" ({', '.join(names)})" if names else "")
 
 
 def _beginning(facts: dict[str, Any], kind: str, own: list[str]) -> str:
@@ -255,13 +217,14 @@ def _beginning(facts: dict[str, Any], kind: str, own: list[str]) -> str:
         size += [f"{found.memory_bytes >> 20} MiB"] if found.memory_bytes else []
         text += f" ({', '.join(size)})" if size else ""
         jailed = {"mnt", "pid"} <= set(own)
-        if jailed:
-            return text + ", its monitor jailed in a container"
-        return text if own else text + ", its monitor not jailed"
+        text += ", its monitor jailed in a container" if jailed else "" if own else ", its monitor not jailed"
+        return text + _made_by(facts)
     if kind == "container":
-        return "a container"
+        return "a container" + _made_by(facts)
+    maker, unit = facts["maker"], facts["unit"]
+    of = f" of the {maker}" if unit and maker.endswith(unit) else f" of {maker}" if maker else ""
     if own:
-        return "a process, confined in part"
+        return f"a process{of}, confined in part" if not maker or unit else f"a process, confined in part by {maker}"
     confined = []
     if facts["seccomp"] == "filter":
         confined.append("a seccomp filter")
@@ -270,7 +233,7 @@ def _beginning(facts: dict[str, Any], kind: str, own: list[str]) -> str:
     if facts["label"] and not facts["label"].startswith("unconfined"):
         confined.append(f"the security label {facts['label']}")
     name = os.path.basename(facts["exe"] or "") or facts["name"]
-    plain = f"a process ({name}) that shares all with the host"
+    plain = f"a process ({name}){of} that shares all with the host"
     return plain + (f", with {_listed(confined)}" if confined else "")
 
 

@@ -24,10 +24,11 @@ _MOST_BYTES = 4 << 20
 class MountEntry(Value):
     """A line of mountinfo. device: (major, minor). root: what of its file system is shown. point: where.
 
-    options: of this mount. kind, source: of the file system, with options of its own (`super_options`).
+    options: of this mount. kind, source: of the file system, with options of its own (`super_options`). number: its
+    own; parent: of the mount that it lies on.
     """
 
-    __slots__ = ("device", "kind", "options", "point", "root", "source", "super_options")
+    __slots__ = ("device", "kind", "number", "options", "parent", "point", "root", "source", "super_options")
     device: tuple[int, int]
     root: str
     point: str
@@ -35,6 +36,8 @@ class MountEntry(Value):
     kind: str
     source: str
     super_options: tuple[str, ...]
+    number: int
+    parent: int
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class MountEntry(Value):
         kind: str,
         source: str,
         super_options: tuple[str, ...],
+        number: int = 0,
+        parent: int = 0,
     ) -> None:
         self._set(
             device=device,
@@ -55,6 +60,8 @@ class MountEntry(Value):
             kind=kind,
             source=source,
             super_options=super_options,
+            number=number,
+            parent=parent,
         )
 
     @property
@@ -73,7 +80,7 @@ class Proc(Closing):
     """
 
     def __init__(self, pid: int, proc: str = "/proc") -> None:
-        self.pid = pid
+        self.pid, self.folder = pid, proc
         try:
             self._fd = os.open(f"{proc}/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -194,6 +201,8 @@ def _entries(table: str) -> Iterator[MountEntry]:
             kind=last[0],
             source=unescaped(last[1]),
             super_options=tuple(last[2].split(",")),
+            number=int(fields[0]),
+            parent=int(fields[1]),
         )
 
 

@@ -49,7 +49,7 @@ def survey(proc: str = "/proc") -> list[Group]:
     Threads of the kernel are left out. A process that ends meanwhile is, too.
     """
     host = reference()
-    members: dict[int | None, list[Inspection]] = {}  # by PID namespace: one may have a mount namespace beside it
+    members: dict[object, list[Inspection]] = {}
     machines: list[Inspection] = []
     plain: list[Inspection] = []
     for pid in pids(proc):
@@ -83,7 +83,12 @@ def _look(pid: int, host: Host, proc: str) -> Inspection | None:
         return None
 
 
-def _place(one: Inspection) -> int | None:
+def _place(one: Inspection) -> object:
+    """What its group has in common: the container's id, as an engine's containers may share a PID namespace, or have
+    one more inside; else the PID namespace, as one may have a mount namespace beside it.
+    """
+    if one.container is not None and one.container.id:
+        return one.container.id
     return one.namespace("pid").inode
 
 
