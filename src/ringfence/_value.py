@@ -56,6 +56,15 @@ class Value:
         """A copy with the given arguments of `__init__` changed. Raises what `__init__` raises."""
         return type(self)(**{**self._init_arguments(), **changes})
 
+    def _changed(self, **fields: object) -> Self:
+        """A copy with these fields in place of its own, past the checks of `__init__`. For its own methods only."""
+        copy = object.__new__(type(self))
+        put = object.__setattr__
+        for name, value in zip(self._fields, self._values(self), strict=True):
+            put(copy, name, value)
+        copy._set(**fields)
+        return copy
+
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: use .replace({name}=...) for a changed copy")
 

@@ -25,6 +25,8 @@ __all__ = ["check_spec", "execute", "level", "put", "run", "run_spec", "settle"]
 _COLLECT_BYTES = 1 << 30
 _REASON_CPU, _REASON_KILLED = 1, 2
 
+_levels: dict[str, Level] = {}
+
 # What chooses a level where a spec leaves it open. Choosing measures, by means of this floor and those above it, so the
 # package itself, which knows all floors, puts it here.
 chooser: Callable[[Spec, Host], Spec] | None = None
@@ -34,6 +36,13 @@ def level(isolation: str) -> Level:
     """The level of that name. Each is imported on first use."""
     if isolation not in ISOLATIONS:
         raise SpecError(f"there is no level {isolation!r}")
+    found = _levels.get(isolation)
+    if found is None:
+        found = _levels[isolation] = _new_level(isolation)
+    return found
+
+
+def _new_level(isolation: str) -> Level:
     if isolation == "process":
         from ringfence.levels.process import ProcessLevel
 
@@ -168,6 +177,7 @@ class _Ran:
         """Raises WorkloadFailed where the spec says check."""
         spec, outcome, measured = self.spec, self.outcome, self.measured
         exited = outcome.exited
+        wall_ns, startup_ns = outcome.ended_ns - outcome.started_ns, outcome.started_ns - self.called_ns
         stdout: bytes | str = outcome.stdout
         stderr: bytes | str = outcome.stderr
         if spec.text:
@@ -187,11 +197,7 @@ class _Ran:
             denials=outcome.denials,
             changes=self.changes,
             choice=spec.choice,
-            usage=measured.usage(
-                wall_ns=outcome.ended_ns - outcome.started_ns,
-                startup_ns=outcome.started_ns - self.called_ns,
-                teardown_ns=teardown_ns,
-            ),
+            usage=lambda: measured.usage(wall_ns=wall_ns, startup_ns=startup_ns, teardown_ns=teardown_ns),
         )
         return found.check() if spec.check else found
 

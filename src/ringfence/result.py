@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from _operator import attrgetter
+
 from ringfence._value import Value
 from ringfence.errors import WorkloadFailed
 
@@ -265,7 +267,7 @@ class Result(Value):
     truncated: True where more was printed than was kept.
     files: what `collect` matched, by path relative to the work directory (undecodable bytes in a name are
     kept by surrogateescape, as in os.fsdecode).
-    usage: what it cost. applied: rule by rule, what is in force (put into words when it is first asked for).
+    usage: what it cost. applied: rule by rule, what is in force (both put into words when they are first asked for).
     denials: system calls that the filter denied; None where nobody looked (see `Seccomp.mode`).
     changes: what it did to its writable layer, sorted by path; None where it had none (see `overlay`).
     choice: how the level was chosen; None where it was named, and nothing required of it.
@@ -273,6 +275,7 @@ class Result(Value):
 
     __slots__ = (
         "_applied",
+        "_usage",
         "accelerator",
         "changes",
         "choice",
@@ -285,7 +288,6 @@ class Result(Value):
         "stdout",
         "termination_reason",
         "truncated",
-        "usage",
     )
     isolation: str
     accelerator: str | None
@@ -297,7 +299,7 @@ class Result(Value):
     stderr: Any
     truncated: bool
     files: dict[str, bytes]
-    usage: Usage
+    _usage: Usage | Callable[[], Usage]
     _applied: tuple[Applied, ...] | Callable[[], Sequence[Applied]]
     denials: tuple[Denial, ...] | None
     changes: tuple[Change, ...] | None
@@ -314,7 +316,7 @@ class Result(Value):
         stderr: bytes | str = b"",
         truncated: bool = False,
         files: Mapping[str, bytes] | None = None,
-        usage: Usage | None = None,
+        usage: Usage | Callable[[], Usage] | None = None,
         applied: Sequence[Applied] | Callable[[], Sequence[Applied]] = (),
         accelerator: str | None = None,
         denials: Sequence[Denial] | None = None,
@@ -337,6 +339,18 @@ class Result(Value):
             changes=None if changes is None else tuple(changes),
             choice=choice,
         )
+
+    @property
+    def usage(self) -> Usage:
+        found = self._usage
+        if not isinstance(found, Usage):
+            found = found()
+            self._set(_usage=found)
+        return found
+
+    @usage.setter
+    def usage(self, value: Usage | Callable[[], Usage]) -> None:
+        self._set(_usage=value)  # as for `applied`
 
     @property
     def applied(self) -> tuple[Applied, ...]:
@@ -413,7 +427,9 @@ class Result(Value):
         }
 
 
-Result._fields = tuple("applied" if name == "_applied" else name for name in Result._fields)
+# What is put into words later counts, not what does so.
+Result._fields = tuple(name.removeprefix("_") for name in Result._fields)
+Result._values = attrgetter(*Result._fields)
 
 
 def _signal_name(number: int | None) -> str:

@@ -436,3 +436,38 @@ def test_a_run_collects_from_a_folder_that_changes(tmp_path: Path, outside: Path
         for left in folders.glob(f"ringfence-{os.getpid()}-*/w*/moved"):
             left.unlink()
     assert as_it_was(outside)
+
+
+def touch(path: Path, what: str) -> None:
+    if what.startswith("made"):
+        (path / "file").write_text("x")
+    if what == "made and removed":
+        (path / "file").unlink()
+    if what == "mode":
+        path.chmod(0o755)
+        path.chmod(0o700)
+    if what == "attribute":
+        os.setxattr(path, "user.left", b"x")
+    if what == "times":
+        os.utime(path, ns=(1, 1))
+
+
+def test_only_an_untouched_one_is_used_again_without_a_look(tmp_path: Path) -> None:
+    parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for what in ("made", "made and removed", "mode", "attribute", "times"):
+            work = WorkDirectory(parent, what.encode(), None)
+            assert work.is_pristine(), what
+            assert not work.is_untouched(), "a change of the same tick would not show"
+            time.sleep(0.05)
+            assert work.is_pristine(), what
+            assert work.is_untouched(), what
+            touch(tmp_path / what, what)
+            assert not work.is_untouched(), what
+            work.remove()
+        gone = WorkDirectory(parent, b"gone", None)
+        os.rmdir(tmp_path / "gone")  # as one does who cleans /tmp
+        assert not gone.is_pristine()
+        os.close(gone.fd)
+    finally:
+        os.close(parent)

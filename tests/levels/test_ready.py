@@ -235,3 +235,15 @@ def test_what_may_change_until_the_call_is_never_made_ahead(tmp_path: Path) -> N
         {"namespaces": {"net": "host"}},
     ):
         assert kind(**options) is None
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_a_work_directory_that_somebody_cleaned_away_is_replaced(isolation: str) -> None:
+    for _ in range(2):
+        run(isolation)
+    (one,) = waiting()
+    name = one.berth.name
+    state().ready.clear()
+    os.rmdir(os.path.join(state().run_path, name))  # its berth is the one that the next run takes
+    result = rf.run(["sh", "-c", "echo x > file && cat file"], isolation=isolation)
+    assert (result.ok, result.stdout) == (True, b"x\n")

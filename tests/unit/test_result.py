@@ -154,3 +154,19 @@ def test_rules_may_be_put_into_words_when_they_are_asked_for() -> None:
     assert "applied=(Applied(rule='memory'" in repr(result)
     with pytest.raises(AttributeError):
         result.applied = ()
+
+
+def test_what_it_cost_may_be_worked_out_when_it_is_asked_for() -> None:
+    asked = []
+
+    def usage() -> Usage:
+        asked.append(1)
+        return Usage(cpu_ns=7)
+
+    found, same = ended("exited", exit_code=0, usage=usage), ended("exited", exit_code=0, usage=Usage(cpu_ns=7))
+    assert not asked
+    assert found == same
+    assert found.usage is found.usage
+    assert len(asked) == 1
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert "usage=Usage(" in repr(found)

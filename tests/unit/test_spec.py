@@ -412,3 +412,37 @@ def test_other_arguments_are_refused() -> None:
     refused("limits must be Limits(...), not dict", limits={"memory": 1})
     with pytest.raises(TypeError, match="timeout"):
         Spec.make(["true"], timeout=1)  # type: ignore[call-arg]
+
+
+def test_one_command_after_the_other_under_the_same_rules(tmp_path: Path) -> None:
+    limits = Limits(pids=9)
+    first = Spec.make(["a"], isolation="process", limits=limits, text=True)
+    second = Spec.make(["b", "c"], isolation="process", limits=Limits(pids=9), text=True)
+    assert second == first.replace(argv=(b"b", b"c"))
+    assert first.argv == (b"a",)  # nobody else's command gets into it
+    with pytest.raises(SpecError):
+        Spec.make([], isolation="process", limits=limits, text=True)
+    # What is equal, but not the same, and what can change between two calls, is judged anew.
+    assert Spec.make(["true"], hostname="a", check=False).check is False
+    refused("isolation must be", ["true"], isolation=True)
+    refused("limits must be", ["true"], isolation="process", limits=(9,), text=True)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert Spec.make(["true"], image=folder).image == str(folder)
+    folder.rmdir()
+    with pytest.raises(SpecError):
+        Spec.make(["true"], image=folder)
+    env = {"A": "1"}
+    assert Spec.make(["true"], env=env).env == ((b"A", b"1"),)
+    env["A"] = "2"
+    assert Spec.make(["true"], env=env).env == ((b"A", b"2"),)
+    shown: list[int] = []
+    assert not Spec.make(["true"], check=shown).check  # type: ignore[arg-type]
+    shown.append(1)
+    assert Spec.make(["true"], check=shown).check  # type: ignore[arg-type]
+
+
+def test_argv_is_read_once() -> None:
+    assert Spec.make(iter(["a", b"b"])).argv == (b"a", b"b")  # type: ignore[arg-type]
+    assert Spec.make(("a", "\udcff")).argv == (b"a", b"\xff")
+    assert Spec.make(["a", "", "x" * 100_000, "y" * 100_000]).argv[1] == b""

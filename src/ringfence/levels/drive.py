@@ -87,6 +87,14 @@ class Pipes:
             os.close(fd)
         self.child = []
 
+    def ended(self, fd: int) -> None:
+        """One of the streams is at its end."""
+        if fd == self.out:
+            self.out = -1
+        else:
+            self.err = -1
+        os.close(fd)
+
     def close(self) -> None:
         self.sent()
         for fd in (self.in_, self.out, self.err):
@@ -348,6 +356,8 @@ class _Drive:
             return True
         self.poll.unregister(fd)
         del self.streams[fd]
+        if self.pipes is not None:
+            self.pipes.ended(fd)  # while the command's end is on its way
         return False
 
     def _drain(self) -> None:

@@ -100,6 +100,7 @@ class LocalSandbox(Sandbox):
         self._next: LocalSandbox | None = None
         self.in_force: tuple[InForce, ...] = ()
         self._unsent: tuple[bytes, messages.Plan, Sequence[int]] | None = None
+        self._pipes: Pipes | None = None
         self.state = state
         self._launcher = state.launcher
         self.host = host
@@ -152,8 +153,12 @@ class LocalSandbox(Sandbox):
         spec = self.spec.replace(argv=(), input=None, env=(), files=(), collect=())
         return type(self)(spec, self.host, self.state, later=True)
 
-    def _send_next_off(self) -> None:
-        """Once the command runs. Where it fails, `Ready.offer` finds out."""
+    def _prepare_next(self) -> None:
+        """Makes the next sandbox, once the command runs: before, init and the command's process are on our CPU, where
+        we would be in their way. Where it fails, `Ready.offer` finds out.
+        """
+        assert self.kind is not None
+        self._next = self.state.ready.next_of(self.kind, self._another)
         if self._next is not None:
             try:
                 self._next.send_off()
@@ -169,6 +174,12 @@ class LocalSandbox(Sandbox):
         channel, self.channel = self.channel, None
         if channel is not None:
             channel.close()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        pipes, self._pipes = self._pipes, None
+        if pipes is not None:
+            pipes.close()
 
     def make_cgroup(self) -> None:
         timed = "cpu_time" in self.spec.asked
@@ -242,6 +253,11 @@ class LocalSandbox(Sandbox):
         """Has the init of a sandbox that is made ahead started."""
         if self._unsent is not None and self.channel is None:
             self.start(*self._unsent)
+            self.prepare()
+
+    def prepare(self) -> None:
+        if self._pipes is None:
+            self._pipes = Pipes(None, self.state.null)  # what most commands take
 
     def open_network(self, plan: messages.Plan, *, local_dns: bool, guest: bool) -> None:
         """Takes what a network of its own with a way out needs of the host. Only for who asks for one.
@@ -289,7 +305,12 @@ class LocalSandbox(Sandbox):
         self._next_id += 1
         if self.layer is not None:
             self.layer.begin()
-        pipes = Pipes(command.input, self.state.null)
+        pipes, self._pipes = self._pipes, None
+        if pipes is not None and command.input:
+            pipes.close()
+            pipes = None
+        if pipes is None:
+            pipes = Pipes(command.input, self.state.null)
         try:
             request = messages.execute(
                 command.argv, command.env, command.cwd, id=id, once=command.once, streams=False, nfds=len(pipes.child)
@@ -298,9 +319,6 @@ class LocalSandbox(Sandbox):
             if channel.wants_to_send:
                 channel.flush_blocking()
             pipes.sent()
-            if command.once and self.kind is not None:
-                # While the command is on its way nothing is to be done here.
-                self._next = self.state.ready.next_of(self.kind, self._another)
             outcome = drive(
                 channel,
                 command,
@@ -310,8 +328,7 @@ class LocalSandbox(Sandbox):
                 kill_hard=self.kill,
                 on_frame=self.take,
                 watch=self._watched,
-                # Not before: what it wakes would be in the way of the command's start.
-                on_started=self._send_next_off if self._next is not None else None,
+                on_started=self._prepare_next if command.once and self.kind is not None else None,
             )
         finally:
             pipes.close()
@@ -470,8 +487,10 @@ class LocalSandbox(Sandbox):
         try:
             if self.cgroup is not None:
                 self.cgroup.thaw()  # what version 1 has frozen can't be killed
-            channel.finish()  # its end is init's sign
-            self._await_pidfd(channel)
+            if not self._nobody_left:
+                channel.finish()  # its end is init's sign, where init doesn't leave by itself
+            if self.pidfd < 0:
+                self._await_pidfd(channel)
             if self.pidfd < 0:
                 # It ended without a report, or was never started. That its end of the channel is closed tells.
                 return channel.at_end
@@ -493,6 +512,7 @@ class LocalSandbox(Sandbox):
         try:
             ended = self.ended = self._end()
         finally:
+            self._close_pipes()
             if self.network is not None:
                 self.network.close()
             following, self._next = self._next, None

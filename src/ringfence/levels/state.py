@@ -138,10 +138,11 @@ class State:
         kind: berths are used again for the same kind only. owner_of: who owns the work directory, by the slot of ids;
         None where ringfence isn't privileged: then there is no slot, and the owner is the caller.
         """
+        while (kept := self._kept_berth(kind)) is not None:
+            if kept.workdir.is_pristine():
+                return kept
+            self.drop(kept)
         with self.lock:
-            free = self._berths.setdefault(kind, [])
-            if free:
-                return free.pop()
             self._count += 1
             name = b"w%d" % self._count
         slot = ids.slots().take() if owner_of is not None else None
@@ -153,9 +154,16 @@ class State:
                 ids.slots().give_back(slot)
             raise
 
+    def _kept_berth(self, kind: str) -> Berth | None:
+        with self.lock:
+            free = self._berths.get(kind)
+            return free.pop() if free else None
+
     def leave(self, berth: Berth) -> None:
-        """The sandbox is gone. Its berth is kept where nothing of it shows, and removed otherwise."""
-        if berth.workdir.is_pristine():
+        """The sandbox is gone. Its berth is kept where nothing of it shows, and removed otherwise. The next one looks
+        once more, when nobody waits for it.
+        """
+        if berth.workdir.is_untouched() or berth.workdir.is_pristine():
             with self.lock:
                 free = self._berths.setdefault(berth.kind, [])
                 if len(free) < _MOST_KEPT:
@@ -189,15 +197,14 @@ class State:
         live: for a sandbox whose limits may be changed, or that may be frozen. timed: whether its CPU time is limited.
         systemd isn't asked for a place where all that would be done there is to measure.
         """
-        with self.lock:
-            free = self._cgroups.get(limits)
-            kept = free.pop() if free and not live else None
-        if kept is not None:
+        while not live and (kept := self._kept_cgroup(limits)) is not None:
             try:
-                kept.renew()
-                return kept
+                if kept.is_clean():
+                    kept.renew()
+                    return kept
             except OSError:
-                kept.remove()
+                pass  # it was removed by somebody
+            self._remove_cgroup(kept)
         with self.lock:
             if self._manager is None:
                 self._manager = cgroups.open_manager(cgroups.layout(), self._claim_cgroup, self.launcher.pid)
@@ -221,15 +228,23 @@ class State:
             leftovers.note(self.run_fd, parent_fd)
         self._own(OWN_LEAF if leaf else OWN_CGROUP, parent_fd, name)
 
+    def _kept_cgroup(self, limits: Limits) -> Cgroup | None:
+        with self.lock:
+            free = self._cgroups.get(limits)
+            return free.pop() if free else None
+
     def leave_cgroup(self, cgroup: Cgroup) -> None:
         """The sandbox is gone. Its cgroup is kept for another one under the same limits, or removed."""
-        with self.lock:
-            free = self._cgroups.setdefault(cgroup.limits, [])
-            room = len(free) < _MOST_KEPT and len(self._cgroups) <= _MOST_KEPT
-        if room and cgroup.is_clean():
+        if cgroup.lasts:
             with self.lock:
-                free.append(cgroup)
-        elif not cgroup.remove():
+                free = self._cgroups.setdefault(cgroup.limits, [])
+                if len(free) < _MOST_KEPT and len(self._cgroups) <= _MOST_KEPT:
+                    free.append(cgroup)
+                    return
+        self._remove_cgroup(cgroup)
+
+    def _remove_cgroup(self, cgroup: Cgroup) -> None:
+        if not cgroup.remove():
             cgroup.kill()
             cgroup.remove()
 

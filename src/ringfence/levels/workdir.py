@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,10 +17,15 @@ __all__ = ["WorkDirectory"]
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _PRISTINE_BYTES = 4096
+# The kernel may give all changes within one tick the same time; the longest is 10 ms.
+_TICK_NS = 20_000_000
 
 
 class WorkDirectory:
     """The directory `name` below `parent_fd`, owned by (uid, gid) unless they are None. `fd` is its descriptor."""
+
+    # Its change time when it was found pristine, if no later change can have the same one.
+    _changed_ns = 0
 
     def __init__(self, parent_fd: int, name: bytes, owner: tuple[int, int] | None) -> None:
         self._parent_fd = parent_fd
@@ -68,14 +74,25 @@ class WorkDirectory:
 
         return workdir_files.collect(self.fd, patterns, limit_bytes)
 
+    def is_untouched(self) -> bool:
+        """Whether it is as when it was last found pristine, by its change time alone: what is made or removed in a
+        directory, its mode, its owner and its attributes change that, and nobody can set it.
+        """
+        return self._changed_ns != 0 and os.fstat(self.fd).st_ctime_ns == self._changed_ns
+
     def is_pristine(self) -> bool:
         """Whether nothing of a workload shows in it: it is empty, and as it was made."""
+        self._changed_ns = 0
         about = os.fstat(self.fd)
         # With CAP_CHOWN a workload may have given it away.
         owned = (about.st_uid, about.st_gid) == (self._owner or (os.geteuid(), about.st_gid))
         # A directory that held much stays large on disk, and slow. An ACL is an extended attribute.
-        plain = stat.S_IMODE(about.st_mode) == 0o700 and about.st_size <= _PRISTINE_BYTES
-        return owned and plain and not os.listdir(self.fd) and not os.listxattr(self.fd)
+        plain = stat.S_IMODE(about.st_mode) == 0o700 and about.st_size <= _PRISTINE_BYTES and about.st_nlink > 0
+        if not (owned and plain) or os.listdir(self.fd) or os.listxattr(self.fd):
+            return False
+        if time.time_ns() - about.st_ctime_ns > _TICK_NS:
+            self._changed_ns = about.st_ctime_ns
+        return True
 
     def remove(self) -> None:
         """Removes it with all that the workload left in it, and closes `fd`. May be called twice."""

@@ -19,10 +19,11 @@ from ringfence.spec.rules import File, FileIn, Limits, Mount, Tmpfs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, Unpack
 
     from ringfence.comparison.choice import Choice
     from ringfence.spec import parse
+    from ringfence.spec.options import Options
 
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 else:
@@ -55,6 +56,11 @@ _NO_LIMITS = Limits()
 _NO_NETWORK = Network("none")
 _OWN_NAMESPACES = Namespaces()
 _DEFAULT_SECCOMP = Seccomp()
+
+# Options that mean the same at any time, where a path may be another file by the next call, and types whose values
+# can't change. Most calls differ from the one before in their command alone, so what all else says is judged once.
+_LASTING = frozenset(("isolation", "network", "limits", "hostname", "check", "text"))
+_FROZEN = frozenset((str, bool, type(None), Limits, Network))
 
 
 class Spec(Value):
@@ -138,7 +144,27 @@ class Spec(Value):
         self._set(require=require, choice=choice, **fields)
 
     @classmethod
-    def make(
+    def make(cls, argv: Sequence[Path], **options: Unpack[Options]) -> Spec:
+        """The spec of a run, from the arguments of `rf.run`. Raises SpecError; nothing is started.
+
+        image, user, hostname, network, namespaces, seccomp: None is the default (image "host", network "none"), which
+        nobody asked for and a level may therefore apply as far as the host lets it. env: {name: value}, each str or
+        bytes. files: {path: bytes, str, File or (data, mode)}. readable, writable: paths that exist.
+        """
+        global _last
+        known, made = _last
+        lasting = options.keys() <= _LASTING and _FROZEN.issuperset(map(type, options.values()))
+        if lasting and made is not None and known == options:
+            command = _argv(argv)
+            _check_exec_size(command, ())
+            return made._changed(argv=command)
+        made = cls._judged(argv, **options)
+        if lasting:
+            _last = (options, made)
+        return made
+
+    @classmethod
+    def _judged(
         cls,
         argv: Sequence[Path],
         *,
@@ -165,14 +191,7 @@ class Spec(Value):
         check: bool = False,
         text: bool = False,
     ) -> Spec:
-        """The spec of a run, from the arguments of `rf.run` (and `spec.options`, which names their types).
-
-        Raises SpecError; nothing is started.
-
-        image, user, hostname, network, namespaces, seccomp: None is the default (image "host", network "none"), which
-        nobody asked for and a level may therefore apply as far as the host lets it. env: {name: value}, each str or
-        bytes. files: {path: bytes, str, File or (data, mode)}. readable, writable: paths that exist.
-        """
+        """The one signature; `spec.options` has it as a type."""
         if isolation not in ISOLATIONS and isolation != AUTO:
             raise SpecError(f"isolation must be 'process', 'container', 'vm' or 'auto', not {isolation!r}")
         if limits is not None and not isinstance(limits, Limits):
@@ -253,17 +272,33 @@ class Spec(Value):
         return tuple({**dict(DEFAULT_ENV), b"HOME": home, **dict(self.env)}.items())
 
 
+# The last options of these, and the spec that they made.
+_last: tuple[Options, Spec | None] = ({}, None)
+
+
 def _argv(argv: Sequence[Path]) -> tuple[bytes, ...]:
     if isinstance(argv, (str, bytes, bytearray)):
         raise SpecError(f"argv must be a list, not a {type(argv).__name__}: ringfence never runs a shell")
     if not hasattr(argv, "__iter__"):
         raise SpecError(f"argv must be a list of str or bytes, not {type(argv).__name__}")
-    command = tuple(_string(one, f"argv[{index}]") for index, one in enumerate(argv))
+    command = _short_strings(argv) or tuple(_string(one, f"argv[{index}]") for index, one in enumerate(argv))
     if not command:
         raise SpecError("argv must not be empty: it has to name a command")
     if not command[0]:
         raise SpecError("argv[0] must not be empty: it names the command")
     return command
+
+
+def _short_strings(argv: Sequence[Path]) -> tuple[bytes, ...]:
+    """All at once, as most commands are of short str without a NUL; () where each has to be looked at."""
+    if type(argv) is not list and type(argv) is not tuple:
+        return ()  # what can be read only once
+    try:
+        raw = os.fsencode("\0".join(argv))
+    except (TypeError, UnicodeEncodeError):
+        return ()
+    command = tuple(raw.split(b"\0"))
+    return command if len(command) == len(argv) and len(raw) < _MOST_STRING_BYTES else ()
 
 
 def _env(env: Mapping[Any, Any] | None) -> tuple[tuple[bytes, bytes], ...]:

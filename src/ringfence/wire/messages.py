@@ -11,7 +11,7 @@ from ringfence.wire.frames import Type
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "Exited",
@@ -331,8 +331,9 @@ class Started(Value):
         )
 
 
-class Exited(Value):
-    """How a command ended.
+# Not a Value: it is made once a run, when the caller waits for nothing else.
+class Exited:
+    """How a command ended, from the attributes of EXITED by their numbers.
 
     exit_code or signal; reason: 0 none, 1 the CPU time limit, 2 killed on request. cpu_user_ns, cpu_system_ns, and
     cpu_ns together: of all that init reaped. io_read_bytes, io_write_bytes: the same, from and to block devices.
@@ -359,66 +360,29 @@ class Exited(Value):
         "signal",
         "throttled_ns",
     )
-    exit_code: int | None
-    signal: int | None
-    cpu_ns: int
-    cpu_user_ns: int
-    cpu_system_ns: int
-    resident_peak_bytes: int
-    reason: int
-    oom_kills: int | None
-    memory_peak_bytes: int | None
-    clock_ns: int
-    io_read_bytes: int
-    io_write_bytes: int
-    pids_peak: int | None
-    throttled_ns: int | None
-    memory_pressure_ns: int | None
-    cpu_pressure_ns: int | None
-    io_pressure_ns: int | None
 
-    def __init__(
-        self,
-        *,
-        exit_code: int | None,
-        signal: int | None,
-        reason: int = 0,
-        cpu_user_ns: int = 0,
-        cpu_system_ns: int = 0,
-        resident_peak_bytes: int = 0,
-        clock_ns: int = 0,
-        io_read_bytes: int = 0,
-        io_write_bytes: int = 0,
-        oom_kills: int | None = None,
-        memory_peak_bytes: int | None = None,
-        pids_peak: int | None = None,
-        throttled_ns: int | None = None,
-        memory_pressure_ns: int | None = None,
-        cpu_pressure_ns: int | None = None,
-        io_pressure_ns: int | None = None,
-    ) -> None:
-        self._set(
-            cpu_ns=cpu_user_ns + cpu_system_ns,
-            exit_code=exit_code,
-            signal=signal,
-            cpu_user_ns=cpu_user_ns,
-            cpu_system_ns=cpu_system_ns,
-            resident_peak_bytes=resident_peak_bytes,
-            reason=reason,
-            oom_kills=oom_kills,
-            memory_peak_bytes=memory_peak_bytes,
-            clock_ns=clock_ns,
-            io_read_bytes=io_read_bytes,
-            io_write_bytes=io_write_bytes,
-            pids_peak=pids_peak,
-            throttled_ns=throttled_ns,
-            memory_pressure_ns=memory_pressure_ns,
-            cpu_pressure_ns=cpu_pressure_ns,
-            io_pressure_ns=io_pressure_ns,
-        )
-
-    def _init_arguments(self) -> dict[str, int | None]:
-        return {name: getattr(self, name) for name in self._fields if name != "cpu_ns"}
+    def __init__(self, values: Mapping[int, int]) -> None:
+        get = values.get
+        how, status = get(1), get(2, 0)
+        if not ((how == 1 and status <= 255) or (how == 2 and 1 <= status <= 64)):
+            raise ProtocolError("EXITED says neither an exit status nor a signal")
+        self.exit_code = status if how == 1 else None
+        self.signal = status if how == 2 else None
+        self.cpu_user_ns = get(3, 0)
+        self.cpu_system_ns = get(4, 0)
+        self.cpu_ns = self.cpu_user_ns + self.cpu_system_ns
+        self.resident_peak_bytes = get(5, 0)
+        self.reason = get(6, 0)
+        self.oom_kills = get(7)
+        self.memory_peak_bytes = get(8)
+        self.clock_ns = get(9, 0)
+        self.io_read_bytes = get(10, 0)
+        self.io_write_bytes = get(11, 0)
+        self.pids_peak = get(12)
+        self.throttled_ns = get(13)
+        self.memory_pressure_ns = get(14)
+        self.cpu_pressure_ns = get(15)
+        self.io_pressure_ns = get(16)
 
 
 _U32, U64, _SETS, _IDS, _LIMIT = map(struct.Struct, ("<I", "<Q", "<5Q", "<6I", "<IIQQ"))
@@ -525,24 +489,4 @@ def parse_exited(payload: bytes) -> Exited:
         if len(data) != (4 if tag in _EXITED_U32 else 8):
             raise ProtocolError(f"an attribute of EXITED has {len(data)} bytes")
         values[tag] = int.from_bytes(data, "little")
-    how, status = values.get(1), values.get(2, 0)
-    if not ((how == 1 and status <= 255) or (how == 2 and 1 <= status <= 64)):
-        raise ProtocolError("EXITED says neither an exit status nor a signal")
-    return Exited(
-        exit_code=status if how == 1 else None,
-        signal=status if how == 2 else None,
-        cpu_user_ns=values.get(3, 0),
-        cpu_system_ns=values.get(4, 0),
-        resident_peak_bytes=values.get(5, 0),
-        reason=values.get(6, 0),
-        oom_kills=values.get(7),
-        memory_peak_bytes=values.get(8),
-        clock_ns=values.get(9, 0),
-        io_read_bytes=values.get(10, 0),
-        io_write_bytes=values.get(11, 0),
-        pids_peak=values.get(12),
-        throttled_ns=values.get(13),
-        memory_pressure_ns=values.get(14),
-        cpu_pressure_ns=values.get(15),
-        io_pressure_ns=values.get(16),
-    )
+    return Exited(values)

@@ -336,10 +336,7 @@ class VmSandbox(Sandbox):
         vmm = self._vmm_usage()
         if vmm is not None and self._vmm_before is not None:
             vmm = vmm.since(self._vmm_before)
-        measured = of_guest(outcome.exited, self._before, vmm)
-        if self._killed_on_host:
-            measured.oom_kills, measured.source = 1, "the cgroup of QEMU"
-        return measured
+        return of_guest(outcome.exited, self._before, vmm, killed=self._killed_on_host)
 
     def applied(self, outcome: Outcome) -> list[Applied]:
         spec, limits, started = self._spec, self._spec.limits, outcome.started

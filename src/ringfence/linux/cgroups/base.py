@@ -253,11 +253,16 @@ class Cgroup(abc.ABC):
     def usage(self) -> Usage:
         """What it used until now; to be asked before `remove`."""
 
-    def is_clean(self) -> bool:
-        """Whether it can be had by another sandbox under the same limits, once that is `renew`ed: nothing is in it, and
-        nothing that counts was left. Otherwise it is to be removed.
-        """
+    @property
+    def lasts(self) -> bool:
+        """Whether it may be kept for another sandbox under the same limits, which can have it once it `is_clean`."""
         # Version 2 can't reset memory.peak before Linux 6.12, and its directory is one, not four.
+        return False
+
+    def is_clean(self) -> bool:
+        """Whether another sandbox can have it, once it is `renew`ed: nothing is in it, and nothing that counts was
+        left. Otherwise it is to be removed. Raises OSError.
+        """
         return False
 
     def renew(self) -> None:

@@ -116,10 +116,7 @@ class V1Cgroup(Cgroup):
         # Files that were read once: (controller, name) to descriptor, or None where this kernel has none.
         self._files: dict[tuple[str, str], int | None] = {}
         self._to_renew: dict[str, int] = {}  # controller to its counter, open for writing
-        self._refused_before = 0
         self._used_before = False
-        # What `usage` found last: bytes of memory, and how many were killed for it.
-        self._last_read: tuple[int | None, int | None] = (None, None)
         self._io_device = (0, 0)
 
     def add(self, controllers: Iterable[str], parent_fd: int) -> None:
@@ -265,20 +262,14 @@ class V1Cgroup(Cgroup):
         return None if fd is None else int(os.pread(fd, 64, 0))
 
     def usage(self) -> Usage:
-        refused = self._keyed("pids", "pids.events", "max")
         io = self._io_bytes() if "io" in self._parents else {}
-        memory_bytes = self._number("memory", "memory.usage_in_bytes")
-        oom_kills = self._keyed("memory", "memory.oom_control", "oom_kill")
-        self._last_read = memory_bytes, oom_kills
         return Usage(
             memory_peak_bytes=self._number("memory", "memory.max_usage_in_bytes"),
-            memory_bytes=memory_bytes,
             cpu_ns=self.cpu_ns(),
             # cpuacct has its parts only by the tick, or in units of 10 ms that can't be reset: init knows them better.
-            oom_kills=oom_kills,
-            # pids.peak needs Linux 6.1, pids.events 4.4. The peak can't be reset.
+            oom_kills=self._keyed("memory", "memory.oom_control", "oom_kill"),
+            # pids.peak needs Linux 6.1, and can't be reset.
             pids_peak=None if self._used_before else self._number("pids", "pids.peak"),
-            pids_refused=None if refused is None else refused - self._refused_before,
             throttled_ns=self._keyed("cpu", "cpu.stat", "throttled_time"),
             io_read_bytes=io.get("Read"),
             io_write_bytes=io.get("Write"),
@@ -297,21 +288,20 @@ class V1Cgroup(Cgroup):
                 found[words[1]] += int(words[2])
         return found
 
-    def is_clean(self) -> bool:
+    @property
+    def lasts(self) -> bool:
         limits = self.limits
-        memory_bytes = limits.memory_bytes
         # The counters of the quota and of the devices can't be reset, and one that was changed isn't what the next one
         # asks for. What is left of the last one would weigh on a small limit of memory.
         if self._live or self._changed or limits.cpus is not None or limits.io is not None:
             return False
-        if memory_bytes is not None and memory_bytes < _REUSED_FROM_BYTES:
+        return limits.memory_bytes is None or limits.memory_bytes >= _REUSED_FROM_BYTES
+
+    def is_clean(self) -> bool:
+        limits = self.limits
+        if not self.lasts or (self._number("memory", "memory.usage_in_bytes") or 0) > _LEFT_OVER_BYTES:
             return False
-        # Of the one command of who isn't live the usage was read after its end. What was still held then may be free.
-        left, oom_kills = self._last_read
-        if left is None or left > _LEFT_OVER_BYTES or oom_kills is None:
-            left = self._number("memory", "memory.usage_in_bytes") or 0
-            oom_kills = self._keyed("memory", "memory.oom_control", "oom_kill")
-        if left > _LEFT_OVER_BYTES or oom_kills:
+        if self._keyed("memory", "memory.oom_control", "oom_kill"):
             return False
         # Whoever joins one joins all. To read a list of processes takes longer than their number.
         count = self._number("pids", "pids.current")
@@ -325,9 +315,7 @@ class V1Cgroup(Cgroup):
                 if controller not in self._to_renew:
                     self._to_renew[controller] = files.open_to_write(self._prefix + name, self._parents[controller])
                 os.write(self._to_renew[controller], b"0")
-        self._refused_before = self._keyed("pids", "pids.events", "max") or 0
         self._used_before = True
-        self._last_read = None, None
 
     def _write_freezer(self, frozen: bool) -> None:
         if "freezer" not in self._parents:

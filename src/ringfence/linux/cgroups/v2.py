@@ -294,13 +294,11 @@ class V2Cgroup(Cgroup):
         return Usage(
             # memory.peak needs Linux 5.19, pids.peak 6.1; older kernels don't say.
             memory_peak_bytes=files.read_number(self._parent_fd, self._prefix + "memory.peak"),
-            memory_bytes=files.read_number(self._parent_fd, self._prefix + "memory.current"),
             cpu_ns=_ns(cpu.get(b"usage_usec")),
             cpu_user_ns=_ns(cpu.get(b"user_usec")),
             cpu_system_ns=_ns(cpu.get(b"system_usec")),
             oom_kills=files.read_keyed(self._parent_fd, self._prefix + "memory.events").get("oom_kill"),
             pids_peak=files.read_number(self._parent_fd, self._prefix + "pids.peak"),
-            pids_refused=files.read_keyed(self._parent_fd, self._prefix + "pids.events").get("max"),
             throttled_ns=_ns(cpu.get(b"throttled_usec")),
             io_read_bytes=io.get("rbytes"),
             io_write_bytes=io.get("wbytes"),

@@ -211,9 +211,9 @@ class InForce(Value):
 class Usage(Value):
     """What a cgroup used. None is unknown: no such controller, or a kernel too old to say.
 
-    memory_peak_bytes, memory_bytes: most and now. cpu_ns: user and system time of all that ever ran in it, and
+    memory_peak_bytes: the most at once. cpu_ns: user and system time of all that ever ran in it, and
     cpu_user_ns, cpu_system_ns its parts. oom_kills: processes that the kernel killed at the memory limit. pids_peak:
-    most processes and threads at once. pids_refused: forks that the pids limit refused. throttled_ns: time that it
+    most processes and threads at once. throttled_ns: time that it
     waited for its CPU quota. io_read_bytes, io_write_bytes: from and to block devices. memory_pressure_ns,
     cpu_pressure_ns, io_pressure_ns: time in which at least one of its tasks waited for memory, a CPU, or a device
     ("some" of PSI).
@@ -228,23 +228,19 @@ class Usage(Value):
         "io_pressure_ns",
         "io_read_bytes",
         "io_write_bytes",
-        "memory_bytes",
         "memory_peak_bytes",
         "memory_pressure_ns",
         "oom_kills",
         "pids_peak",
-        "pids_refused",
         "source",
         "throttled_ns",
     )
     memory_peak_bytes: int | None
-    memory_bytes: int | None
     cpu_ns: int | None
     cpu_user_ns: int | None
     cpu_system_ns: int | None
     oom_kills: int | None
     pids_peak: int | None
-    pids_refused: int | None
     throttled_ns: int | None
     io_read_bytes: int | None
     io_write_bytes: int | None
@@ -257,13 +253,11 @@ class Usage(Value):
         self,
         *,
         memory_peak_bytes: int | None = None,
-        memory_bytes: int | None = None,
         cpu_ns: int | None = None,
         cpu_user_ns: int | None = None,
         cpu_system_ns: int | None = None,
         oom_kills: int | None = None,
         pids_peak: int | None = None,
-        pids_refused: int | None = None,
         throttled_ns: int | None = None,
         io_read_bytes: int | None = None,
         io_write_bytes: int | None = None,
@@ -274,13 +268,11 @@ class Usage(Value):
     ) -> None:
         self._set(
             memory_peak_bytes=memory_peak_bytes,
-            memory_bytes=memory_bytes,
             cpu_ns=cpu_ns,
             cpu_user_ns=cpu_user_ns,
             cpu_system_ns=cpu_system_ns,
             oom_kills=oom_kills,
             pids_peak=pids_peak,
-            pids_refused=pids_refused,
             throttled_ns=throttled_ns,
             io_read_bytes=io_read_bytes,
             io_write_bytes=io_write_bytes,
