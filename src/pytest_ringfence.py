@@ -64,9 +64,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """What couldn't be judged is told, also where all passed."""
     notes = config.stash.get(_NOTES, {})
     if notes:
+        from ringfence.comparison.figures import visible_line
+
         terminalreporter.section("ringfence budgets")
         for note in notes:
-            terminalreporter.write_line(note)
+            terminalreporter.write_line(visible_line(note))
 
 
 def _keep(
@@ -105,11 +107,17 @@ def _keep(
             path = str(config.rootpath / against)
             failed += _relative(config, document, names, path, verdicts, startup_ratio, allow_unknown)
     except (RingfenceError, OSError, ValueError) as error:
-        pytest.fail(f"the ringfence budget can't be judged: {error}", pytrace=False)
+        from ringfence.comparison.figures import visible_line
+
+        pytest.fail(f"the ringfence budget can't be judged: {visible_line(str(error))}", pytrace=False)
     if failed:
+        from ringfence.comparison.figures import visible_line
+
         command = " ".join(word if isinstance(word, str) else word.decode("utf-8", "replace") for word in argv)
         since = f" Compared with {against}." if against else ""
-        pytest.fail(f"the ringfence budget of {command!r} is exceeded: {'; '.join(failed)}.{since}", pytrace=False)
+        # Names and evidence come from a file, and from what was run.
+        told = visible_line("; ".join(failed))
+        pytest.fail(f"the ringfence budget of {command!r} is exceeded: {told}.{since}", pytrace=False)
     return document
 
 

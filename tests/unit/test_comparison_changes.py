@@ -138,6 +138,12 @@ def test_a_little_longer_is_not(before_ns: float, after_ns: float, why: str) -> 
     assert between(a_level("vm", starts(before_ns)), a_level("vm", starts(after_ns, seed=2))).changes == (), why
 
 
+def test_starts_that_took_no_time_are_none() -> None:
+    found = between(a_level("vm", [0, 0, 0, 1e9]), a_level("vm", starts(1e9)))
+    assert found.changes == ()
+    assert "vm: starts aren't compared: 1 and " in found.notes[0]
+
+
 def test_the_tolerance_is_the_callers() -> None:
     old, new = a_level("vm", starts(10e6)), a_level("vm", starts(13e6, seed=2))
     assert len(between(old, new).worse) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import stat
@@ -131,7 +132,9 @@ def test_another_version_is_refused(version: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema": NaN}', b"nothing", b'"schema"', b"[]", b"{}", b"1"]
+    "data",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema": NaN}', b"nothing", b'"schema"', b"[]", b"{}", b"1"]
+    + [b'{"schema": 1, "levels": [%s]}' % figure for figure in (b"1e999", b"-1e999", b"1" + b"0" * 400, b"1e300")],
 )
 def test_a_file_that_is_no_comparison_is_refused_in_one_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data)
@@ -208,6 +211,18 @@ def test_a_file_that_is_replaced_stays_as_private_as_it_was(tmp_path: Path) -> N
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert (path.stat().st_uid, path.stat().st_gid) == (about.st_uid, about.st_gid)
+
+
+def test_a_file_whose_group_cannot_be_kept_is_no_other_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "chown")
+
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    path.chmod(0o664)
+    monkeypatch.setattr(os, "fchown", denied)
+    write_file(str(path), b"new")
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o604)
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import json
 import os
 import re
@@ -20,6 +22,8 @@ import ringfence as rf
 from ringfence.comparison.changes import changes_between
 from ringfence.comparison.document import check
 from ringfence.comparison.html import page
+from ringfence.comparison.probes_table import print_probes
+from ringfence.comparison.report import console, print_changes, print_comparison
 from support.browser import Browser, browser_path
 from support.sandboxes import need
 
@@ -28,6 +32,7 @@ PHONE, DESKTOP = 360, 1200
 # What a workload, a file or a command line could bring.
 EVIL = (
     "<script>document.title='owned'</script>\"'><img src=x onerror=document.title='owned'>{{7*7}}&lt;\x1b[2J\x00$x_1$"
+    "]]>--></style></svg>\u202e\nNothing is worse [red]"
 )
 ELEMENTS = {
     *("html", "head", "meta", "link", "title", "style", "body", "header", "p", "h1", "h2", "h3", "pre", "code", "a"),
@@ -56,13 +61,13 @@ def hostile(value: Any) -> Any:
     if isinstance(value, dict):
         return {
             name if name in WORDS else f"{name}{EVIL}": inner
-            if name in ("verdict", "better", "unit") or (name == "name" and inner == "bare")
+            if name in ("verdict", "better") or (name == "name" and inner == "bare")
             else hostile(inner)
             for name, inner in value.items()
         }
     if isinstance(value, list):
         return [hostile(one) for one in value]
-    return EVIL + value if isinstance(value, str) else value
+    return f"{EVIL}\ud800{value}" if isinstance(value, str) else value
 
 
 def _keys(rule: Any) -> set[str]:
@@ -132,6 +137,24 @@ def test_what_is_hostile_is_only_text() -> None:
     assert "\x1b" not in text
     assert "\x00" not in text
     assert "\\x1b[2J\\x00" in text
+
+
+def test_what_is_hostile_is_only_text_in_a_terminal() -> None:
+    document = hostile(everything())
+    changes = changes_between(hostile(a_document(a_level("vm", starts(1e9)))), document)
+    for print_it in (
+        functools.partial(print_comparison, document),
+        functools.partial(print_probes, document),
+        functools.partial(print_changes, changes),
+    ):
+        written = io.StringIO()
+        print_it(console(written))
+        text = written.getvalue()
+        assert all(one.isprintable() or one == "\n" for one in text)
+        assert "[red]" in "".join(text.split())
+        if print_it.func is print_changes:
+            # Ours, which is the last one, and none that a sentence has brought.
+            assert [line for line in text.splitlines() if line.startswith("Nothing is worse")] == text.splitlines()[-1:]
 
 
 def test_a_page_says_what_the_document_says() -> None:

@@ -265,13 +265,13 @@ def _times(
             f"{name}: times aren't compared: it ran by {before['accelerator']}, runs by {after['accelerator']}"
         )
         return
-    starts = [samples(one, "startup_ns") for one in (before, after)]
+    starts = [_starts(one) for one in (before, after)]
     if min(map(len, starts)) < _FEWEST_RUNS:
         if name in ISOLATIONS:
             few = " and ".join(str(len(one)) for one in starts)
             notes.append(f"{name}: starts aren't compared: {few} runs, and it takes {_FEWEST_RUNS} (--repeat)")
         return
-    bare = [samples(level_named(document, BARE) or {"runs": []}, "startup_ns") for document in (old, new)]
+    bare = [_starts(level_named(document, BARE) or {"runs": []}) for document in (old, new)]
     yield from _start(name, starts, bare, tolerance)
     if old["argv"] == new["argv"]:
         yield from _costs(name, before, after, tolerance)
@@ -281,6 +281,11 @@ def _times(
 def samples(level: dict[str, Any], measure: str) -> list[float]:
     """What the runs of a level's part gave for a measure, where it is known."""
     return [one[measure] for one in level["runs"] if one[measure] is not None]
+
+
+def _starts(level: dict[str, Any]) -> list[float]:
+    """Those that took some time: none takes none, whatever a file says."""
+    return [one for one in samples(level, "startup_ns") if one > 0]
 
 
 def _start(

@@ -25,6 +25,8 @@ SCHEMA = 1
 BARE = "bare"
 # A comparison of ten levels with all that can be measured is some megabytes.
 _MOST_BYTES = 256 << 20
+# No count of nanoseconds, bytes or calls is more.
+_MOST = 1 << 80
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
     "array": (list,),
@@ -67,7 +69,7 @@ def load(path: str) -> dict[str, Any]:
             data = file.read(_MOST_BYTES + 1)
         if len(data) > _MOST_BYTES:
             raise ValueError(f"more than {_MOST_BYTES >> 20} MiB")
-        document = json.loads(data, parse_constant=_no_constant)
+        document = json.loads(data, parse_constant=_no_constant, parse_int=_whole, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"{path} is no saved comparison: {error}") from None
     try:
@@ -92,6 +94,20 @@ def check(document: Any) -> None:
     names = [one["name"] for one in document["levels"]]
     if names[0] != BARE or len(set(names)) < len(names):
         raise SpecError(f"a damaged comparison: levels must begin with {BARE!r} and be named once each, not {names}")
+
+
+def _whole(word: str) -> int:
+    found = int(word)
+    if abs(found) > _MOST:
+        raise ValueError(f"{_short(word)} is no figure of a measurement")
+    return found
+
+
+def _finite(word: str) -> float:
+    found = float(word)
+    if not abs(found) <= _MOST:  # 1e999 is JSON, and infinite
+        raise ValueError(f"{_short(word)} is no figure of a measurement")
+    return found
 
 
 def _no_constant(word: str) -> NoReturn:
@@ -186,9 +202,12 @@ def write_file(path: str, data: bytes) -> None:
     try:
         with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode), "wb") as file:
             if was is not None:  # it stays as private as it was, and its owner's
-                with contextlib.suppress(PermissionError):
+                mode = stat.S_IMODE(was.st_mode) & 0o777
+                try:
                     os.fchown(file.fileno(), was.st_uid, was.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(was.st_mode) & 0o777)
+                except PermissionError:
+                    mode &= ~0o070  # its group is ours now, to whom nobody gave it
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

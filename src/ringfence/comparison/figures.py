@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-__all__ = ["digits", "duration", "figure", "size", "spread", "times", "visible"]
+__all__ = ["digits", "duration", "figure", "size", "spread", "times", "visible", "visible_line"]
 
 
 def digits(value: float) -> str:
@@ -49,7 +49,7 @@ _SPELLED: dict[str, Callable[[float], str]] = {
 def figure(value: float, unit: str) -> str:
     """A figure in one of the document's units; one of another unit is shown with it as it is."""
     spell = _SPELLED.get(unit)
-    return spell(value) if spell else f"{digits(value)} {unit}"
+    return spell(value) if spell else f"{digits(value)} {visible(unit)}"
 
 
 def times(ratio: float) -> str:
@@ -69,3 +69,8 @@ def spread(found: Mapping[str, Any], unit: str) -> str:
 def visible(text: str) -> str:
     """Text that may come from a workload, with what doesn't print, or moves a cursor, as escapes. Line ends stay."""
     return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
+
+
+def visible_line(text: str) -> str:
+    """The same as one line: what stands by itself must not look like the next line of ours."""
+    return visible(text).replace("\n", "\\n")

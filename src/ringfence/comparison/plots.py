@@ -11,7 +11,7 @@ import re
 import statistics
 
 from ringfence._value import Value
-from ringfence.comparison.figures import duration
+from ringfence.comparison.figures import duration, visible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _round(low: float, high: float, steps: Sequence[float]) -> Iterator[float]:
 def _broken(name: str) -> str:
     """In lines that leave room for the plot."""
     lines = [""]
-    for word in name.split():
+    for word in visible(name).split():
         if lines[-1] and len(lines[-1]) + 1 + len(word) > _LABEL_LETTERS:
             lines.append(word)
         else:
@@ -176,7 +176,7 @@ def _svg(name: str, height_inches: float, draw: Callable[[Axes], None]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": visible(name)}):
         drawing = Figure(figsize=(_WIDTH_INCHES, height_inches + 0.42), layout="constrained")
         FigureCanvasSVG(drawing)
         drawing.patch.set_alpha(0)

@@ -38,13 +38,16 @@ def print_probes(document: Mapping[str, Any], to: Console) -> None:
         table = Table(title=heading, title_justify="left", padding=(0, 1), show_lines=True)
         table.add_column("", ratio=2, overflow="fold")
         for one in columns:
-            told = counts({name: one["probes"][name] for name in names})
+            told = counts({name: one["probes"][name] for name in names if name in one["probes"]})
             column = Text(visible(f"{one['name']}\n{told.partition(': ')[2]}"))
             table.add_column(column, ratio=3, overflow="fold")
         for name in names:
             cells = []
             for one in columns:
-                found = one["probes"][name]
+                found = one["probes"].get(name)
+                if found is None:  # a comparison may have looked at less of one
+                    cells.append(Text("-", style="dim"))
+                    continue
                 cells.append(
                     Text.assemble(
                         (found["verdict"], _STYLES[found["verdict"]]), "\n", (visible(found["evidence"]), "dim")

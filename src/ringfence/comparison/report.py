@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ringfence.comparison.cost import differing
 from ringfence.comparison.document import BARE
-from ringfence.comparison.figures import figure, spread, times, visible
+from ringfence.comparison.figures import figure, spread, times, visible, visible_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def print_comparison(document: dict[str, Any], to: Console) -> None:
     """Whether the output was the same, what was isolated, what got through, and what it cost."""
     # One that didn't run would be a column of nothing; why it didn't is told below.
     levels = [one for one in document["levels"] if not one["unavailable"]]
-    to.print(_plain(f"The same command, {len(levels)} ways: {command_line(document)}", "bold"))
+    to.print(_line(f"The same command, {len(levels)} ways: {command_line(document)}", "bold"))
     to.print(_output_table(levels))
     to.print(_isolation_table(with_any(levels, "isolation")))
     if probed := with_any(levels, "probes"):
@@ -60,7 +60,7 @@ def print_comparison(document: dict[str, Any], to: Console) -> None:
         to.print(_measure_table(document["measures"], measured))
     for one in document["levels"]:
         for note in (*notes(one), *remarks(one)):
-            to.print(_plain(note))
+            to.print(_line(note))
 
 
 def with_any(levels: Sequence[dict[str, Any]], section: str) -> list[dict[str, Any]]:
@@ -70,8 +70,14 @@ def with_any(levels: Sequence[dict[str, Any]], section: str) -> list[dict[str, A
 
 def command_line(document: dict[str, Any]) -> str:
     """The command in one line; what is no UTF-8 as escapes."""
-    words = (word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for word in document["argv"])
-    return " ".join(words)
+    return " ".join(map(_word, document["argv"]))
+
+
+def _word(word: str) -> str:
+    try:
+        return word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return visible(word)  # of a file, and no word that a command line can have
 
 
 def title(level: dict[str, Any]) -> str:
@@ -120,6 +126,10 @@ def cost_ratio(level: dict[str, Any], bare: dict[str, Any], measure: str) -> flo
 def _plain(text: str, style: str = "") -> Text:
     """What may come from a workload, without what would move a terminal's cursor."""
     return Text(visible(text), style=style)
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(visible_line(text), style=style)
 
 
 def _none(word: str = "-") -> Text:
@@ -268,12 +278,12 @@ def interval(found: dict[str, Any]) -> str:
 
 def print_changes(changes: Changes, to: Console) -> None:
     """What changed since a saved comparison, the worst first, and what it means for the exit status."""
-    to.print(_plain(f"Since {changes.since}", "bold"))
+    to.print(_line(f"Since {changes.since}", "bold"))
     for note in changes.notes:
-        to.print(_plain(f"  note: {note}", "dim"))
+        to.print(_line(f"  note: {note}", "dim"))
     for one in changes.changes:
         style = {"worse": "bold red", "better": "green"}.get(one.kind, "")
-        to.print(Text.assemble(("  ", ""), (f"{one.kind:7}", style), _plain(f" {one.level}: {one.sentence}")))
+        to.print(Text.assemble(("  ", ""), (f"{one.kind:7}", style), _line(f" {one.level}: {one.sentence}")))
     worse = len(changes.worse)
     to.print(
         Text(
