@@ -10,10 +10,10 @@ import time
 import weakref
 
 from ringfence._value import Closing
-from ringfence.api import check_spec, execute, settle
-from ringfence.errors import RingfenceError
+from ringfence.api import check_spec, execute, level, settle
+from ringfence.errors import RingfenceError, SpecError
 from ringfence.sandbox import command_spec, sandbox_spec
-from ringfence.spec import parse
+from ringfence.spec import Spec, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ringfence.levels.base import Sandbox as OpenSandbox
     from ringfence.result import Result
-    from ringfence.spec import Spec
     from ringfence.spec.options import CommandOptions, Path, SandboxOptions
 
 __all__ = ["Pool"]
@@ -38,8 +37,11 @@ class Pool(Closing):
             results = [pool.run(["python3", "-c", code]) for code in submissions]
 
     size: 1 to 256. idle: how long sandboxes wait without any run, in seconds or as "90s"; then they end, and the next
-    run has the pool filled again. Without it they wait until the pool is closed. The other arguments are those of
-    `rf.run` that aren't one command's own, and all its sandboxes have them. Waiting sandboxes are made, and used ones
+    run has the pool filled again. Without it they wait until the pool is closed. warm: at the vm level, a command that
+    each guest runs before it waits, under the restrictions and the time limit of every other: what it has had read and
+    translated makes a run of the same program quicker. Its processes end, its files stay, its CPU time isn't counted;
+    its memory is in the peak of the run. A RingfenceError where it doesn't exit with 0. The other arguments are those
+    of `rf.run` that aren't one command's own, the same for all its sandboxes. Waiting sandboxes are made, and used ones
     removed, by a thread of the pool's own; where none is waiting, a run makes its own. What a waiting one holds: a
     process, and at the container level its namespaces, some 300 KiB; at the vm level a machine that has booted and run
     a command of ours, some 30 MB. They are of the moment that they were made: a user, a mount's source or a limit that
@@ -49,11 +51,21 @@ class Pool(Closing):
     before anything starts.
     """
 
-    def __init__(self, size: int, *, idle: float | str | None = None, **options: Unpack[SandboxOptions]) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        idle: float | str | None = None,
+        warm: Sequence[Path] = (),
+        **options: Unpack[SandboxOptions],
+    ) -> None:
         self.size = parse.count(size, "a pool's size", 1, _MOST_WAITING)
         self._spec = settle(sandbox_spec(options))
         idle_ns = None if idle is None else parse.duration(idle, "a pool's idle time")
-        self._keeper = _Keeper(self._spec, size, None if idle_ns is None else idle_ns / 1e9)
+        first = Spec.make(warm).argv if warm else ()
+        if first and not level(self._spec.isolation).warms_up:
+            raise SpecError(f"warm: a {self._spec.isolation} starts as quickly without: leave it out, or take a vm")
+        self._keeper = _Keeper(self._spec, size, None if idle_ns is None else idle_ns / 1e9, first)
         # The thread holds the keeper, not the pool: a pool that is forgotten ends like one that is closed.
         self._finalizer = weakref.finalize(self, self._keeper.close)
         self._finalizer.atexit = False  # the keeper has a better place in that order
@@ -95,8 +107,9 @@ class Pool(Closing):
 class _Keeper:
     """The sandboxes of a pool: those that wait, those that were used, and the thread that sees to both."""
 
-    def __init__(self, spec: Spec, size: int, idle_s: float | None) -> None:
+    def __init__(self, spec: Spec, size: int, idle_s: float | None, warm: tuple[bytes, ...]) -> None:
         self._spec = spec
+        self._warm = warm
         self._idle_s = idle_s
         self._asleep = False  # nobody has come for long: none is kept waiting
         self._size = size
@@ -121,7 +134,7 @@ class _Keeper:
     def _make_ahead(self) -> OpenSandbox:
         made = self._make()
         try:
-            made.prepare()
+            made.prepare(self._warm)
         except BaseException:
             made.close()
             raise

@@ -211,6 +211,33 @@ def test_with_an_image_a_guest_is_warmed_up_by_the_program_of_its_init(tmp_path:
         assert again is not None and again.exit_code == 0
 
 
+def test_a_pool_may_have_a_command_of_the_callers_behind_it() -> None:
+    """Under a command's own restrictions; what it wrote stays, what it started doesn't, and its time isn't counted."""
+    warm = (
+        "import os, time; os.fork() or time.sleep(4321); t = time.monotonic()\nwhile time.monotonic() < t + 1: pass\n"
+    )
+    warm += "open('left', 'w').write(f'{os.getuid()} {os.getcwd()} {os.environ[\"A\"]}')"
+    limits = rf.Limits(cpu_time=20, wall_time=60)
+    with rf.Pool(1, isolation="vm", warm=["python3", "-c", warm], limits=limits, env={"A": "b"}) as pool:
+        assert pool.wait_until_full(60)
+        result = pool.run(["sh", "-c", "grep -lzx [4]321 /proc/[0-9]*/cmdline 2>/dev/null | wc -l; cat left"])
+    assert result.stdout == b"0\n1000 /work b"
+    assert result.usage.cpu_ns is not None and result.usage.cpu_ns < 0.9e9
+
+
+def test_a_pool_whose_warm_up_fails_is_none() -> None:
+    for argv, said in (
+        (["sh", "-c", "echo why >&2; exit 3"], r"didn't end well \(status 3\): sh: why"),
+        (["sh", "-c", "kill -9 $$"], "didn't end well"),
+        (["sleep", "60"], "didn't end well \\(wall_time\\)"),
+        (["/there/is/none"], "/there/is/none"),
+    ):
+        with pytest.raises(rf.RingfenceError, match=said):
+            rf.Pool(1, isolation="vm", warm=argv, limits=rf.Limits(wall_time=2))
+    with pytest.raises(rf.SpecError, match="leave it out"):
+        rf.Pool(1, isolation="container", warm=["true"])
+
+
 @pytest.mark.parametrize("isolation", [*LOCAL_LEVELS, "vm"])
 def test_a_pool_that_nobody_uses_falls_asleep_and_wakes_up(isolation: str) -> None:
     with rf.Pool(2, isolation=isolation, idle=1.0) as pool:

@@ -43,6 +43,7 @@ RESTORE, RESTORE_RUN = "restore to init's word", "restore to the first command's
 WAITED = "restore to init's word, by a QEMU that waited"
 HOST_RUN = "rf.run, true, host's userland"
 POOL, POOL_HOST = "pool, first command, erofs", "pool, first command, host's userland"
+POOL_WARM, POOL_HOST_WARM = f"{POOL}, warm=", f"{POOL_HOST}, warm="
 
 # (what, at most ms, or against what at most which part of it)
 _TARGETS: tuple[tuple[str, float, str], ...] = (
@@ -51,6 +52,7 @@ _TARGETS: tuple[tuple[str, float, str], ...] = (
     (RESTORE_RUN, 0.1, BOOT_RUN),
     (HOST_RUN, 300, ""),
     (POOL, 15, ""),
+    (POOL_WARM, 15, ""),
 )
 _TARGET_PSS_BYTES = 30e6
 
@@ -123,6 +125,8 @@ def _takes(stack: contextlib.ExitStack, image: str) -> dict[str, Callable[[], in
 
     disk = stack.enter_context(Pool(1, isolation="vm", image=image))
     userland = stack.enter_context(Pool(1, isolation="vm"))
+    warm_disk = stack.enter_context(Pool(1, isolation="vm", image=image, warm=[_PROBE, "exit", "0"]))
+    warm_userland = stack.enter_context(Pool(1, isolation="vm", warm=[_TRUE]))
     return {
         BOOT: lambda: _to_init(use_template=False),
         BOOT_RUN: lambda: _to_end(image, use_template=False),
@@ -132,6 +136,8 @@ def _takes(stack: contextlib.ExitStack, image: str) -> dict[str, Callable[[], in
         HOST_RUN: lambda: _timed(lambda: api.run([_TRUE], isolation="vm", check=True)),
         POOL: lambda: pooled(disk, [_PROBE, "exit", "0"]),
         POOL_HOST: lambda: pooled(userland, [_TRUE]),
+        POOL_WARM: lambda: pooled(warm_disk, [_PROBE, "exit", "0"]),
+        POOL_HOST_WARM: lambda: pooled(warm_userland, [_TRUE]),
     }
 
 

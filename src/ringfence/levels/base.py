@@ -134,8 +134,12 @@ class Sandbox(Closing, abc.ABC):
         `whole`, or the command was to be the only one.
         """
 
-    def prepare(self) -> None:
-        """Does all that can be done before a command is known, for one that is to wait. Raises RingfenceError."""
+    def prepare(self, warm: tuple[bytes, ...] = ()) -> None:
+        """Does all that can be done before a command is known, for one that is to wait. warm: a command of the caller's
+        that is run before it waits, where the level is one whose first command takes longer (`Level.warms_up`).
+
+        Raises RingfenceError.
+        """
         return
 
     @abc.abstractmethod
@@ -212,9 +216,11 @@ class Level(abc.ABC):
     """A kind of boundary.
 
     lasting: the rules whose abilities follow from the `Host` alone, and so are worked out once for it.
+    warms_up: whether the first command of a sandbox takes longer than those after it.
     """
 
     name: str
+    warms_up = False
     lasting: frozenset[str] = frozenset()
 
     @abc.abstractmethod

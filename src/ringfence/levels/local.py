@@ -255,7 +255,7 @@ class LocalSandbox(Sandbox):
             self.start(*self._unsent)
             self.prepare()
 
-    def prepare(self) -> None:
+    def prepare(self, warm: tuple[bytes, ...] = ()) -> None:
         if self._pipes is None:
             self._pipes = Pipes(None, self.state.null)  # what most commands take
 

@@ -34,6 +34,7 @@ _MOST_MOUNTS = 32
 
 class VmLevel(Level):
     name = "vm"
+    warms_up = True
 
     def unavailable(
         self, host: Host, spec: Spec | None = None, *, kernel_needed: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ringfence.errors import CannotEnforce, ProtocolError, SpecError, StartError, Unmet
+from ringfence.errors import CannotEnforce, ProtocolError, RingfenceError, SpecError, StartError, Unmet
 from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import drive
@@ -116,34 +116,53 @@ class VmSandbox(Sandbox):
             self._boot()
             return self._run(command, warm=warm, own=own)
 
-    def prepare(self) -> None:
+    def prepare(self, warm: tuple[bytes, ...] = ()) -> None:
         """Restores the guest, hands it its plan and runs commands of ours, so that the first one of the caller's finds
-        the kernel's ways of starting one translated, and what all programs need in its memory. Nothing of an image's or
-        a mount's is run: no limit of time is there for what runs before its command.
+        the kernel's ways of starting one translated, and what all programs need in its memory. Of an image or a mount
+        nothing is run that the caller hasn't asked for by `warm`.
         """
         self._boot()
         self._warm_up((b"ringfence", b"warm"), own=True)
         if _true_is_the_hosts(self._spec):
             self._warm_up((b"/usr/bin/true",))
+        if warm:
+            self._warm_up_by(warm)
         self.mark()
 
     def _warm_up(self, argv: tuple[bytes, ...], *, own: bool = False) -> None:
         """own: the program of the guest's init, which is there whatever its tree is."""
-        command = Command(
-            argv=argv,
-            env=(),
-            cwd=HOME,
-            input=None,
-            wall_time_ns=_START_LIMIT_NS,
-            output_bytes=4096,
-            once=False,
-        )
         try:
-            self._first(command, warm=True, own=own)
+            self._first(self._before_all(argv, (), _START_LIMIT_NS), warm=True, own=own)
         except StartError as error:
             if error.whole:
                 raise
             # A host without it, a filter that denies it: what comes first is slower then.
+
+    def _warm_up_by(self, argv: tuple[bytes, ...]) -> None:
+        """By a command of the caller's, as the spec would have it run. One that fails would warm up little."""
+        wall_time_ns = self._spec.limits.wall_time_ns
+        command = self._before_all(
+            argv, self._spec.environment(self.home), _START_LIMIT_NS if wall_time_ns is None else wall_time_ns
+        )
+        outcome = self._first(command, warm=True)
+        ended = outcome.exited
+        if outcome.stopped is not None or ended is None or ended.exit_code != 0:
+            how = outcome.stopped or ("it was killed" if ended is None else f"status {ended.exit_code}")
+            said = bytes(outcome.stderr[-200:]).decode(errors="replace").strip()
+            raise RingfenceError(
+                f"what was to warm the guest up didn't end well ({how}): {os.fsdecode(argv[0])}: {said}"
+            )
+
+    def _before_all(self, argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ...], wall_time_ns: int) -> Command:
+        return Command(
+            argv=argv,
+            env=env,
+            cwd=self.home,
+            input=None,
+            wall_time_ns=wall_time_ns,
+            output_bytes=4096,
+            once=False,
+        )
 
     def _run(self, command: Command, *, warm: bool = False, own: bool = False) -> Outcome:
         channel = self._vmm.channel
