@@ -15,7 +15,7 @@ from ringfence.comparison.choice import judged, measure
 from ringfence.comparison.facts import bare_facts, level_facts
 from ringfence.comparison.isolation import judge_all
 from ringfence.spec import Spec
-from support.sandboxes import IN_A_GUEST, SOURCES, need, need_level
+from support.sandboxes import SOURCES, need, need_level, need_root
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,29 @@ def test_a_caller_that_has_left_its_namespaces_gets_no_verdicts(no_guests: None)
         assert "uts" in reason
 
 
+_CHROOT = """
+import os, sys
+import ringfence as rf
+from ringfence.comparison import facts
+assert rf.run(["true"], isolation="process").ok
+facts.check_namespaces()
+os.chroot(sys.argv[1])
+try:
+    facts.check_namespaces()
+except rf.RingfenceError as error:
+    print(error)
+"""
+
+
+def test_neither_does_one_that_has_another_root_since(tmp_path: Path) -> None:
+    need_root()  # to mount, and for chroot(2)
+    (tmp_path / "proc").mkdir()
+    script = 'mount -t proc none "$1/proc" && exec "$2" -P -c "$3" "$1"'
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", str(tmp_path), sys.executable]
+    done = subprocess.run([*words, _CHROOT], capture_output=True, text=True, timeout=60, check=False)
+    assert "the caller is in other namespaces (root) than" in done.stdout, done
+
+
 def test_an_image_without_a_shell_is_looked_at_all_the_same(no_guests: None, tmp_path: Path) -> None:
     (tmp_path / "root" / "usr").mkdir(parents=True)
     found = rf.choose(isolation="container", image=str(tmp_path / "root"), require={"mounts": "own", "files": "own"})
@@ -191,7 +214,6 @@ def test_the_command_line_chooses_explains_and_refuses(no_guests: None) -> None:
     assert (told.returncode, json.loads(told.stdout)["isolation"]) == (1, None)
 
 
-@pytest.mark.skipif(IN_A_GUEST, reason="there is no vm level in a guest")
 def test_a_kernel_of_its_own_is_a_guests() -> None:
     need_level("vm")
     found = rf.run(["uname", "-r"], isolation="auto", require={"kernel": "own", "network": "own"}, text=True)

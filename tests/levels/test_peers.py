@@ -17,6 +17,7 @@ from ringfence.comparison.peer_runs import open_peers, peer_run
 from ringfence.comparison.peers import PEERS, Tool
 from ringfence.comparison.taken import QUICK
 from ringfence.spec import Spec
+from support.sandboxes import need
 
 # What CI has none of: these are heavy, and a test of ours needs none of them.
 OPTIONAL = tuple(PEERS)
@@ -25,12 +26,12 @@ OPTIONAL = tuple(PEERS)
 @contextlib.contextmanager
 def opened(name: str) -> Iterator[Tool]:
     """Skips where it isn't installed, or refuses this host: it is nothing that a machine has to have."""
-    if shutil.which(name) is None:
-        pytest.skip(f"{name} isn't installed (Debian's package {PEERS[name]})")
+    need(f"Debian's {PEERS[name]}", shutil.which(name) is not None)
     with contextlib.ExitStack() as stack:
         found, refused = open_peers(stack, lambda said: None, [name])
         if name in refused:
-            pytest.skip(f"{name} refuses this host: {refused[name][0]}")
+            print(refused[name][0])
+            need(f"a host that {name} takes", False)
         yield found[name]
 
 

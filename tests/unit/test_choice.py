@@ -399,6 +399,16 @@ def test_facts_of_a_joined_namespace_are_never_kept(tmp_path: Path, monkeypatch:
     assert len(list((tmp_path / "cache" / "choices").glob("[0-9a-f]*"))) == 1
 
 
+def test_facts_of_no_boot_that_is_known_are_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RINGFENCE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(facts, "bare_facts", lambda: {"attempts": {}})
+    monkeypatch.setattr(measure, "_inside", lambda probed: {"attempts": {}})
+    monkeypatch.setattr(measure, "_first_line", lambda path: None if path == measure._BOOT_ID else "1")
+    measure._known.clear()
+    measure.Here(HOST).facts(spec())
+    assert not (tmp_path / "cache" / "choices").exists()
+
+
 def test_mounts_and_amounts_do_not_make_it_another_sandbox_but_rules_of_the_boundary_do(tmp_path: Path) -> None:
     def key(**options: Any) -> str:
         return measure._key(measure._boundary(measure._probed(spec(**options))))

@@ -172,9 +172,20 @@ def test_a_writable_host_tree_is_shared() -> None:
     assert "but writing /etc: ok" in half.evidence
 
 
-def test_a_tree_without_host_files_is_own() -> None:
-    inside = changed("container", mounts=[["/", "tmpfs", "ro", "none"], ["/proc", "proc", "rw", "proc"]])
-    assert judge_all(HOST, inside)["files"].isolation is Isolation.OWN
+def test_a_tree_without_host_files_is_own_only_on_another_kernel() -> None:
+    mounts = [["/", "tmpfs", "ro", "none"], ["/proc", "proc", "rw", "proc"]]
+    assert judge_all(HOST, changed("vm", mounts=mounts))["files"].isolation is Isolation.OWN
+    assert judge_all(HOST, changed("container", mounts=mounts))["files"].isolation is Isolation.RESTRICTED
+
+
+@pytest.mark.parametrize("root", ["overlay", "rpool/ROOT/debian", "server:/export"])
+def test_on_a_host_whose_root_is_on_no_disk_of_its_own_no_files_are_own(root: str) -> None:
+    mounts = [["/", "overlay", "rw", root], ["/proc", "proc", "rw", "proc"]]
+    on_it = {**HOST, "mounts": mounts}
+    assert judge_all(on_it, on_it)["files"].isolation is Isolation.SHARED
+    for level in ("process", "container"):
+        inside = changed(level, mounts=[["/usr", "overlay", "ro", root]])
+        assert judge_all(on_it, inside)["files"].isolation is Isolation.RESTRICTED
 
 
 def test_the_id_outside_is_told() -> None:

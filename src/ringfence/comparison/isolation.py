@@ -342,11 +342,17 @@ def _files(host: Facts, inside: Facts) -> Verdict:
     # Over 9p and virtiofs a guest sees a folder of the host's.
     hosts = [(target, fstype) for target, fstype, _, source in ours if source in disks or fstype in ("9p", "virtiofs")]
     folders = [target for target, _ in hosts]
-    if not folders:
+    other = other_kernel(host, inside)
+    if not folders and other:
         return _own("none of the host's file systems is mounted")
+    if not folders and other is None:
+        return _unknown("whether the kernel is the host's can't be told")
     reached = _reach(host, inside, [("write_etc", "writing /etc"), ("write_usr", "writing /usr")])
     if reached is None:
         return _no_control("writing /etc/passwd and /usr")
+    if not folders:
+        # On a host whose root is an overlay, a ZFS or an NFS no source is a disk's; the kernel has them all alike.
+        return reached.replace(evidence=f"in file systems of the host's kernel; {reached.evidence}")
     if "/" in folders:
         return reached.replace(evidence=f"the host's tree; {reached.evidence}")
     shown = ", ".join(sorted(folder for folder in folders if folder.count("/") == 1 and not folder.startswith("/.")))

@@ -35,6 +35,7 @@ __all__ = ["Here"]
 progress: Callable[[str], None] | None = None
 
 _FORMAT = 2
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _FACTS, _STARTS = "choices", "starts"
 _MOST_BYTES = 4 << 20
 _FILE = "measured.json"
@@ -107,8 +108,9 @@ class Here:
             _tell(f"looking at what the {spec.isolation} level isolates")
             return [probe.bare_facts(), _inside(probed)]
 
-        if any(getattr(spec.namespaces, name) not in ("own", "host") for name in NAMESPACES):
-            # Of whom a pid or a path is the namespace changes.
+        joined = any(getattr(spec.namespaces, name) not in ("own", "host") for name in NAMESPACES)
+        if joined or not _first_line(_BOOT_ID):
+            # Of whom a pid or a path is the namespace changes; and what is of no boot that is known may be of another.
             bare, inside = measure()
         else:
             key = self._key("facts", spec.isolation, _boundary(probed))
