@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -17,6 +18,7 @@ from ringfence.comparison import choice, facts
 from ringfence.comparison.choice import judged, measure
 from ringfence.comparison.isolation import RESOURCES, Isolation, Verdict
 from ringfence.spec import Spec
+from support.sandboxes import need_root
 
 NAMES = [one.name for one in RESOURCES]
 ALL_OWN = {name: Verdict(Isolation.OWN, "seen") for name in NAMES}
@@ -104,6 +106,22 @@ def test_a_path_may_be_a_device_or_files_of_the_kernels(rule: str, tmp_path: Pat
     # Every process may read there, and did while it was measured.
     assert lost("/proc/sys") == usual if rule == "readable" else lost("/proc/sys")["kernel settings"] == "unknown"
     assert lost("/dev/ptmx") == dict.fromkeys(NAMES, "unknown")
+
+
+def test_a_device_in_a_folder_that_may_be_written_to_is_one_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_root()  # to make a node
+    (tmp_path / "deep").mkdir()
+    os.mkfifo(tmp_path / "deep/fifo")
+    (tmp_path / "deep/link").symlink_to("/dev/kmsg")
+    os.mknod(tmp_path / "deep/zero", 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    lost = functools.partial(off, spec(isolation="process", user=0, writable=[str(tmp_path)]))
+    assert lost() == {"files": "restricted"}
+    os.mknod(tmp_path / "deep/log", 0o600 | stat.S_IFCHR, os.makedev(1, 11))
+    assert lost() == dict.fromkeys(NAMES, "unknown")
+    monkeypatch.setattr(judged, "_MOST_ENTRIES", 2)
+    assert lost() == {"files": "restricted", "devices": "unknown"}
 
 
 @pytest.mark.parametrize(

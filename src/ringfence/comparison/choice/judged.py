@@ -48,6 +48,8 @@ _STANDARD = frozenset(((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0)))
 # tun, fuse and kvm; sound; of graphics the nodes that only render, as those before them set a screen's mode.
 _HARMLESS = _STANDARD - {(5, 0)} | {(10, 200), (10, 229), (10, 232)}
 _SOUND, _GRAPHICS, _FIRST_RENDERER = 116, 226, 128
+# Of a folder that may be written to so many entries are looked at for device nodes; some 10 ms.
+_MOST_ENTRIES = 20_000
 
 
 def named(require: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -103,6 +105,12 @@ def lowered(found: Mapping[str, Verdict], spec: Spec, *, own_kernel: bool) -> di
         shown = os.fsdecode(mount.source)
         lower(["files"], Isolation.RESTRICTED, f"the host's {shown} is mounted")
     devices, trees = _opened(spec)
+    for path in spec.writable:
+        # Landlock opens a node by the folder that it is in, as any other file.
+        found_there = [] if kernel_files(path) else _devices_below(path)
+        if found_there is None:
+            lower(["devices"], Isolation.UNKNOWN, f"{os.fsdecode(path)} has too much in it to be looked through")
+        devices += found_there or ()
     for tree in trees:
         if kernel_files(tree):
             others = [name for name in _ALL if name not in _NOT_BY_FILES]
@@ -138,6 +146,30 @@ def _opened(spec: Spec) -> tuple[list[bytes], list[bytes]]:
             # All but /dev can be read by default, and was while it was measured.
             trees.append(path)
     return devices, trees
+
+
+def _devices_below(folder: bytes) -> list[bytes] | None:
+    """Device nodes in a folder, but those that every process may use. None where that can't be told of all of it."""
+    found: list[bytes] = []
+    waiting, left = [folder] if os.path.isdir(folder) else [], _MOST_ENTRIES
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    left -= 1
+                    if left < 0:
+                        return None
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    elif not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+                        kind, number = _node(entry.path)
+                        if kind == stat.S_IFBLK or (kind == stat.S_IFCHR and number not in _STANDARD):
+                            found.append(entry.path)
+        except PermissionError:
+            continue  # it isn't the workload's to look into either, who has no more rights than we
+        except OSError:
+            return None
+    return found
 
 
 def _holds_devices(path: bytes) -> bool:
