@@ -356,6 +356,8 @@ def lxc() -> Iterator[tuple[Host, Looked]]:
         lxc_container(there, "plain", usual)
         lxc_container(there, "mapped", [*usual, *userns, *ids, *limited, "lxc.no_new_privs = 1"], SUBORDINATE)
         lxc_container(there, "wide", ["lxc.net.0.type = none", "lxc.mount.auto = proc:rw sys:rw"])
+        lxc_container(there, "kept", ["lxc.namespace.keep = user pid net", "lxc.mount.auto = proc:mixed sys:ro"])
+        lxc_container(there, "keeps", ["lxc.namespace.keep = user pid net", "lxc.mount.auto = proc:mixed sys:ro"])
         yield there, there.look("idle", "lxc-start")
 
 
@@ -399,10 +401,14 @@ def test_lxc_opened_wide(lxc: tuple[Host, Looked]) -> None:
 
 def test_lxcs_containers_are_groups(lxc: tuple[Host, Looked]) -> None:
     there, looked = lxc
-    assert [looked.group(name)["kind"] for name in ("plain", "mapped", "wide")] == ["container"] * 3
-    assert "containers: 3," in there.ringfence("ps")
+    for name in ("plain", "mapped", "wide", "kept", "keeps"):
+        assert (looked.group(name)["kind"], len(looked.group(name)["pids"])) == ("container", 1)
+    # Even two that have the host's PIDs.
+    assert not own(looked.named("kept")) & {"pid", "net", "user"}
+    assert "sees and may signal the host's processes" in looked.named("kept")["weak"]
+    assert "containers: 5," in there.ringfence("ps")
     monitors = [one for one in looked.processes if one["name"] == "lxc-start"]
-    assert len(monitors) == 3
+    assert len(monitors) == 5
     assert {one["verdict"] for one in monitors} == {
         "a process (lxc-start) of LXC that shares all with the host; runs as root"
     }

@@ -84,11 +84,11 @@ def _look(pid: int, host: Host, proc: str) -> Inspection | None:
 
 
 def _place(one: Inspection) -> object:
-    """What its group has in common: the container's id, as an engine's containers may share a PID namespace, or have
-    one more inside; else the PID namespace, as one may have a mount namespace beside it.
+    """What its group has in common: the container by its id or name, as an engine's containers may share a PID
+    namespace, or have one more inside; else the PID namespace, as one may have a mount namespace beside it.
     """
-    if one.container is not None and one.container.id:
-        return one.container.id
+    if one.container is not None and (called := one.container.id or one.container.name):
+        return one.maker, called
     return one.namespace("pid").inode
 
 
