@@ -395,6 +395,14 @@ def test_all_that_it_follows_from_is_in_its_key(counted: Any, monkeypatch: pytes
     assert measure.Here(machine).start_ns("container") == 2
 
 
+def test_what_a_start_costs_is_the_lower_quartile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nine of which five were disturbed it is one that wasn't."""
+    monkeypatch.setenv("RINGFENCE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "_starts", lambda isolation: [90, 1, 80, 2, 70, 3, 60, 4, 50])
+    measure._known.clear()
+    assert measure.Here(HOST).start_ns("process") == 3
+
+
 def test_a_start_that_fails_has_no_cost_and_is_not_kept(
     counted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ refuse is a SKIP with the reason, so that no denial test can count it as a bound
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -532,3 +533,23 @@ def test_facts_show_a_confined_process(probe: str) -> None:
     assert inside["namespaces"]["pid"] == host["namespaces"]["pid"]
     assert inside["interfaces"]["lo"] == {"up": False}
     assert inside["sensitive_files"]["/etc/shadow"]["read"] == "EACCES"
+
+
+def test_what_takes_memory_is_the_first_that_the_kernel_would_end(probe: str) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    os.set_blocking(writing, True)
+    # What it prints at its end finds a full pipe.
+    with subprocess.Popen([probe, "try-memory", "1M"], stdout=writing) as taking:
+        try:
+            order, deadline = Path(f"/proc/{taking.pid}/oom_score_adj"), time.monotonic() + 10
+            while order.read_text() != "1000\n" and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert order.read_text() == "1000\n"
+        finally:
+            taking.kill()
+            os.close(reading)
+            os.close(writing)
