@@ -100,9 +100,31 @@ def test_this_process_shares_all() -> None:
     assert found.uids[1] == os.geteuid()
     assert found.exe == os.readlink("/proc/self/exe")
     assert found.argv and found.parent == os.getppid()
-    assert "shares all with the host" in first.verdict
+    # Of what this caller may not see nothing is claimed.
+    assert ("shares all with the host" in first.verdict) is ("namespaces" not in first.partial)
     with pytest.raises(rf.KernelError, match="ENOENT"):
         rf.inspect(2**22 + 1)
+
+
+def test_of_what_cannot_be_seen_nothing_is_claimed() -> None:
+    need_root()  # to be another user
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    try:
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        ended = rf.inspect(child).verdict
+    finally:
+        os.waitpid(child, 0)
+    assert "shares all" not in ended
+    assert "not all of its namespaces can be seen" in ended
+    script = "import os; os.setgid(65534); os.setuid(65534); import ringfence as rf; print(rf.inspect(1).verdict)"
+    environment = {"PYTHONPATH": os.path.dirname(os.path.dirname(rf.__file__)), "HOME": "/tmp"}
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "shares all" not in told.stdout
+    assert "its namespaces may not be seen by this user" in told.stdout
 
 
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)

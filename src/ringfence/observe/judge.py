@@ -191,9 +191,17 @@ def _verdict(facts: dict[str, Any], kind: str, own: list[str], weak: tuple[str, 
             parts.append(f"shares the {_listed([_LONG[name] for name in shared])} one{'s' if len(shared) > 1 else ''}")
     elif "namespaces" in facts["partial"]:
         parts.append("its namespaces may not be seen by this user")
+    elif not _shares_all(facts):
+        parts.append("not all of its namespaces can be seen")  # as of one that has ended, but for its parent
     told = [note for note in facts["mounts"] if note.startswith(FILES)] if kind == "process" else []
     parts += [*weak[:_MOST_POWERS], *told]
     return "; ".join(parts)
+
+
+def _shares_all(facts: dict[str, Any]) -> bool:
+    """Whether it was seen to have no namespace of its own; of the kinds that every kernel with namespaces has."""
+    shared = {one.name: one.shared for one in facts["namespaces"]}
+    return all(shared.get(name) for name in ("user", "mnt", "pid", "net", "ipc", "uts"))
 
 
 def _made_by(facts: dict[str, Any]) -> str:
@@ -233,7 +241,7 @@ def _beginning(facts: dict[str, Any], kind: str, own: list[str]) -> str:
     if facts["label"] and not facts["label"].startswith("unconfined"):
         confined.append(f"the security label {facts['label']}")
     name = os.path.basename(facts["exe"] or "") or facts["name"]
-    plain = f"a process ({name}){of} that shares all with the host"
+    plain = f"a process ({name}){of}" + (" that shares all with the host" if _shares_all(facts) else "")
     return plain + (f", with {_listed(confined)}" if confined else "")
 
 
