@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 import ringfence as rf
+from ringfence.api import level
 from ringfence.levels.ready import kind_of
-from ringfence.levels.state import state
+from ringfence.levels.root import HOST_TEMPLATE
+from ringfence.levels.state import State, state
 from ringfence.spec import Spec
 from support import leaks
-from support.sandboxes import EXITED_0, LOCAL_LEVELS, ended, python, run_probe
+from support.sandboxes import EXITED_0, LOCAL_LEVELS, ended, need_root, python, run_probe
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +237,25 @@ def test_what_may_change_until_the_call_is_never_made_ahead(tmp_path: Path) -> N
         {"namespaces": {"net": "host"}},
     ):
         assert kind(**options) is None
+
+
+def test_the_launcher_begins_while_others_look_at_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_root()
+    run("container")
+    made: list[bytes] = []
+    monkeypatch.setattr(State, "template", lambda self, name, make: made.append(name))
+    level("container").begin(Spec.make(["true"]))
+    assert made == [HOST_TEMPLATE]
+    level("container").begin(Spec.make(["true"], image=tmp_path))
+    assert made == [HOST_TEMPLATE]  # which a sandbox of an image has no use for
+
+    def fails(self: State, name: bytes, make: Any) -> None:
+        raise rf.KernelError("mount", ["/"], 1, "")
+
+    monkeypatch.setattr(State, "template", fails)
+    level("container").begin(Spec.make(["true"]))
+    with pytest.raises(rf.KernelError):
+        run("container")
 
 
 @pytest.mark.parametrize("isolation", LOCAL_LEVELS)

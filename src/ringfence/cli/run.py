@@ -6,7 +6,7 @@ import errno
 import gc
 import os
 
-from ringfence.api import check_spec, run_spec, settle
+from ringfence.api import check_spec, level, run_spec, settle
 from ringfence.cli import output
 from ringfence.cli._options import Option, Options, name_and_path
 from ringfence.cli.main import REFUSED
@@ -243,6 +243,7 @@ def main(argv: Sequence[str]) -> int:
     if not spec.settled:
         tell_progress()
         spec = settle(spec)
+    level(spec.isolation).begin(spec)
     if spec.isolation == "vm" and spec.choice is None:
         from ringfence.levels.vm import start
 

@@ -241,6 +241,12 @@ class Level(abc.ABC):
         its cgroup can be changed, and it can be frozen.
         """
 
+    def begin(self, spec: Spec) -> None:
+        """Has the launcher begin with what a run of that spec needs of it, while others look at the host. Runs nothing,
+        and tells of no error: who needs it hears of that.
+        """
+        return
+
     def abilities_for(self, spec: Spec, host: Host) -> Mapping[str, Ability]:
         """The same for one spec, where what it brings along makes a difference."""
         return self.abilities(host)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 
+from ringfence.errors import RingfenceError
 from ringfence.levels import namespaces
 from ringfence.levels.base import PLAIN_RULES, Level
 from ringfence.levels.local import LocalSandbox, open_local
 from ringfence.levels.root import HOST_TEMPLATE, directories_above, host_template, private_steps
 from ringfence.levels.state import State, state
-from ringfence.linux import ids, landlock_abi, seccomp
+from ringfence.linux import ids, landlock_abi, privileges, seccomp
 from ringfence.wire import messages
 from ringfence.wire.messages import NODEV, NOEXEC, NOSUID, RDONLY, RECURSIVE, MountStep
 
@@ -42,6 +43,13 @@ class ContainerLevel(Level):
             return host.user_namespaces, host.user_namespaces_help or "see 'ringfence doctor'"
         return host.ids
 
+    def begin(self, spec: Spec) -> None:
+        if spec.image == "host" and privileges.privileged():
+            try:
+                _make_template(state())
+            except (RingfenceError, OSError):
+                return
+
     def abilities(self, host: Host) -> Mapping[str, Ability]:
         from ringfence.levels import container_rules
 
@@ -56,6 +64,10 @@ class ContainerLevel(Level):
 
     def open(self, spec: Spec, host: Host, *, stays: bool = False) -> ContainerSandbox:
         return open_local(ContainerSandbox, spec, host, state(), stays=stays)
+
+
+def _make_template(state: State) -> None:
+    state.template(HOST_TEMPLATE, lambda: host_template(state.launcher.mountinfo))
 
 
 class ContainerSandbox(LocalSandbox):
@@ -237,7 +249,7 @@ class ContainerSandbox(LocalSandbox):
         spec = self.spec
         own = self.host.privileged
         if own and spec.image == "host":
-            self.state.template(HOST_TEMPLATE, lambda: host_template(self.state.launcher.mountinfo))
+            _make_template(self.state)
         layered = spec.overlay or spec.limits.disk_bytes is not None
         if layered or spec.tmpfs:
             from ringfence.levels.layer import Layer
