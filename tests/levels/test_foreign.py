@@ -192,6 +192,19 @@ def test_dockers_containers_are_groups(docker: tuple[Host, Looked]) -> None:
         assert name in listed
 
 
+def test_another_user_is_told_that_it_is_a_container(docker: tuple[Host, Looked]) -> None:
+    """By its mounts and its PIDs inside, which all may read, though the namespaces may not be seen."""
+    there, looked = docker
+    wanted = looked.named("privileged")
+    [one] = [one for one in there.look("idle", uid=UID).processes if one["pid"] == wanted["pid"]]
+    assert "namespaces" in one["partial"]
+    assert one["container"] == {**wanted["container"], "name": "", "image": ""}
+    assert one["verdict"].startswith(
+        f"a container, made by Docker ({wanted['container']['id'][:12]}): its own mount and PID namespaces;"
+        " its other namespaces may not be seen by this user; can load kernel modules (CAP_SYS_MODULE)"
+    )
+
+
 def test_the_command_line_tells_the_container(docker: tuple[Host, Looked]) -> None:
     there, looked = docker
     one = looked.named("wide")
@@ -543,7 +556,7 @@ def test_a_unit_of_a_user_with_capabilities(systemd: tuple[Host, Looked]) -> Non
     assert own(one) == set()
     assert one["weak"] == [
         "can look into every process (CAP_SYS_PTRACE)",
-        "can forge packets of the host's network (CAP_NET_RAW)",
+        "can forge packets (CAP_NET_RAW)",
     ]
 
 

@@ -62,9 +62,11 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     for number, one in enumerate(found.namespaces):
         if one.shared is False:
             whom = f", with {one.others} more ({one.first_other} is one)" if one.others else ""
-            how = f"its own, {one.inode}{whom}"
+            how = f"its own, {one.inode}{whom}" if one.inode is not None else "its own"
+        elif one.shared:
+            how = "the host's"
         else:
-            how = "not to be seen by this user" if one.inode is None else "the host's" if one.shared else str(one.inode)
+            how = "not to be seen by this user" if one.inode is None else str(one.inode)
         yield "namespaces" if number == 0 else "", f"{one.name:<7} {how}"
     yield "ids", f"uid {found.uids[1] if found.uids else '?'} outside; {_mapped(found.uid_map)}"
     if found.groups:

@@ -203,11 +203,15 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
     own = process.namespaces()
     if not own:
         partial.append("namespaces")
+    mounts = process.mounts()
+    if mounts is None:
+        partial.append("mounts")
+    told = {} if own else _told_otherwise(status, mounts, process, host)
     namespaces = tuple(
         Namespace(
             name=name,
             inode=own.get(name),
-            shared=None if name not in own or name not in host.namespaces else own[name] == host.namespaces[name],
+            shared=own[name] == host.namespaces[name] if name in own and name in host.namespaces else told.get(name),
         )
         for name in NAMESPACES
     )
@@ -216,9 +220,6 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
     descriptors = process.descriptors()
     if descriptors is None:
         partial.append("descriptors")
-    mounts = process.mounts()
-    if mounts is None:
-        partial.append("mounts")
     argv = process.argv()
     uids = tuple(int(word) for word in status.get("Uid", "").split())
     resident = status.get("VmRSS", "").split()[:1]
@@ -255,6 +256,23 @@ def _facts(process: Proc, host: Host) -> dict[str, Any]:
         "monitor": monitor(argv, exe, descriptors, process.threads),
         "partial": tuple(partial),
     }
+
+
+def _told_otherwise(
+    status: dict[str, str], mounts: list[MountEntry] | None, process: Proc, host: Host
+) -> dict[str, bool]:
+    """Which namespaces are shared, where this caller may not see which they are: by what all may read of a process."""
+    found = {}
+    if mounts and host.own_mounts:
+        # Each mount has a number of its own, and is in one namespace.
+        numbers = {entry.number for entry in host.own_mounts}
+        found["mnt"] = any(entry.number in numbers for entry in mounts)
+    if pids_inside := status.get("NSpid", "").split():
+        found["pid"] = len(pids_inside) == 1
+    with Proc(os.getpid()) as caller:
+        if (ids := process.id_map("uid_map")) and ids != caller.id_map("uid_map"):
+            found["user"] = False
+    return found
 
 
 def _flag(text: str | None) -> bool | None:

@@ -43,12 +43,12 @@ _POWER = {
     "CAP_SYS_BOOT": ("can reboot the host", ("pid",)),
     "CAP_SETUID": ("can become every user", ("mnt", "pid")),
     "CAP_SETGID": ("can become every group", ("mnt", "pid")),
-    "CAP_NET_ADMIN": ("can reconfigure the host's network", ("net",)),
+    "CAP_NET_ADMIN": ("can reconfigure its network", ("net",)),
     "CAP_SYS_TIME": ("can set the clock", ()),
     "CAP_CHOWN": ("can give files away", ("mnt",)),
     "CAP_SETFCAP": ("can give files capabilities", ("mnt",)),
     "CAP_KILL": ("can signal every process", ("pid",)),
-    "CAP_NET_RAW": ("can forge packets of the host's network", ("net",)),
+    "CAP_NET_RAW": ("can forge packets", ("net",)),
     "CAP_SYSLOG": ("can read the kernel's log", ()),
     "CAP_PERFMON": ("can trace the kernel", ()),
 }
@@ -189,9 +189,9 @@ def _verdict(facts: dict[str, Any], kind: str, own: list[str], weak: tuple[str, 
         parts[0] += f": its own {_listed([_LONG[name] for name in own])} namespace{'s' if len(own) > 1 else ''}"
         if shared:
             parts.append(f"shares the {_listed([_LONG[name] for name in shared])} one{'s' if len(shared) > 1 else ''}")
-    elif "namespaces" in facts["partial"]:
-        parts.append("its namespaces may not be seen by this user")
-    elif not _shares_all(facts):
+    if "namespaces" in facts["partial"]:
+        parts.append(f"its {'other ' if own else ''}namespaces may not be seen by this user")
+    elif not own and not _shares_all(facts):
         parts.append("not all of its namespaces can be seen")  # as of one that has ended, but for its parent
     told = [note for note in facts["mounts"] if note.startswith(FILES)] if kind == "process" else []
     parts += [*weak[:_MOST_POWERS], *told]

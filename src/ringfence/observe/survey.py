@@ -89,7 +89,7 @@ def _place(one: Inspection) -> object:
     """
     if one.container is not None and (called := one.container.id or one.container.name):
         return one.maker, called
-    return one.namespace("pid").inode
+    return one.namespace("pid").inode or ("by itself", one.pid)  # another user's
 
 
 def _is_jailed(machine: Inspection) -> bool:
