@@ -471,3 +471,78 @@ def test_only_an_untouched_one_is_used_again_without_a_look(tmp_path: Path) -> N
         os.close(gone.fd)
     finally:
         os.close(parent)
+
+
+def test_one_of_a_file_system_that_counts_seconds_is_looked_at_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a change may have the time of what was seen long before it. And where change times can be set, as they are
+    those of the last write, none is believed.
+    """
+    real = os.fstat
+
+    def in_seconds(fd: int, coupled: bool = False) -> os.stat_result:
+        about = real(fd)
+        changed_ns = about.st_mtime_ns if coupled else about.st_ctime_ns // 10**9 * 10**9
+        return os.stat_result((*about[:10], *([0.0] * 3), about.st_atime_ns, about.st_mtime_ns, changed_ns))
+
+    parent = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    now = time.time_ns
+    try:
+        for coupled, after_ns, believed in ((False, 10**9, False), (False, 4 * 10**9, True), (True, 4 * 10**9, False)):
+            with monkeypatch.context() as patched:
+                patched.setattr("ringfence.levels.workdir.os.fstat", lambda fd, how=coupled: in_seconds(fd, how))
+                while time.time_ns() % 10**9 < 10**8:
+                    time.sleep(0.02)  # the time when it was made is the second's beginning
+                work = WorkDirectory(parent, b"work", None)
+                assert work.renew()
+                if not coupled:
+                    work._renewed_ns = os.fstat(work.fd).st_ctime_ns  # though it was made in the same second
+                patched.setattr(time, "time_ns", lambda late=after_ns: now() // 10**9 * 10**9 + late)
+                assert work.is_pristine()
+                assert work.is_untouched() == believed
+                work.remove()
+    finally:
+        os.close(parent)
+
+
+LEFT = r"""
+import json, sys
+import ringfence as rf
+LEAVE = '''
+import fcntl, os, struct
+fd = os.open(".", os.O_RDONLY)
+try:
+    fcntl.ioctl(fd, 0x40086602, struct.pack("l", 0x8 | 0x40 | 0x80))  # FS_IOC_SETFLAGS: sync, nodump, noatime
+except OSError as error:
+    print(error.errno)
+os.utime(".", ns=(123456789, 987654321))
+'''
+LOOK = '''
+import fcntl, json, os, struct
+fd = os.open(".", os.O_RDONLY)
+try:
+    flags = struct.unpack("l", fcntl.ioctl(fd, 0x80086601, bytes(8)))[0]
+except OSError as error:
+    flags = 0
+about = os.stat(".")
+print(json.dumps([flags & 0xc8, about.st_atime_ns, about.st_mtime_ns]))
+'''
+def run(code):
+    result = rf.run(["/usr/bin/python3", "-S", "-c", code], isolation=sys.argv[1])
+    assert result.ok, result
+    return result.stdout.decode()
+left = [run(LEAVE) for _ in range(3)]
+print(json.dumps({"left": left, "found": [json.loads(run(LOOK)) for _ in range(3)]}))
+"""
+
+
+@pytest.mark.parametrize("who", ["root", "unprivileged"])
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_the_next_one_finds_neither_its_times_nor_its_flags(isolation: str, who: str) -> None:
+    need_root()
+    told = (unprivileged.python_json if who == "unprivileged" else python_json)(LEFT, isolation)
+    assert set(told["left"]) <= {"", "95\n", "25\n"}  # EOPNOTSUPP, ENOTTY: a file system without
+    for flags, read_ns, written_ns in told["found"]:
+        assert flags == 0
+        assert read_ns > 10**18 and written_ns > 10**18, "a time of the last one's"

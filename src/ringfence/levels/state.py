@@ -139,7 +139,7 @@ class State:
         None where ringfence isn't privileged: then there is no slot, and the owner is the caller.
         """
         while (kept := self._kept_berth(kind)) is not None:
-            if kept.workdir.is_pristine():
+            if _is_pristine(kept.workdir):
                 return kept
             self.drop(kept)
         with self.lock:
@@ -163,7 +163,7 @@ class State:
         """The sandbox is gone. Its berth is kept where nothing of it shows, and removed otherwise. The next one looks
         once more, when nobody waits for it.
         """
-        if berth.workdir.is_untouched() or berth.workdir.is_pristine():
+        if berth.workdir.is_untouched() or (_is_pristine(berth.workdir) and berth.workdir.renew()):
             with self.lock:
                 free = self._berths.setdefault(berth.kind, [])
                 if len(free) < _MOST_KEPT:
@@ -256,6 +256,14 @@ class State:
             if name in self.launcher.templates:
                 return
             self.launcher.template(name, make())
+
+
+def _is_pristine(workdir: WorkDirectory) -> bool:
+    """What can't be looked at is none."""
+    try:
+        return workdir.is_pristine()
+    except OSError:
+        return False
 
 
 def work_folder(*, passable: bool) -> bytes:
