@@ -44,7 +44,8 @@ class Ability(Value):
         self._set(rule=rule, available=not reason, mechanism=mechanism, reason=reason, help=help)
 
 
-class Command(Value):
+# Not a Value: it is made once a run.
+class Command:
     """What a sandbox is to run, and the bounds of it that are not the sandbox's own.
 
     argv, env, cwd: bytes, as the workload sees them. input: all of stdin. wall_time_ns: or None.
@@ -53,13 +54,6 @@ class Command(Value):
     """
 
     __slots__ = ("argv", "cwd", "env", "input", "once", "output_bytes", "wall_time_ns")
-    argv: tuple[bytes, ...]
-    env: tuple[tuple[bytes, bytes], ...]
-    cwd: bytes
-    input: bytes | None
-    wall_time_ns: int | None
-    output_bytes: int
-    once: bool
 
     def __init__(
         self,
@@ -72,15 +66,13 @@ class Command(Value):
         output_bytes: int,
         once: bool,
     ) -> None:
-        self._set(
-            argv=argv,
-            env=env,
-            cwd=cwd,
-            input=input,
-            wall_time_ns=wall_time_ns,
-            output_bytes=output_bytes,
-            once=once,
-        )
+        self.argv = argv
+        self.env = env
+        self.cwd = cwd
+        self.input = input
+        self.wall_time_ns = wall_time_ns
+        self.output_bytes = output_bytes
+        self.once = once
 
 
 # Not a Value: it holds the output, and is made once a run.

@@ -269,7 +269,8 @@ class Spec(Value):
         """The workload's whole environment: DEFAULT_ENV, HOME=`home`, and over them the caller's own
         variables.
         """
-        return tuple({**dict(DEFAULT_ENV), b"HOME": home, **dict(self.env)}.items())
+        own = (*DEFAULT_ENV, (b"HOME", home))
+        return tuple({**dict(own), **dict(self.env)}.items()) if self.env else own
 
 
 # The last options of these, and the spec that they made.
