@@ -40,6 +40,8 @@ static const struct verb verbs[] = {
     {"tree", "DIR — print `TYPE MODE SIZE PATH` for all below DIR, sorted", 1, 1, verb_tree},
 
     {"bench", "NAME SAMPLES MICROSECONDS [ADDRESS PORT] — a line for each figure: its name, its samples", 3, 5, verb_bench},
+    {"clone", "ROUNDS MICROSECONDS — clone with each namespace alone, after a pause: print `NAME NANOSECONDS`", 2, 2,
+     verb_clone},
     {"bench-serve", "PORT SECONDS [ADDRESS] — the server of `bench client`, until that ends it (127.0.0.1)", 2, 3,
      verb_bench_serve},
 

@@ -86,6 +86,6 @@ verb_fn verb_try_memory, verb_try_fds, verb_try_fill, verb_statfs, verb_try_kern
 verb_fn verb_surface;
 
 /* probe_bench.c, probe_bench_net.c: what things cost, timed inside */
-verb_fn verb_bench, verb_bench_serve;
+verb_fn verb_bench, verb_bench_serve, verb_clone;
 
 #endif

@@ -26,19 +26,29 @@ def measured() -> ablation.Ablation:
 
 def test_every_start_is_measured_as_often(measured: ablation.Ablation) -> None:
     assert not measured.skipped
-    assert set(measured.samples) == set(measured.parts) == {"process", "container"}
+    assert set(measured.samples) == set(measured.parts) == {"process", "container", ablation._ALONE}
     for level, samples in measured.samples.items():
         assert {len(taken) for taken in samples.values()} == {ROUNDS}
         assert [one.name for one in measured.parts[level]] == list(samples)
         assert measured.parts[level][0].cost_ns == 0
-        assert any(name.startswith("without cgroup: ") for name in samples)
-        assert {ablation._ANEW, ablation._AHEAD, ablation._TOLD} < set(samples)
+        if level != ablation._ALONE:
+            assert any(name.startswith("without cgroup: ") for name in samples)
+            assert {ablation._ANEW, ablation._AHEAD, ablation._TOLD} < set(samples)
 
 
 def test_what_telling_applied_costs_is_held_against_the_same_run_without_it() -> None:
     samples = {"everything": [10, 10], ablation._ANEW: [20, 20], ablation._AHEAD: [5, 5], ablation._TOLD: [23, 23]}
     costs = {one.name: one.cost_ns for one in ablation.judge(samples)}
     assert costs == {"everything": 0, ablation._ANEW: -10, ablation._AHEAD: 15, ablation._TOLD: -3}
+
+
+def test_each_namespace_alone_is_held_against_a_bare_clone(measured: ablation.Ablation) -> None:
+    names = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+    wanted = [ablation._BARE, *(f"with {name}" for name in names), "with all of them"]
+    assert list(measured.samples[ablation._ALONE]) == wanted
+    assert all(took > 10_000 for taken in measured.samples[ablation._ALONE].values() for took in taken)
+    found = {one.name: one.cost_ns for one in ablation.judge({ablation._BARE: [50, 50], "with net": [400, 400]})}
+    assert found == {ablation._BARE: 0, "with net": 350}
 
 
 def test_it_is_told_as_a_table_and_as_json(measured: ablation.Ablation, tmp_path: object) -> None:

@@ -4,6 +4,9 @@ A whole start is measured against the same start without one part, round by roun
 costs is the difference of the medians, with the interval that it lies in. Where a part is kept ready by ringfence (a
 tree, a network namespace, a cgroup, the whole sandbox), the start without that is the dearer one.
 
+What a namespace alone takes is measured apart, by clones of a process that exits at once: a mount namespace is what no
+container can be without, and a process has none.
+
 The workload is trusted: it is the static probe (process) or the host's /usr/bin/true (container), as in `bench`. What
 is left out is cut from the requests that the levels make, so that all the rest is what every run has.
 """
@@ -15,6 +18,7 @@ import os
 import random
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 
@@ -48,6 +52,8 @@ _TRUE = ["/usr/bin/true"]
 _LIMITS = Limits(memory="256M", pids=64)
 _WHOLE = "everything"
 _ANEW, _AHEAD, _TOLD = "rf.run, made anew", "rf.run, made ahead", "rf.run, made anew, its applied read"
+_ALONE = "a namespace alone"
+_BARE = "a clone without any"
 # As `bench` has it: some time for what the last start left to the kernel.
 _PAUSE_S = 0.006
 _RESAMPLES = 400
@@ -302,7 +308,8 @@ def _takes(isolation: str, argv: Sequence[str]) -> dict[str, Callable[[], int]]:
 class Part(Plain):
     """A start without a part, or with one made anew. p50, p99: nanoseconds; p99 None below 100 samples.
 
-    cost_ns: by how much the whole start is dearer than this one (less than 0: cheaper), with its 95 % interval.
+    cost_ns: by how much the whole start is dearer than this one (less than 0: cheaper), with its 95 % interval; of a
+    namespace alone, by how much the clone with it is dearer than one without any.
     """
 
     __slots__ = ("cost_ns", "high_ns", "low_ns", "name", "p50", "p99")
@@ -346,15 +353,17 @@ class Ablation(Value):
 
 
 def judge(samples: dict[str, list[int]]) -> Iterator[Part]:
-    """Each start against the whole one; those of rf.run against the one that is made anew."""
+    """Each start against the whole one; those of rf.run against the one that is made anew; clones against a bare."""
+    clones = _BARE in samples
     for name, taken in samples.items():
-        against = samples[_ANEW if name in (_AHEAD, _TOLD) else _WHOLE]
-        low, high = _interval(against, taken)
+        against = samples[_BARE if clones else _ANEW if name in (_AHEAD, _TOLD) else _WHOLE]
+        dear, cheap = (taken, against) if clones else (against, taken)
+        low, high = _interval(dear, cheap)
         yield Part(
             name=name,
             p50=statistics.median(taken),
             p99=percentile(taken, 99) if len(taken) >= 100 else None,
-            cost_ns=statistics.median(against) - statistics.median(taken),
+            cost_ns=statistics.median(dear) - statistics.median(cheap),
             low_ns=low,
             high_ns=high,
         )
@@ -386,7 +395,24 @@ def measure(rounds: int = 200, tell: Callable[[str], None] | None = None) -> Abl
                 skipped[isolation] = missing[0]
                 continue
             samples[isolation] = _rounds(isolation, workload(isolation, stack), rounds, tell)
+    if not skipped:
+        samples[_ALONE] = _clones(rounds)
     return Ablation(machine=machine, samples=samples, skipped=skipped)
+
+
+def _clones(rounds: int) -> dict[str, list[int]]:
+    """Of a bare clone, of one with each namespace, and of one with all. Raises OSError."""
+    pause_us = str(int(_PAUSE_S * 1e6))
+    done = subprocess.run([probe_path(), "clone", str(rounds), pause_us], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OSError(done.stderr.strip() or f"the probe ended with {done.returncode}")
+    found: dict[str, list[int]] = {}
+    for line in done.stdout.splitlines():
+        name, took = line.split()
+        found.setdefault(name, []).append(int(took))
+    names = {"none": _BARE} | {name: f"with {name}" for name in sorted(found) if name not in ("none", "all")}
+    names["all"] = "with all of them"
+    return {shown: found[name] for name, shown in names.items()}
 
 
 def workload(isolation: str, stack: contextlib.ExitStack) -> list[str]:

@@ -8,6 +8,7 @@ from rich.text import Text
 from ringfence.comparison.bench import TARGETS
 from ringfence.comparison.figures import digits, duration
 from ringfence.comparison.profile import Profile
+from ringfence.spec import ISOLATIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def print_profile(measured: Profile, to: Console) -> None:
 def print_ablation(measured: Ablation, to: Console) -> None:
     """What each part of a boundary costs."""
     for level, parts in measured.parts.items():
-        table = Table(title=f"{level}: a start, and without a part", title_justify="left", title_style="bold")
+        what = "a start, and without a part" if level in ISOLATIONS else "a clone without it, and with it"
+        table = Table(title=f"{level}: {what}", title_justify="left", title_style="bold")
         table.add_column("what")
         for name in ("p50", "p99", "the part costs", "95 % of it"):
             table.add_column(name, justify="right")
