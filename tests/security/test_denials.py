@@ -229,11 +229,12 @@ sys.exit(0 if opened < 0 and ctypes.get_errno() == errno.ENOENT else 1)
 @pytest.mark.parametrize("isolation", LEVELS)
 def test_the_next_sandbox_finds_nothing_of_the_last(isolation: str) -> None:
     """Ids, work directories and cgroups may be used again; what a workload left in them may not show."""
-    leave = "echo x > left; mkdir folder; chmod 500 .; umask 0; (sleep 7654 &) ; echo done"
-    look = """
+    seconds = f"7654.{os.getpid()}"  # another suite may do the same beside this one, where a process sees it
+    leave = f"echo x > left; mkdir folder; chmod 500 .; umask 0; (sleep {seconds} &) ; echo done"
+    look = f"""
     ls -A . /tmp /home /dev/shm 2>/dev/null | grep -v ":$\\|^$"
     stat -c %a .
-    cat /proc/[0-9]*/cmdline | tr "\\0" " " | grep -c "[s]leep 7654"
+    cat /proc/[0-9]*/cmdline | tr "\\0" " " | grep -c "[s]leep {seconds}"
     """
     for _ in range(3):
         rf.run(["sh", "-c", leave], isolation=isolation)
