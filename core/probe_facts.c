@@ -78,6 +78,13 @@ void facts_ids(struct json *json)
     json_file(json, "uid_map", "/proc/self/uid_map");
     json_file(json, "gid_map", "/proc/self/gid_map");
     json_file(json, "setgroups", "/proc/self/setgroups");
+    /* Of the first user namespace's root, and shown by the id that it has here, if any: the map above only tells of the
+     * user namespace that this one is in. */
+    struct stat about;
+    if (stat("/proc/version", &about) < 0)
+        json_unread(json, "proc_owner", errno);
+    else
+        json_unsigned(json, "proc_owner", about.st_uid);
 }
 
 /* The value of `name` in the text of /proc/self/status, or NULL. */

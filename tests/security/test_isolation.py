@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 import ringfence as rf
+from ringfence.comparison.isolation import Isolation, judge_all
 from support import leaks
-from support.sandboxes import LEVELS, host_facts, need_root, sandbox_facts
+from support.sandboxes import LEVELS, host_facts, need_root, output, run_probe, sandbox_facts
 
 NONE = "0" * 16
 OWN_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
@@ -45,6 +47,18 @@ def test_user(isolation: str) -> None:
         assert uid == USERS[isolation]
     else:
         assert 0x71000000 <= uid < 0x7FFE0000
+
+
+@pytest.mark.parametrize("user", [None, 0])
+def test_the_user_of_a_sandbox_within_two_user_namespaces(user: int | None) -> None:
+    """Its uid_map tells of the outer one, which is the sandbox's own: the id there is no id of the host's."""
+    need_root()
+    asked: dict[str, Any] = {} if user is None else {"user": user}
+    for capabilities, known in (((), True), (["CAP_SYS_ADMIN"], False)):
+        facts = json.loads(output(run_probe("container", "facts", capabilities=capabilities, **asked)))
+        verdict = judge_all(host_facts(), facts)["users"]
+        assert verdict.isolation is (Isolation.OWN if known else Isolation.UNKNOWN)
+        assert ("can't be told" in verdict.evidence) is not known
 
 
 @pytest.mark.parametrize("isolation", ["container", "vm"])

@@ -193,6 +193,24 @@ def test_the_id_outside_is_told() -> None:
     assert judge_all(HOST, inside)["users"].evidence == "uid 5 is 1000005 outside"
 
 
+def test_an_id_of_a_user_namespace_in_between_is_not_taken_for_the_hosts() -> None:
+    def verdict(uid_map: str, uid: int, owner: int | None, caller: int = 0) -> tuple[Isolation, str]:
+        host = {**HOST, "uids": {**HOST["uids"], "effective": caller}}
+        inside = changed("container", uid_map=uid_map, uids={"effective": uid}, proc_owner=owner)
+        found = judge_all(host, inside)["users"]
+        return found.isolation, found.evidence
+
+    unknown = Isolation.UNKNOWN
+    # With CAP_SYS_ADMIN a command's user namespace is in another one of the sandbox's, each id mapped to itself.
+    assert verdict("0 0 65536", 1000, 65534) == (unknown, "uid 1000: which one that is outside can't be told")
+    assert verdict("0 0 65536", 0, 65534)[0] is verdict("0 0 65536", 0, None)[0] is unknown
+    assert verdict("1000 1000 1", 1000, 65534, 61234)[0] is unknown
+    # Such a map may be one to the host's own ids.
+    assert verdict("0 0 65536", 1000, 0) == (Isolation.OWN, "uid 1000 is 1000 outside")
+    assert verdict("0 0 65536", 0, 0)[0] is Isolation.RESTRICTED
+    assert verdict("1000 1000 1", 1000, 65534, 1000)[0] is Isolation.RESTRICTED
+
+
 def test_a_user_that_is_the_caller_outside_is_not_its_own() -> None:
     caller = {**HOST, "uids": {**HOST["uids"], "effective": 1000}}
     inside = changed("container", uid_map="0 1000 1", uids={"effective": 0})

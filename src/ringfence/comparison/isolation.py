@@ -13,7 +13,7 @@ from ringfence._value import Value
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     Facts = Mapping[str, Any]
@@ -249,7 +249,7 @@ def _users(host: Facts, inside: Facts) -> Verdict:
     if other_kernel(host, inside):
         return _own(f"uid {uid} of its own kernel")
     outside = _outside_id(inside.get("uid_map"), uid)
-    if outside is None:
+    if outside is None or not _is_of_the_host(inside, uid, outside, caller):
         return _unknown(f"uid {uid}: which one that is outside can't be told")
     if outside == caller:
         # Of files, signals and limits of a user the host has it as the caller (user_namespaces(7)).
@@ -257,15 +257,31 @@ def _users(host: Facts, inside: Facts) -> Verdict:
     return _own(f"uid {uid} is {outside} outside")
 
 
+def _is_of_the_host(inside: Facts, uid: int, outside: int, caller: int) -> bool:
+    """Whether an id of uid_map is the host's. The map tells of the user namespace above, which may be one of the
+    sandbox's own: there each id is mapped to itself. Where root is mapped too, files of the host's root tell which.
+    """
+    if outside != uid:
+        return True
+    root = _inside_id(inside.get("uid_map"), 0)
+    return outside == caller if root is None else inside.get("proc_owner") == root
+
+
 def _outside_id(uid_map: object, uid: int) -> int | None:
+    return next((outside + uid - first for first, outside, count in _map(uid_map) if 0 <= uid - first < count), None)
+
+
+def _inside_id(uid_map: object, uid: int) -> int | None:
+    return next((first + uid - outside for first, outside, count in _map(uid_map) if 0 <= uid - outside < count), None)
+
+
+def _map(uid_map: object) -> Iterator[tuple[int, int, int]]:
     """user_namespaces(7): each line is the first id inside, the first outside, how many."""
     for line in str(uid_map or "").splitlines():
         fields = line.split()
         if len(fields) == 3 and all(field.isdecimal() for field in fields):
             first, outside, count = map(int, fields)
-            if first <= uid < first + count:
-                return outside + uid - first
-    return None
+            yield first, outside, count
 
 
 def _capabilities(host: Facts, inside: Facts) -> Verdict:
