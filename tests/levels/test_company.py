@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import ringfence as rf
 from support.sandboxes import (
     EXITED_0,
     LEVELS,
+    LOCAL_LEVELS,
     PROBE_FILE,
     applied,
     ended,
@@ -152,3 +154,39 @@ def test_many_in_a_row_leave_nothing() -> None:
     for _ in range(200):
         for isolation in ("process", "container"):
             rf.run(["true"], isolation=isolation)
+
+
+SHORT = """
+import json, os, resource, sys
+import ringfence as rf
+from ringfence.levels.state import state
+def fds():
+    state().ready.clear()
+    return len(os.listdir("/proc/self/fd"))
+def run():
+    return rf.run(["echo", "hi"], isolation=sys.argv[1]).stdout
+for _ in range(4):
+    run()
+before, ends = fds(), []
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+for limit in range(before // 2, 3 * before, 2):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    for _ in range(2):
+        try:
+            ends.append(run().decode())
+        except OSError as error:
+            ends.append(error.errno)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+for _ in range(3):
+    run()
+print(json.dumps({"ends": sorted(set(map(str, ends))), "last": ends[-1], "grown": fds() - before}))
+"""
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_where_descriptors_are_short_runs_fail_and_leave_none(isolation: str) -> None:
+    """Wherever on the way it is that there is no other one; and as soon as there are enough, all is well again."""
+    told = python_json(SHORT, isolation)
+    assert told["ends"] == [str(errno.EMFILE), "hi\n"]
+    assert told["last"] == "hi\n"
+    assert told["grown"] <= 0

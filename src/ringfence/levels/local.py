@@ -114,6 +114,7 @@ class LocalSandbox(Sandbox):
         self.layer: Layer | None = None
         # Whether init told that nobody is left. One that was killed didn't.
         self._nobody_left = False
+        self._launched = False
         self._owned_fds: list[int] = []
         self.filter: Filter | None = None  # of a spec that asks for one
         self._listener: Listener | None = None
@@ -234,7 +235,12 @@ class LocalSandbox(Sandbox):
         if self.state.launcher is not self._launcher:
             # What the plan refers to was made in another one's mount namespace.
             raise LauncherGone("the launcher was replaced while the sandbox was made")
-        self.channel = self._launcher.launch(request, joins)
+        self._launched = True
+        try:
+            self.channel = self._launcher.launch(request, joins)
+        except OSError:  # no descriptor, no memory: it wasn't asked at all
+            self._launched = False
+            raise
         self.channel.send(plan.encode(), plan.fds)
 
     def _refuse_as_too_many(self, count: int) -> None:
@@ -531,7 +537,7 @@ class LocalSandbox(Sandbox):
                 self.in_force = cgroup.in_force
             berth, self.berth = self.berth, None
             # What something may still run in is left to the launcher, which removes it in the end.
-            if ended and (self._nobody_left or self._end_rest(cgroup, berth)):
+            if ended and (self._nobody_left or not self._launched or self._end_rest(cgroup, berth)):
                 if cgroup is not None:
                     self.state.leave_cgroup(cgroup)
                 if berth is not None:
@@ -543,7 +549,8 @@ class LocalSandbox(Sandbox):
         Whether nobody is left.
         """
         # Were it to kill by the uid only later, it would be the next sandbox that it kills.
-        self._settle()
+        if not self._settle():
+            return False
         if cgroup is not None:
             if cgroup.processes():
                 cgroup.kill()
@@ -557,11 +564,15 @@ class LocalSandbox(Sandbox):
             time.sleep(0.002)
         return not left
 
-    def _settle(self) -> None:
+    def _settle(self) -> bool:
+        """False where it can't be asked, for want of descriptors."""
         try:
             self.state.launcher.settle()
         except RingfenceError:
-            return  # it is gone itself: each init was told so, and has ended what it had
+            return True  # it is gone itself: each init was told so, and has ended what it had
+        except OSError:
+            return False
+        return True
 
     def _await_pidfd(self, channel: Channel) -> None:
         """Init hands over its pidfd with its first report; one that ends before, ends the channel instead."""
