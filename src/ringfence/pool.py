@@ -122,9 +122,16 @@ class _Keeper:
         # The first one here: what is wrong with it is told by the constructor. It also starts the launcher, whose own
         # end at the exit of Python must come after ours.
         self.waiting: collections.deque[OpenSandbox] = collections.deque([self._make_ahead()])
+        try:
+            self._thread = threading.Thread(target=self._keep, name="ringfence-pool", daemon=True)
+            self._thread.start()
+        except BaseException:  # no room for another thread, or Ctrl-C
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+            self.waiting.pop().close()
+            raise
         atexit.register(self.close)
-        self._thread = threading.Thread(target=self._keep, name="ringfence-pool", daemon=True)
-        self._thread.start()
 
     def _make(self) -> OpenSandbox:
         """One for a run that is there already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import ringfence as rf
+from ringfence.levels.state import state
+from support import leaks
 from support.sandboxes import EXITED_0, LEVELS, LOCAL_LEVELS, ended, need_cgroup, output, python_json
 
 
@@ -270,3 +273,18 @@ def test_what_is_killed_before_it_was_restricted_never_counts_as_started(seccomp
             assert found["user"] == "1000:1000"
     assert killed, "the control: nothing was killed"
     assert ends <= {("ECANCELED", False)}
+
+
+@pytest.mark.parametrize("isolation", LOCAL_LEVELS)
+def test_a_pool_that_gets_no_thread_leaves_no_sandbox(isolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rf.run(["true"], isolation=isolation)
+    state().ready.clear()
+    before = {one.key for one in leaks.descendants(os.getpid())}
+
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        rf.Pool(1, isolation=isolation)
+    assert not leaks.settled(lambda: [one for one in leaks.descendants(os.getpid()) if one.key not in before], 2)

@@ -216,6 +216,7 @@ def test_a_pool_may_have_a_command_of_the_callers_behind_it() -> None:
     warm = (
         "import os, time; os.fork() or time.sleep(4321); t = time.monotonic()\nwhile time.monotonic() < t + 1: pass\n"
     )
+    warm += "print('as much as a command may print' * 1000)\n"
     warm += "open('left', 'w').write(f'{os.getuid()} {os.getcwd()} {os.environ[\"A\"]}')"
     limits = rf.Limits(cpu_time=20, wall_time=60)
     with rf.Pool(1, isolation="vm", warm=["python3", "-c", warm], limits=limits, env={"A": "b"}) as pool:
@@ -227,8 +228,9 @@ def test_a_pool_may_have_a_command_of_the_callers_behind_it() -> None:
 
 def test_a_pool_whose_warm_up_fails_is_none() -> None:
     for argv, said in (
-        (["sh", "-c", "echo why >&2; exit 3"], r"didn't end well \(status 3\): sh: why"),
-        (["sh", "-c", "kill -9 $$"], "didn't end well"),
+        # What it printed doesn't move a cursor.
+        (["sh", "-c", r"printf '\033[2Jwhy\n' >&2; exit 3"], r"didn't end well \(status 3\): sh:  \[2Jwhy"),
+        (["sh", "-c", "kill -9 $$"], r"didn't end well \(signal 9\)"),
         (["sleep", "60"], "didn't end well \\(wall_time\\)"),
         (["/there/is/none"], "/there/is/none"),
     ):

@@ -140,27 +140,31 @@ class VmSandbox(Sandbox):
 
     def _warm_up_by(self, argv: tuple[bytes, ...]) -> None:
         """By a command of the caller's, as the spec would have it run. One that fails would warm up little."""
-        wall_time_ns = self._spec.limits.wall_time_ns
-        command = self._before_all(
-            argv, self._spec.environment(self.home), _START_LIMIT_NS if wall_time_ns is None else wall_time_ns
-        )
+        limits = self._spec.limits
+        wall_time_ns = _START_LIMIT_NS if limits.wall_time_ns is None else limits.wall_time_ns
+        command = self._before_all(argv, self._spec.environment(self.home), wall_time_ns, limits.output_bytes)
         outcome = self._first(command, warm=True)
         ended = outcome.exited
         if outcome.stopped is not None or ended is None or ended.exit_code != 0:
-            how = outcome.stopped or ("it was killed" if ended is None else f"status {ended.exit_code}")
+            how = outcome.stopped or "it was killed"
+            if ended is not None and outcome.stopped is None:
+                how = f"status {ended.exit_code}" if ended.signal is None else f"signal {ended.signal}"
             said = bytes(outcome.stderr[-200:]).decode(errors="replace").strip()
+            said = "".join(one if one.isprintable() else " " for one in said)  # it goes to somebody's terminal
             raise RingfenceError(
                 f"what was to warm the guest up didn't end well ({how}): {os.fsdecode(argv[0])}: {said}"
             )
 
-    def _before_all(self, argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ...], wall_time_ns: int) -> Command:
+    def _before_all(
+        self, argv: tuple[bytes, ...], env: tuple[tuple[bytes, bytes], ...], wall_time_ns: int, output_bytes: int = 4096
+    ) -> Command:
         return Command(
             argv=argv,
             env=env,
             cwd=self.home,
             input=None,
             wall_time_ns=wall_time_ns,
-            output_bytes=4096,
+            output_bytes=output_bytes,
             once=False,
         )
 
