@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -185,7 +186,7 @@ def test_roots_of_their_own_close_what_shared_files_open(tmp_path_factory: pytes
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_what_asks_a_holder_to_end_has_it_remove_its_marks_first(by: signal.Signals) -> None:
     """Ctrl-C goes to all of a terminal's foreground; and the holder isn't in ours."""
-    token = f"abcd{int(by):04d}"
+    token = secrets.token_hex(4)
     holder = Holder(token)
     assert os.getsid(holder.process.pid) == holder.process.pid
     assert unconfined("find", "sysv-msg", token) == (0, b"ok\n")

@@ -167,6 +167,8 @@ class Launcher:
                 os.close(null)
         except BaseException:
             ours.close()
+            if self.mountinfo is not None:
+                self.mountinfo.close()
             raise
         finally:
             theirs.close()
