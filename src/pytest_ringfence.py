@@ -64,11 +64,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """What couldn't be judged is told, also where all passed."""
     notes = config.stash.get(_NOTES, {})
     if notes:
-        from ringfence.comparison.figures import visible_line
+        from ringfence.errors import printable
 
         terminalreporter.section("ringfence budgets")
         for note in notes:
-            terminalreporter.write_line(visible_line(note))
+            terminalreporter.write_line(printable(note))
 
 
 def _keep(
@@ -96,7 +96,7 @@ def _keep(
     or a probe the least verdict. allow_unknown: a verdict that can't be told any more is no failure. input, files,
     limits, repeat, probes: as `ringfence.compare` takes them.
     """
-    from ringfence.errors import RingfenceError
+    from ringfence.errors import RingfenceError, printable
 
     names = (isolation,) if isinstance(isolation, str) else tuple(isolation)
     of_compare = {"input": input, "files": files, "limits": limits, "repeat": repeat, "probes": probes}
@@ -107,16 +107,12 @@ def _keep(
             path = str(config.rootpath / against)
             failed += _relative(config, document, names, path, verdicts, startup_ratio, allow_unknown)
     except (RingfenceError, OSError, ValueError) as error:
-        from ringfence.comparison.figures import visible_line
-
-        pytest.fail(f"the ringfence budget can't be judged: {visible_line(str(error))}", pytrace=False)
+        pytest.fail(f"the ringfence budget can't be judged: {printable(str(error))}", pytrace=False)
     if failed:
-        from ringfence.comparison.figures import visible_line
-
         command = " ".join(word if isinstance(word, str) else word.decode("utf-8", "replace") for word in argv)
         since = f" Compared with {against}." if against else ""
         # Names and evidence come from a file, and from what was run.
-        told = visible_line("; ".join(failed))
+        told = printable("; ".join(failed))
         pytest.fail(f"the ringfence budget of {command!r} is exceeded: {told}.{since}", pytrace=False)
     return document
 

@@ -11,7 +11,9 @@ from _operator import attrgetter
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Any, ClassVar, Self
+    from typing import Any, ClassVar, Self, TypeVar
+
+    _Value = TypeVar("_Value", bound="Value")
 
 __all__ = ["Closing", "Later", "Plain", "Value"]
 
@@ -58,10 +60,7 @@ class Value:
 
     def _changed(self, **fields: object) -> Self:
         """A copy with these fields in place of its own, past the checks of `__init__`. For its own methods only."""
-        copy = object.__new__(type(self))
-        put = object.__setattr__
-        for name, value in zip(self._fields, self._values(self), strict=True):
-            put(copy, name, value)
+        copy = _restore(type(self), self._values(self))
         copy._set(**fields)
         return copy
 
@@ -127,10 +126,12 @@ class Closing:
         self.close()
 
 
-def _restore(cls: type[Value], values: tuple[object, ...]) -> Value:
+def _restore(cls: type[_Value], values: tuple[object, ...]) -> _Value:
     """Unpickle and copy: the fields were checked when the original was made."""
     value = cls.__new__(cls)
-    value._set(**dict(zip(cls._fields, values, strict=True)))
+    put = object.__setattr__
+    for name, one in zip(cls._fields, values, strict=True):
+        put(value, name, one)
     return value
 
 

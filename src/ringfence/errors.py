@@ -38,7 +38,17 @@ __all__ = [
     "Unmet",
     "WorkloadFailed",
     "errno_name",
+    "printable",
 ]
+
+
+def printable(text: str, mark: str | None = None) -> str:
+    """Words that may come from a workload, as one line: in place of what doesn't print, or moves a cursor, its escape,
+    or `mark`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] if mark is None else mark for one in text)
 
 
 def errno_name(number: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ringfence.errors import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,13 +78,6 @@ def write_json(value: Any) -> None:
 
     # In ASCII, so that a file's name that is no UTF-8 is a valid document too.
     write(STDOUT, json.dumps(value).encode("ascii") + b"\n")
-
-
-def printable(text: str) -> str:
-    """Without what would move a terminal's cursor or break the line: names and words can come from a workload."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: int = 0) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ringfence.errors import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-__all__ = ["digits", "duration", "figure", "size", "spread", "times", "visible", "visible_line"]
+__all__ = ["digits", "duration", "figure", "size", "spread", "times", "visible"]
 
 
 def digits(value: float) -> str:
@@ -67,10 +69,5 @@ def spread(found: Mapping[str, Any], unit: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text that may come from a workload, with what doesn't print, or moves a cursor, as escapes. Line ends stay."""
-    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
-
-
-def visible_line(text: str) -> str:
-    """The same as one line: what stands by itself must not look like the next line of ours."""
-    return visible(text).replace("\n", "\\n")
+    """`printable`, but for line ends, which stay."""
+    return "\n".join(map(printable, text.split("\n")))

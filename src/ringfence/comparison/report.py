@@ -10,7 +10,8 @@ from rich.text import Text
 
 from ringfence.comparison.cost import differing
 from ringfence.comparison.document import BARE
-from ringfence.comparison.figures import figure, spread, times, visible, visible_line
+from ringfence.comparison.figures import figure, spread, times, visible
+from ringfence.errors import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _plain(text: str, style: str = "") -> Text:
 
 
 def _line(text: str, style: str = "") -> Text:
-    return Text(visible_line(text), style=style)
+    return Text(printable(text), style=style)
 
 
 def _none(word: str = "-") -> Text:

@@ -20,9 +20,13 @@ from ringfence.wire.launcher import OWN_CGROUP, OWN_HELD, OWN_LEAF, OWN_TREE, La
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeVar
 
     from ringfence.linux.cgroups import Cgroup, Limits, Manager
+
+    _Kind = TypeVar("_Kind")
+    _One = TypeVar("_One")
 
 __all__ = ["Berth", "State", "state", "work_folder"]
 
@@ -130,6 +134,12 @@ class State:
                 for parent_fd in parents:
                     os.close(parent_fd)
 
+    def _kept(self, all_kept: Mapping[_Kind, list[_One]], kind: _Kind) -> _One | None:
+        """One that an earlier sandbox left, and that is the caller's from now on."""
+        with self.lock:
+            free = all_kept.get(kind)
+            return free.pop() if free else None
+
     # ---- berths ----
 
     def berth(self, kind: str, owner_of: Callable[[int], tuple[int, int]] | None) -> Berth:
@@ -138,7 +148,7 @@ class State:
         kind: berths are used again for the same kind only. owner_of: who owns the work directory, by the slot of ids;
         None where ringfence isn't privileged: then there is no slot, and the owner is the caller.
         """
-        while (kept := self._kept_berth(kind)) is not None:
+        while (kept := self._kept(self._berths, kind)) is not None:
             if _is_pristine(kept.workdir):
                 return kept
             self.drop(kept)
@@ -153,11 +163,6 @@ class State:
             if slot is not None:
                 ids.slots().give_back(slot)
             raise
-
-    def _kept_berth(self, kind: str) -> Berth | None:
-        with self.lock:
-            free = self._berths.get(kind)
-            return free.pop() if free else None
 
     def leave(self, berth: Berth) -> None:
         """The sandbox is gone. Its berth is kept where nothing of it shows, and removed otherwise. The next one looks
@@ -197,7 +202,7 @@ class State:
         live: for a sandbox whose limits may be changed, or that may be frozen. timed: whether its CPU time is limited.
         systemd isn't asked for a place where all that would be done there is to measure.
         """
-        while not live and (kept := self._kept_cgroup(limits)) is not None:
+        while not live and (kept := self._kept(self._cgroups, limits)) is not None:
             try:
                 if kept.is_clean():
                     kept.renew()
@@ -227,11 +232,6 @@ class State:
         if not leaf:
             leftovers.note(self.run_fd, parent_fd)
         self._own(OWN_LEAF if leaf else OWN_CGROUP, parent_fd, name)
-
-    def _kept_cgroup(self, limits: Limits) -> Cgroup | None:
-        with self.lock:
-            free = self._cgroups.get(limits)
-            return free.pop() if free else None
 
     def leave_cgroup(self, cgroup: Cgroup) -> None:
         """The sandbox is gone. Its cgroup is kept for another one under the same limits, or removed."""

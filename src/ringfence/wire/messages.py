@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from ringfence._value import Value
-from ringfence.errors import ProtocolError, StartError
+from ringfence.errors import ProtocolError, StartError, printable
 from ringfence.wire import frames
 from ringfence.wire.frames import Type
 
@@ -396,10 +396,7 @@ def unpack(form: struct.Struct, data: bytes, what: str) -> tuple[int, ...]:
 
 def _text(data: bytes) -> str:
     """A string of the other side's, made fit to print: it may come from a guest."""
-    text = data.rstrip(b"\0").decode("utf-8", "replace")
-    if text.isprintable() and len(text) <= 1024:
-        return text
-    return "".join(character if character.isprintable() else "?" for character in text[:1024])
+    return printable(data.rstrip(b"\0").decode("utf-8", "replace")[:1024], "?")
 
 
 def parse_error(payload: bytes) -> StartError:

@@ -11,7 +11,7 @@ import _socket as socket
 import select
 import time
 
-from ringfence.errors import ProtocolError
+from ringfence.errors import ProtocolError, printable
 from ringfence.wire.channel import passed
 
 TYPE_CHECKING = False
@@ -167,6 +167,4 @@ def _stamp(event: dict[str, Any]) -> int:
 def _reason(said: dict[str, Any]) -> str:
     error = said.get("error")
     text = error.get("desc") if isinstance(error, dict) else None
-    return (
-        "".join(one if one.isprintable() else "?" for one in text[:300]) if isinstance(text, str) else "for no reason"
-    )
+    return printable(text[:300], "?") if isinstance(text, str) else "for no reason"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from ringfence.errors import CannotEnforce, ProtocolError, RingfenceError, SpecError, StartError, Unmet
+from ringfence.errors import CannotEnforce, ProtocolError, RingfenceError, SpecError, StartError, Unmet, printable
 from ringfence.levels import capabilities, filter
 from ringfence.levels.base import Command, Outcome, Sandbox, requested
 from ringfence.levels.drive import drive
@@ -149,8 +149,7 @@ class VmSandbox(Sandbox):
             how = outcome.stopped or "it was killed"
             if ended is not None and outcome.stopped is None:
                 how = f"status {ended.exit_code}" if ended.signal is None else f"signal {ended.signal}"
-            said = bytes(outcome.stderr[-200:]).decode(errors="replace").strip()
-            said = "".join(one if one.isprintable() else " " for one in said)  # it goes to somebody's terminal
+            said = printable(bytes(outcome.stderr[-200:]).decode(errors="replace").strip(), " ")
             raise RingfenceError(
                 f"what was to warm the guest up didn't end well ({how}): {os.fsdecode(argv[0])}: {said}"
             )

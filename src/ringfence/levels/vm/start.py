@@ -10,7 +10,7 @@ import os
 import select
 import time
 
-from ringfence.errors import ProtocolError, RingfenceError, Unavailable
+from ringfence.errors import ProtocolError, RingfenceError, Unavailable, printable
 from ringfence.levels.vm import template as templates
 from ringfence.levels.vm.agent import Agent
 from ringfence.levels.vm.qemu import STATE_FD, Memory, start_qemu
@@ -220,7 +220,7 @@ def _console(machine: Machine, host: Host, state: State) -> str:
     except (RingfenceError, OSError):
         return ""
     lines = [" ".join(line.split()) for line in said.decode("ascii", "replace").splitlines()]
-    lines = ["".join(one if one.isprintable() else " " for one in line) for line in lines if line]
+    lines = [printable(line, " ") for line in lines if line]
     told = [line for line in lines if "Kernel panic" in line or "ringfence:" in line] or lines[-3:]
     return f"; its console: {' / '.join(told)[-_CONSOLE_WORDS:]}" if told else ""
 

@@ -14,7 +14,7 @@ import os
 import select
 
 from ringfence._value import Value
-from ringfence.errors import ProtocolError, RingfenceError, Unavailable
+from ringfence.errors import ProtocolError, RingfenceError, Unavailable, printable
 from ringfence.levels.container import ContainerSandbox
 from ringfence.levels.drive import SandboxEnded
 from ringfence.levels.namespaces import own_namespaces
@@ -305,8 +305,7 @@ class JailedVmm(Vmm):
         if self._errors in self._watched:
             self._take_words()
         # It may repeat what a guest has told it.
-        text = "".join(one if one.isprintable() else " " for one in self._words.decode("utf-8", "replace"))
-        words = " ".join(text.split())
+        words = " ".join(printable(self._words.decode("utf-8", "replace"), " ").split())
         return f": {words}" if words else ""
 
     def applied(self) -> list[Applied]:
